@@ -1,0 +1,87 @@
+"""The oracle: attention as the definitions say it, with the mask written out; any device, any dtype, any derivative.
+
+Slow and simple on purpose. Every other backend is tested against this one, in float64.
+"""
+
+import torch
+from torch import Tensor
+
+from dsmr_kernels.backends.spec import AttentionSpec
+from dsmr_kernels.memory import KVMemory
+from dsmr_kernels.visibility import lowest_visible, segment_of
+
+
+def unsupported(q: Tensor) -> str | None:
+    """Why this backend cannot serve `q`; None if it can."""
+    return None
+
+
+def memory_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: KVMemory | None,
+    piece_start: Tensor | None,
+    alibi_slopes: Tensor | None,
+    spec: AttentionSpec,
+) -> tuple[Tensor, Tensor | None]:
+    """See `dsmr_kernels.memory_attention`; arguments are taken as checked."""
+    queries, tokens, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    p = torch.arange(tokens - queries, tokens, device=q.device)  # [T]
+    j = torch.arange(tokens, device=q.device)  # [S]
+    low = lowest_visible(
+        p,
+        horizon=spec.horizon,
+        segment_length=spec.segment_length,
+        segment_offset=spec.segment_offset,
+        visibility=spec.visibility,
+        piece_start=None if piece_start is None else piece_start[:, tokens - queries :],
+    )  # [B or 1, T]
+
+    keys, values, held = k, v, torch.ones(1, tokens, dtype=torch.bool, device=q.device)
+    if memory is not None:
+        past_k, past_v, past_held = memory.ordered()
+        keys, values = torch.cat([past_k.detach(), k], 2), torch.cat([past_v.detach(), v], 2)
+        held = torch.cat([past_held, held.expand(past_held.shape[0], -1)], 1)
+        j = torch.cat([torch.arange(-memory.capacity, 0, device=q.device), j])
+    seen = (j >= low[:, :, None]) & (j <= p[:, None]) & held[:, None, :]  # [B or 1, T, C + S]
+    own = segment_of(j, spec.segment_length, spec.segment_offset) == segment_of(
+        p, spec.segment_length, spec.segment_offset
+    ).unsqueeze(1)  # [T, C + S]: the pairs whose key takes a gradient when segments are detached
+
+    qw = q.to(work)
+    kw, vw = (x.to(work).repeat_interleave(group, 1) for x in (keys, values))
+    scores = qw @ kw.mT  # [B, Hq, T, C + S]
+    if spec.detach_segments:
+        scores = torch.where(own, scores, qw @ kw.detach().mT)
+    scores = scores * spec.scale
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(work)[:, None, None] * (p[:, None] - j)
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    weights = scores.softmax(-1)
+    if spec.detach_segments:
+        out = (weights * own) @ vw + (weights * ~own) @ vw.detach()
+    else:
+        out = weights @ vw
+    lse = scores.logsumexp(-1).to(torch.float32) if spec.return_lse else None
+    return out.to(q.dtype), lse
+
+
+def decode_attention(
+    q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes: Tensor | None, scale: float
+) -> Tensor:
+    """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
+    new, group = q.shape[2], q.shape[1] // memory.kv_heads
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    keys, values, held = memory.ordered()
+    kw, vw = (x.to(work).repeat_interleave(group, 1) for x in (keys, values))
+    j = torch.arange(-memory.capacity, 0, device=q.device)
+    p = torch.arange(-new, 0, device=q.device)
+    oldest = -visible.to(torch.int64)[:, None, None]
+    seen = (j >= oldest) & (j <= p[:, None]) & held[:, None, :]  # [B, n, C]
+    scores = (q.to(work) @ kw.mT) * scale
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes.to(work)[:, None, None] * (p[:, None] - j)
+    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    return (weights @ vw).to(q.dtype)

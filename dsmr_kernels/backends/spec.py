@@ -1,0 +1,16 @@
+"""What a backend is told beside the tensors."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The scalar arguments of one `memory_attention` call, checked and completed."""
+
+    horizon: int
+    segment_length: int | None
+    segment_offset: int
+    visibility: str
+    detach_segments: bool
+    scale: float
+    return_lse: bool
