@@ -1,0 +1,65 @@
+"""How a long job tells what it is doing: one live line on a terminal, now and then a plain line elsewhere."""
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+
+
+class ProgressLine:
+    """A context manager that shows the latest `update` in place on a terminal, or every `every` seconds in a log."""
+
+    def __init__(self, console: "Console | None" = None, *, every: float = 10.0) -> None:
+        from rich.console import Console
+
+        self.console = console or Console(stderr=True)
+        self.every = every
+        self._live: Live | None = None
+        self._said_at = -float("inf")
+
+    def __enter__(self) -> "ProgressLine":
+        if self.console.is_terminal:
+            from rich.live import Live
+
+            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.__exit__(kind, error, trace)
+            self._live = None
+
+    def update(self, line: str) -> None:
+        """Replace the live line, or print it if the last one was printed long enough ago."""
+        if self._live is not None:
+            from rich.text import Text
+
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+        elif time.monotonic() - self._said_at >= self.every:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        self._said_at = time.monotonic()
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds for a reader: "1:02:03" or "4:05"."""
+    whole = max(0, round(seconds))
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def size(nbytes: int) -> str:
+    """Bytes for a reader, in powers of ten: "12.6 MB"."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes} B"
