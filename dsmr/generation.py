@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # A model that never moves on in time would play one endless chord, and a length in seconds would never be reached:
 # after this many tokens on one instant the only tokens drawn are those that move time, where the grammar has them.
 TOKENS_ON_ONE_INSTANT = 512
-TIME_TYPES = frozenset({"TimeShift", "Rest", "Bar"})
+TIME_TYPES = ("TimeShift", "Bar", "Position")
 
 
 @dataclass(frozen=True)
@@ -140,41 +140,6 @@ def model_device(model: DSMRModel) -> torch.device:
     return next(model.parameters()).device
 
 
-class Grammar:
-    """What may follow what while playing on: the vocabulary's grammar, minus the end of the piece unless wanted."""
-
-    def __init__(self, vocabulary: Vocabulary, stop_at_end: bool) -> None:
-        self.vocabulary = vocabulary
-        self.stop_at_end = stop_at_end
-        self._allowed: dict[int, tuple[Tensor, bool]] = {}
-        names = [vocabulary.type_names[index] in TIME_TYPES for index in vocabulary.types]
-        self._moves_time = torch.tensor(names, dtype=torch.bool)
-
-    def _after(self, previous: int) -> tuple[Tensor, bool]:
-        if previous not in self._allowed:
-            allowed = torch.tensor(self.vocabulary.allowed_after(previous), dtype=torch.bool)
-            may_end = bool(allowed[self.vocabulary.eos_id])
-            if not self.stop_at_end:
-                allowed[self.vocabulary.eos_id] = False
-            self._allowed[previous] = (allowed, may_end)
-        return self._allowed[previous]
-
-    def may_end(self, previous: int) -> bool:
-        """Whether a piece may end after `previous`: never in the middle of a note."""
-        return previous == self.vocabulary.bos_id or self._after(previous)[1]
-
-    def allowed(self, previous: int, on_one_instant: int) -> Tensor:
-        """(V,) bool: the tokens that may follow `previous`, the last of `on_one_instant` tokens at the same time."""
-        allowed = self._after(previous)[0]
-        if on_one_instant >= TOKENS_ON_ONE_INSTANT:
-            moving = allowed & self._moves_time
-            if bool(moving.any()):
-                return moving
-        if not bool(allowed.any()):
-            raise UserError(f"nothing may follow {self.vocabulary.tokens[previous]} in this vocabulary's grammar")
-        return allowed
-
-
 def stream(
     model: DSMRModel,
     prompt: Prompt,
@@ -216,16 +181,15 @@ def stream(
     for name, value in (("max_tokens", max_tokens), ("seconds", seconds), ("notes", notes)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be 0 or more, got {value}")
-    limits = Limits(max_tokens, seconds, notes)
-    grammar = None if vocabulary is None else Grammar(vocabulary, stop_at_end)
-    return _stream(model, tokens, sampling, grammar, limits, state)
+    limits = Limits(seconds, notes)
+    progress = None if vocabulary is None else Progress(vocabulary, tokens, limits, stop_at_end)
+    return _stream(model, tokens, sampling, progress, max_tokens, state)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long to play; None is no limit."""
+    """How long to play, counted in music; None is no limit."""
 
-    tokens: int | None = None
     seconds: float | None = None
     notes: int | None = None
 
@@ -234,8 +198,8 @@ def _stream(
     model: DSMRModel,
     prompt: Tensor,
     sampling: Sampling,
-    grammar: Grammar | None,
-    limits: Limits,
+    progress: Progress | None,
+    max_tokens: int | None,
     state: DSMRState | None,
 ) -> Iterator[int]:
     was_training = model.training
@@ -244,10 +208,9 @@ def _stream(
         if state is None:
             state = model.new_state(1)
         generator = sampling.generator()
-        progress = None if grammar is None else Progress(grammar, prompt, limits)
         logits = prefill(model, prompt, state)
         made = 0
-        while limits.tokens is None or made < limits.tokens:
+        while max_tokens is None or made < max_tokens:
             if progress is not None and progress.reached():
                 return
             allowed = None if progress is None else progress.allowed()
@@ -256,54 +219,63 @@ def _stream(
                 return
             yield token
             made += 1
-            if limits.tokens is None or made < limits.tokens:
+            if max_tokens is None or made < max_tokens:
                 logits = step(model, token, state)
     finally:
         model.train(was_training)
 
 
 class Progress:
-    """How far a stream has come in seconds and notes, and where it may stop without breaking a note."""
+    """What may come next, how far the stream has come in seconds and notes, and where it may stop."""
 
-    def __init__(self, grammar: Grammar, prompt: Tensor, limits: Limits) -> None:
-        self.grammar = grammar
+    def __init__(self, vocabulary: Vocabulary, prompt: Tensor, limits: Limits, stop_at_end: bool) -> None:
+        from dsmr.data.vocabulary import StreamClock
+
+        self.vocabulary = vocabulary
         self.limits = limits
-        self.clock = stream_clock(grammar.vocabulary, prompt)
+        self.stop_at_end = stop_at_end
+        self.clock = StreamClock(vocabulary)
+        self.clock.extend(prompt.tolist())
+        self.grammar = vocabulary.grammar()
+        self.grammar.extend(prompt.tolist())
         self.began = self.now = self.clock.seconds
         self.notes = 0
         self.on_one_instant = 0
-        self.previous = int(prompt[-1])
+        self._moves_time = vocabulary.of_type(*TIME_TYPES)
 
     def allowed(self) -> Tensor:
-        return self.grammar.allowed(self.previous, self.on_one_instant)
+        """(V,) bool: the tokens that may come next."""
+        allowed = self.grammar.allowed()
+        if not self.stop_at_end:
+            allowed[self.vocabulary.eos_id] = False
+        if self.on_one_instant >= TOKENS_ON_ONE_INSTANT and (allowed & self._moves_time).any():
+            allowed &= self._moves_time
+        if not allowed.any():
+            raise UserError(f"nothing may follow {self.vocabulary.tokens[self.grammar.previous]} in this vocabulary")
+        return torch.from_numpy(allowed)
 
     def reached(self) -> bool:
         """Whether a length has been reached, at a place where a piece may end."""
-        late = self.limits.seconds is not None and self.now - self.began >= self.limits.seconds
         full = self.limits.notes is not None and self.notes >= self.limits.notes
-        return (late or full) and self.grammar.may_end(self.previous)
+        return (full or self._late(self.now)) and may_end(self.vocabulary, self.grammar.previous)
 
     def ends(self, token: int) -> bool:
         """Count `token`, drawn next; whether the stream ends before it (EOS, or time past the asked length)."""
-        vocabulary = self.grammar.vocabulary
-        if self.grammar.stop_at_end and token == vocabulary.eos_id:
+        if self.stop_at_end and token == self.vocabulary.eos_id:
             return True
         now = self.clock.push(token)
+        if self._late(now) and may_end(self.vocabulary, self.grammar.previous):
+            return True
         self.on_one_instant = 0 if now > self.now else self.on_one_instant + 1
         self.now = now
-        late = self.limits.seconds is not None and now - self.began >= self.limits.seconds
-        if late and self.grammar.may_end(self.previous):
-            return True
-        self.notes += bool(vocabulary.is_note[token])
-        self.previous = token
+        self.notes += bool(self.vocabulary.is_note[token])
+        self.grammar.push(token)
         return False
 
+    def _late(self, now: float) -> bool:
+        return self.limits.seconds is not None and now - self.began >= self.limits.seconds
 
-def stream_clock(vocabulary: Vocabulary, tokens: Tensor) -> Any:
-    """A `StreamClock` that has heard `tokens`."""
-    from dsmr.data.vocabulary import StreamClock
 
-    clock = StreamClock(vocabulary)
-    for token in tokens.tolist():
-        clock.push(token)
-    return clock
+def may_end(vocabulary: Vocabulary, previous: int) -> bool:
+    """Whether music may stop after the token `previous`: never in the middle of a note, never on a bare pause."""
+    return bool(vocabulary.allowed_after(previous)[vocabulary.eos_id])

@@ -1,4 +1,4 @@
-"""Draw notes as a piano roll: seconds across, pitch upwards, the prompt in one colour and what was played on in another.
+"""Draw notes as a piano roll: seconds across, pitch upwards, the prompt in one colour and its continuation in another.
 
 A long piece wraps into rows like the systems of a score, so that a note stays visible. Loud notes are strong, soft
 notes pale. Sections (for instance a rondo's refrains) may be shaded behind the notes.

@@ -1,0 +1,271 @@
+"""Continue a piece with a trained model: the start of a MIDI file in; the whole, the continuation and a picture out.
+
+Whatever ends the playing early (numbers that are not finite, Ctrl-C), what has been played until then is written.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsmr.devices import resolve_device
+from dsmr.errors import UserError
+from dsmr.files import atomic_path
+from dsmr.generation import Sampling, may_end, stream
+
+if TYPE_CHECKING:
+    from dsmr.data.vocabulary import Vocabulary
+    from dsmr.model import DSMRModel
+
+DEFAULT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Played:
+    """How far the playing has come: music made, and the seconds that it took."""
+
+    tokens: int = 0
+    notes: int = 0
+    seconds: float = 0.0
+    elapsed: float = 0.0
+
+    @property
+    def tokens_a_second(self) -> float:
+        return self.tokens / self.elapsed if self.elapsed > 0 else 0.0
+
+    @property
+    def times_real_time(self) -> float:
+        """Seconds of music for every second of computing: above 1, the model keeps up with its own playing."""
+        return self.seconds / self.elapsed if self.elapsed > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What `continue_piece` wrote, and how it went."""
+
+    whole: Path
+    continuation: Path
+    picture: Path
+    prompt_seconds: float
+    prompt_notes: int
+    played: Played
+    state_bytes: int
+    interrupted: bool  # Ctrl-C ended it before the asked length
+
+
+def continue_piece(
+    run_dir: str | os.PathLike[str],
+    prompt_midi: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    prompt_seconds: float | None = None,
+    seconds: float | None = None,
+    notes: int | None = None,
+    tokens: int | None = None,
+    sampling: Sampling | None = None,
+    stop_at_end: bool = False,
+    device: str = "auto",
+    on_progress: Callable[[Played], None] | None = None,
+) -> Continuation:
+    """Continue the first `prompt_seconds` of a MIDI file (all of it by default) with the model of a run directory.
+
+    Writes `out` (prompt and continuation), `<out's stem>-continuation.mid` (the continuation alone, from its own
+    second 0) and `<out's stem>.png` (piano roll). The continuation is `seconds` or `notes` or `tokens` long,
+    whichever comes first; 60 seconds where none is given. Raises `UserError` if the run or the prompt cannot be used,
+    or if the prompt is shorter than asked for.
+    """
+    from dsmr.data.tokenizer import encode_score, read_midi, rebuild
+
+    out = Path(out)
+    if seconds is None and notes is None and tokens is None:
+        seconds = DEFAULT_SECONDS
+    for name, value in (("prompt seconds", prompt_seconds), ("seconds", seconds), ("notes", notes), ("tokens", tokens)):
+        if value is not None and not value > 0:
+            raise UserError(f"{name} must be more than 0, got {value}")
+    _check_writable(out)
+    model, vocabulary = load_run(run_dir, device)
+    score = read_midi(prompt_midi)
+    encoded, _ = encode_score(score, rebuild(vocabulary))
+    piece = np.concatenate([[vocabulary.bos_id], np.asarray(encoded, dtype=np.int64)])
+    prompt = cut_prompt(piece, vocabulary, prompt_seconds, score_seconds(score), prompt_midi)
+
+    state = model.new_state(1)
+    made, played, trouble = _play(
+        stream(
+            model,
+            prompt,
+            sampling,
+            vocabulary,
+            max_tokens=tokens,
+            seconds=seconds,
+            notes=notes,
+            stop_at_end=stop_at_end,
+            state=state,
+        ),
+        prompt,
+        vocabulary,
+        on_progress,
+    )
+    if trouble is not None and played.notes == 0:
+        raise trouble
+    result = write_pieces(out, prompt, whole_notes(made, vocabulary), vocabulary)
+    if isinstance(trouble, UserError):
+        raise UserError(f"{trouble}; the {played.seconds:.1f} s played until then are in {out}") from trouble
+    return Continuation(*result, played=played, state_bytes=state.nbytes, interrupted=trouble is not None)
+
+
+def load_run(run_dir: str | os.PathLike[str], device: str = "auto") -> tuple[DSMRModel, Vocabulary]:
+    """The model (in evaluation mode) and the vocabulary of a run directory; `UserError` where they do not fit."""
+    from dsmr.data.vocabulary import Vocabulary
+    from dsmr.model import DSMRModel
+
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a run directory: there is no such folder")
+    missing = [name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} is not a run directory: it has no {' and no '.join(missing)}")
+    vocabulary = Vocabulary.load(folder / "tokenizer.json")
+    model = DSMRModel.from_pretrained(folder)
+    if model.config.vocab_size != vocabulary.size:
+        raise UserError(
+            f"the model in {folder} has {model.config.vocab_size} tokens but its tokenizer.json {vocabulary.size}: "
+            "they belong to different runs"
+        )
+    return model.to(resolve_device(device)).eval(), vocabulary
+
+
+def score_seconds(score: Any) -> float:
+    """Seconds until the last note of a score (at 120 quarters a minute) ends."""
+    ends = [note.time + note.duration for track in score.tracks for note in track.notes]
+    return max(ends, default=0) / (score.ticks_per_quarter * 2)
+
+
+def cut_prompt(
+    piece: np.ndarray,
+    vocabulary: Vocabulary,
+    prompt_seconds: float | None,
+    piece_seconds: float,
+    name: str | os.PathLike[str],
+) -> np.ndarray:
+    """The tokens of the first `prompt_seconds` of `piece` (which begins with BOS), whole notes only.
+
+    Raises `UserError` for a piece that is shorter than asked for, and for a prompt without a note.
+    """
+    prompt = piece
+    if prompt_seconds is not None:
+        if piece_seconds < prompt_seconds:
+            raise UserError(
+                f"{name} is {piece_seconds:.1f} s long, shorter than the prompt of {prompt_seconds:g} s asked for"
+            )
+        onsets = np.asarray(vocabulary.clock(piece))
+        late = np.flatnonzero(onsets >= prompt_seconds)
+        prompt = piece if not len(late) else piece[: late[0]]
+    prompt = np.concatenate([prompt[:1], whole_notes(prompt[1:], vocabulary)])
+    if vocabulary.count_notes(prompt) == 0:
+        first = "it" if prompt_seconds is None else f"its first {prompt_seconds:g} s"
+        raise UserError(f"{name} cannot be a prompt: {first} has no note")
+    return prompt
+
+
+def whole_notes(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """`tokens` without a note that is unfinished at their end."""
+    length = len(tokens)
+    while length and not may_end(vocabulary, int(tokens[length - 1])):
+        length -= 1
+    return tokens[:length]
+
+
+def _play(
+    playing: Iterator[int],
+    prompt: np.ndarray,
+    vocabulary: Vocabulary,
+    on_progress: Callable[[Played], None] | None,
+) -> tuple[np.ndarray, Played, BaseException | None]:
+    """Play until the stream ends or there is trouble; the tokens made, how far they came, and the trouble."""
+    from dsmr.data.vocabulary import StreamClock
+
+    clock = StreamClock(vocabulary)
+    clock.extend(prompt.tolist())
+    began, started = clock.seconds, time.perf_counter()
+    made: list[int] = []
+    notes, trouble = 0, None
+    played = Played()
+    try:
+        for token in playing:
+            made.append(token)
+            notes += bool(vocabulary.is_note[token])
+            now = clock.push(token)
+            played = Played(len(made), notes, now - began, time.perf_counter() - started)
+            if on_progress is not None:
+                on_progress(played)
+    except (UserError, KeyboardInterrupt) as error:
+        trouble = error
+    return np.array(made, dtype=np.int64), played, trouble
+
+
+def write_pieces(
+    out: Path, prompt: np.ndarray, made: np.ndarray, vocabulary: Vocabulary
+) -> tuple[Path, Path, Path, float, int]:
+    """Write the whole, the continuation alone, and the picture; their paths, the prompt's seconds and its notes."""
+    from dsmr.data.tokenizer import decode
+    from dsmr.pianoroll import draw_pianoroll, score_notes
+
+    beginning = decode(prompt, vocabulary)
+    whole = decode(np.concatenate([prompt, made]), vocabulary)
+    join = float(vocabulary.clock(prompt)[-1])
+    alone = without(whole, beginning, round(join * whole.ticks_per_quarter * 2))
+    paths = output_paths(out)
+    for score, path in ((whole, paths[0]), (alone, paths[1])):
+        with atomic_path(path) as temporary:
+            score.dump_midi(temporary)
+    # Durations come from the whole: with MIDILike a note of the prompt may end in the continuation.
+    everything, given = score_notes(whole), score_notes(beginning)
+    starts = {(note["onset"], note["pitch"]) for note in given}
+    is_prompt = np.array([(note["onset"], note["pitch"]) in starts for note in everything], dtype=bool)
+    draw_pianoroll(
+        paths[2],
+        everything[is_prompt],
+        continuation=everything[~is_prompt],
+        continuation_from=join,
+        title=f"{out.stem}: the prompt, continued",
+    )
+    return (*paths, join, int(vocabulary.count_notes(prompt)))
+
+
+def output_paths(out: Path) -> tuple[Path, Path, Path]:
+    """Where the whole, the continuation and the picture of `out` go."""
+    return out, out.with_name(f"{out.stem}-continuation.mid"), out.with_suffix(".png")
+
+
+def without(whole: Any, beginning: Any, join: int) -> Any:
+    """The notes and pedals of the score `whole` that `beginning` does not have, moved so that tick `join` becomes 0."""
+    alone = whole.copy()
+    had = {(note.time, note.pitch) for track in beginning.tracks for note in track.notes}
+    pedals_had = {pedal.time for track in beginning.tracks for pedal in track.pedals}
+    for track in alone.tracks:
+        notes = [note for note in track.notes if (note.time, note.pitch) not in had]
+        pedals = [pedal for pedal in track.pedals if pedal.time not in pedals_had]
+        for event in (*notes, *pedals):
+            event.time = max(0, event.time - join)
+        track.notes = type(track.notes)(notes)
+        track.pedals = type(track.pedals)(pedals)
+    return alone
+
+
+def _check_writable(out: Path) -> None:
+    """Fail before the work rather than after it: `out` must be a file name in a folder that can be written."""
+    if out.is_dir():
+        raise UserError(f"cannot write {out}: it is a folder, not a file name")
+    if out.suffix.lower() not in (".mid", ".midi"):
+        raise UserError(f"{out} must end in .mid, as the music is written as MIDI")
+    probe = out.with_name(f".{out.name}.probe")
+    with atomic_path(probe):
+        pass
+    probe.unlink(missing_ok=True)
