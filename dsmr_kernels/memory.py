@@ -1,8 +1,8 @@
 """A layer's memory: the keys and values of the newest tokens of each row's piece, in a ring.
 
 Positions are baked into the keys before they are stored, so attention over the memory does not care about order, and
-appending overwrites the oldest slots in place: nothing is rolled, nothing is concatenated. The token that is number t of
-its piece (from 0) lies in slot t % capacity; with `position` tokens seen, the slot of the token j < 0 tokens back is
+appending overwrites the oldest slots in place: nothing is rolled, nothing is concatenated. The token that is number t
+of its piece (from 0) lies in slot t % capacity; with `position` tokens seen, the slot of the token j < 0 tokens back is
 therefore (position + j) % capacity, in every backend.
 """
 
@@ -16,10 +16,7 @@ from torch import Tensor
 class Lease:
     """Held by a recorded attention call until its backward has run: the memory's contents are still needed."""
 
-    __slots__ = ("__weakref__", "version")
-
-    def __init__(self, version: int) -> None:
-        self.version = version
+    __slots__ = ("__weakref__",)
 
 
 def ring_slices(position: int, capacity: int, first: int, count: int) -> list[tuple[int, int]]:
@@ -63,7 +60,12 @@ class KVMemory:
         Raises:
             ValueError: if `batch` or `capacity` is negative, or `kv_heads` or `head_dim` is not positive.
         """
-        for name, value, least in (("batch", batch, 0), ("kv_heads", kv_heads, 1), ("capacity", capacity, 0), ("head_dim", head_dim, 1)):
+        for name, value, least in (
+            ("batch", batch, 0),
+            ("kv_heads", kv_heads, 1),
+            ("capacity", capacity, 0),
+            ("head_dim", head_dim, 1),
+        ):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
         # Zeros, not uninitialised: a slot that is not held is multiplied by a weight of 0, and 0 * NaN is NaN.
@@ -99,7 +101,7 @@ class KVMemory:
     def lease(self) -> Lease:
         """Ask that the present contents outlive the next `append`: as long as the lease lives, it copies before it
         writes."""
-        lease = Lease(self.k._version)
+        lease = Lease()
         self._leases.add(lease)
         return lease
 
@@ -123,14 +125,16 @@ class KVMemory:
         for name, tensor in (("k", k), ("v", v)):
             if tuple(tensor.shape) != expected:
                 raise ValueError(
-                    f"{name} must have shape (batch, kv_heads, S, head_dim) = ({self.batch}, {self.kv_heads}, S, {self.head_dim}), "
-                    f"S the same for k and v, to be appended to this memory; got {tuple(tensor.shape)}"
+                    f"{name} must have shape (batch, kv_heads, S, head_dim) = ({self.batch}, {self.kv_heads}, S, "
+                    f"{self.head_dim}), S the same for k and v, to be appended to this memory; got {tuple(tensor.shape)}"
                 )
             if tensor.dtype != self.k.dtype:
                 raise TypeError(f"{name} must have the memory's dtype {self.k.dtype}, got {tensor.dtype}")
         tokens = k.shape[2]
         if piece_start is not None and tuple(piece_start.shape) != (self.batch, tokens):
-            raise ValueError(f"piece_start must have shape (batch, S) = ({self.batch}, {tokens}), got {tuple(piece_start.shape)}")
+            raise ValueError(
+                f"piece_start must have shape (batch, S) = ({self.batch}, {tokens}), got {tuple(piece_start.shape)}"
+            )
         if tokens == 0:
             return
         if piece_start is None:
@@ -182,7 +186,9 @@ class KVMemory:
             self.position = torch.zeros_like(self.position)
             return
         if rows.dtype != torch.bool or tuple(rows.shape) != (self.batch,):
-            raise ValueError(f"rows must be a boolean mask of shape ({self.batch},), got {rows.dtype} of shape {tuple(rows.shape)}")
+            raise ValueError(
+                f"rows must be a boolean mask of shape ({self.batch},), got {rows.dtype} of shape {tuple(rows.shape)}"
+            )
         self.length = self.length.masked_fill(rows.to(self.length.device), 0)
         self.position = self.position.masked_fill(rows.to(self.position.device), 0)
 

@@ -68,9 +68,7 @@ def memory_attention(
     return out.to(q.dtype), lse
 
 
-def decode_attention(
-    q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes: Tensor | None, scale: float
-) -> Tensor:
+def decode_attention(q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes: Tensor | None, scale: float) -> Tensor:
     """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
     new, group = q.shape[2], q.shape[1] // memory.kv_heads
     work = torch.float64 if q.dtype == torch.float64 else torch.float32

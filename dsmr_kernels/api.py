@@ -1,0 +1,249 @@
+"""The two attention calls: check the arguments at the border, then hand them to a backend."""
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from dsmr_kernels.backends import choose
+from dsmr_kernels.backends.spec import AttentionSpec
+from dsmr_kernels.memory import KVMemory
+from dsmr_kernels.visibility import VISIBILITIES
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _check_integer(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
+    """The rules for every tensor beside q: floating dtype, device and layout of q."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of q, {like.dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on the device of q, {like.device}, got {tensor.device}")
+
+
+def _check_query(q: Tensor) -> None:
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q must be a tensor, got {type(q).__name__}")
+    if q.dim() != 4:
+        raise ValueError(f"q must have shape (batch, heads, tokens, head_dim), got {_shape(q)}")
+    if not q.dtype.is_floating_point:
+        raise TypeError(f"q must be of a floating dtype, got {q.dtype}")
+    if q.shape[1] < 1 or q.shape[3] < 1:
+        raise ValueError(f"q must have at least one head and a head_dim of at least 1, got shape {_shape(q)}")
+
+
+def _check_memory(memory: KVMemory, q: Tensor, kv_heads: int) -> None:
+    if not isinstance(memory, KVMemory):
+        raise TypeError(f"memory must be a KVMemory or None, got {type(memory).__name__}")
+    _check_tensor("memory.k", memory.k, q)
+    _check_tensor("memory.v", memory.v, q)
+    found = (memory.batch, memory.kv_heads, memory.head_dim)
+    expected = (q.shape[0], kv_heads, q.shape[3])
+    if found != expected:
+        raise ValueError(f"memory must have (batch, kv_heads, head_dim) = {expected} to fit q and k, got {found}")
+
+
+def _check_heads(q: Tensor, kv_heads: int) -> None:
+    if kv_heads < 1 or q.shape[1] % kv_heads:
+        raise ValueError(f"the {q.shape[1]} query heads must be a multiple of the KV heads, got {kv_heads} KV heads")
+
+
+def _check_alibi(slopes: Tensor, q: Tensor) -> None:
+    if not isinstance(slopes, Tensor) or tuple(slopes.shape) != (q.shape[1],) or not slopes.dtype.is_floating_point:
+        found = f"{slopes.dtype} of shape {_shape(slopes)}" if isinstance(slopes, Tensor) else type(slopes).__name__
+        raise ValueError(
+            f"alibi_slopes must be a floating tensor of shape ({q.shape[1]},), one a query head, got {found}"
+        )
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes are constants: they must not require a gradient")
+    if slopes.device != q.device:
+        raise ValueError(f"alibi_slopes must be on the device of q, {q.device}, got {slopes.device}")
+
+
+def _check_piece_start(piece_start: Tensor, k: Tensor) -> None:
+    if not isinstance(piece_start, Tensor) or piece_start.dtype != torch.int32:
+        found = str(piece_start.dtype) if isinstance(piece_start, Tensor) else type(piece_start).__name__
+        raise TypeError(f"piece_start must be an int32 tensor, got {found}")
+    expected = (k.shape[0], k.shape[2])
+    if tuple(piece_start.shape) != expected:
+        raise ValueError(
+            f"piece_start must have shape (batch, S) = {expected}, one entry a key, got {_shape(piece_start)}"
+        )
+    if piece_start.device != k.device:
+        raise ValueError(f"piece_start must be on the device of q, {k.device}, got {piece_start.device}")
+    if torch.compiler.is_compiling() or piece_start.device.type != "cpu" or piece_start.numel() == 0:
+        return  # looking at the values would make the device wait
+    tokens = torch.arange(k.shape[2], dtype=torch.int32)
+    late = piece_start > tokens
+    if late.any():
+        row, token = (int(i) for i in late.nonzero()[0])
+        raise ValueError(
+            "piece_start must not lie after its token, "
+            f"but in row {row} token {token} has piece_start {int(piece_start[row, token])}"
+        )
+    if (piece_start[:, 1:].clamp(min=-1) < piece_start[:, :-1].clamp(min=-1)).any():
+        raise ValueError("piece_start must not decrease along a row: a piece cannot go on after the next one has begun")
+
+
+@overload
+def memory_attention(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory | None = None, *, horizon: int) -> Tensor: ...
+@overload
+def memory_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: KVMemory | None = None,
+    *,
+    horizon: int,
+    segment_length: int | None = None,
+    segment_offset: int = 0,
+    visibility: str = "segment",
+    piece_start: Tensor | None = None,
+    detach_segments: bool = True,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def memory_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: KVMemory | None = None,
+    *,
+    horizon: int,
+    segment_length: int | None = None,
+    segment_offset: int = 0,
+    visibility: str = "segment",
+    piece_start: Tensor | None = None,
+    detach_segments: bool = True,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the current tokens over themselves, causally, and over the memory of the tokens before them.
+
+    One softmax covers both. Who sees whom is defined in `dsmr_kernels.visibility`. n segments in one call give the
+    outputs and gradients of n calls with the memory appended to in between.
+
+    Args:
+        q: (batch, Hq, T, head_dim); the queries are the last T of the S tokens.
+        k, v: (batch, Hkv, S, head_dim), S >= T, Hq a multiple of Hkv.
+        memory: the tokens before the call; read, never changed; the caller appends afterwards. None = none.
+        horizon: how many tokens before the segment (before the query, if sliding) a query sees, >= 0.
+        segment_length: tokens of a segment; None = the whole call lies in one segment.
+        segment_offset: how many tokens before the call its first segment began, >= 0 and < `segment_length`.
+        visibility: "segment" or "sliding".
+        piece_start: (batch, S) int32, for each token the index in this call of its piece's first token; negative =
+            the piece began before the call. It must not decrease along a row.
+        detach_segments: keys and values take gradients from queries of their own segment only, as the sequential
+            recurrence does it. Memory never takes a gradient.
+        scale: of the scores; default head_dim ** -0.5.
+        alibi_slopes: (Hq,); the scores of a key d tokens back are lowered by slope * d (Press et al., 2022).
+        return_lse: also return the natural log of the sum of exponentials of the scores, without a gradient.
+        backend: see `available_backends`; the environment variable DSMR_BACKEND sets the default.
+
+    Returns:
+        out (batch, Hq, T, head_dim) in q's dtype, or (out, lse), lse (batch, Hq, T) float32.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    _check_query(q)
+    _check_tensor("k", k, q)
+    _check_tensor("v", v, q)
+    batch, _, queries, dim = q.shape
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != dim:
+        raise ValueError(
+            f"k must have shape (batch, kv_heads, S, head_dim) = ({batch}, Hkv, S, {dim}), got {_shape(k)}"
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"v must have the shape of k, {_shape(k)}, got {_shape(v)}")
+    _check_heads(q, k.shape[1])
+    if k.shape[2] < queries:
+        raise ValueError(f"k must hold at least the {queries} tokens of q, got {k.shape[2]}")
+    _check_integer("horizon", horizon, 0)
+    _check_integer("segment_offset", segment_offset, 0)
+    if segment_length is not None:
+        _check_integer("segment_length", segment_length, 1)
+        if segment_offset >= segment_length:
+            raise ValueError(f"segment_offset must be < segment_length = {segment_length}, got {segment_offset}")
+    if visibility not in VISIBILITIES:
+        raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {visibility!r}")
+    if memory is not None:
+        _check_memory(memory, q, k.shape[1])
+    if piece_start is not None:
+        _check_piece_start(piece_start, k)
+    if alibi_slopes is not None:
+        _check_alibi(alibi_slopes, q)
+
+    spec = AttentionSpec(
+        horizon=horizon,
+        segment_length=segment_length,
+        segment_offset=segment_offset,
+        visibility=visibility,
+        detach_segments=detach_segments,
+        scale=dim**-0.5 if scale is None else float(scale),
+        return_lse=return_lse,
+    )
+    out, lse = choose(q, backend).memory_attention(q, k, v, memory, piece_start, alibi_slopes, spec)
+    return (out, lse) if return_lse else out
+
+
+def decode_attention(
+    q: Tensor,
+    memory: KVMemory,
+    *,
+    visible: Tensor | None = None,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of 1 to 16 new tokens, already appended to the memory, over the memory; causal among themselves.
+
+    Args:
+        q: (batch, Hq, n, head_dim), the n newest tokens.
+        memory: holds these tokens and the ones before.
+        visible: (batch,) int32, how many of the newest slots the last query of each row sees, itself included; query i
+            of n sees n - 1 - i fewer, from the same oldest one. Default: `memory.length`.
+        scale, alibi_slopes, backend: as in `memory_attention`.
+
+    Returns:
+        (batch, Hq, n, head_dim) in q's dtype. Gradients are not defined for it: the memory is detached.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    _check_query(q)
+    if memory is None:
+        raise TypeError("memory must be a KVMemory that holds the new tokens, got None")
+    _check_heads(q, memory.kv_heads)
+    _check_memory(memory, q, memory.kv_heads)
+    if not 1 <= q.shape[2] <= min(16, memory.capacity):
+        raise ValueError(
+            f"q must hold 1 to 16 new tokens, no more than the memory's capacity of {memory.capacity}, got {q.shape[2]}"
+        )
+    if visible is not None:
+        if visible.dtype != torch.int32 or tuple(visible.shape) != (q.shape[0],):
+            raise ValueError(
+                f"visible must be int32 of shape ({q.shape[0]},), got {visible.dtype} of shape {_shape(visible)}"
+            )
+        if visible.device != q.device:
+            raise ValueError(f"visible must be on the device of q, {q.device}, got {visible.device}")
+    if alibi_slopes is not None:
+        _check_alibi(alibi_slopes, q)
+    visible = memory.length if visible is None else torch.minimum(visible, memory.length)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    return choose(q, backend).decode_attention(q, memory, visible, alibi_slopes, scale)
