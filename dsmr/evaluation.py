@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dsmr.checkpoint import RunDirectory, load_settings
 from dsmr.devices import autocast, resolve_device, resolve_dtype
 from dsmr.errors import UserError
-from dsmr.files import read_json, write_json
+from dsmr.files import write_json
 from dsmr.loader import IGNORE
 
 if TYPE_CHECKING:
@@ -169,8 +170,7 @@ def evaluate_run(
     for needed in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (run / needed).is_file():
             raise UserError(f"{run} is not a trained run: it has no {needed}")
-    if data is None:
-        data = read_json(run / "train.json")["train"]["data"]
+    data = corpus_of_run(run) if data is None else data
     corpus = Corpus.open(data)
     own = Vocabulary.load(run / "tokenizer.json")
     if own.hash != corpus.vocabulary.hash:
@@ -193,6 +193,11 @@ def evaluate_run(
     folder = run if out is None else Path(out)
     report.write(folder / f"eval-{split}.json", folder / f"eval-{split}.png")
     return report
+
+
+def corpus_of_run(run: str | Path) -> Path:
+    """The corpus that a run directory says it was trained on."""
+    return Path(load_settings(RunDirectory(run))["train"]["data"])
 
 
 @torch.no_grad()

@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM as a wish to stop, which a long job grants between two steps."""
+
+import signal as signals
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class Stop:
+    """Which signal asked the job to end, if any."""
+
+    signal: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The signal's name, such as "SIGINT"; "nothing" if none came."""
+        return "nothing" if self.signal is None else signals.Signals(self.signal).name
+
+
+class StoppedError(Exception):
+    """Leaves a part of a job that a signal asked to end."""
+
+
+@contextmanager
+def graceful_stop() -> Iterator[Stop]:
+    """Note the first SIGINT or SIGTERM instead of dying of it; the second has its usual effect.
+
+    Outside the main thread, where Python lets nobody handle signals, it notes nothing.
+    """
+    stop = Stop()
+    former: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.signal = number
+        restore()
+
+    def restore() -> None:
+        while former:
+            signals.signal(*former.popitem())
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signals.SIGINT, signals.SIGTERM):
+            former[number] = signals.signal(number, note)
+    try:
+        yield stop
+    finally:
+        restore()
