@@ -22,6 +22,11 @@ from dsmr.files import atomic_path, describe, read_json, write_text
 FORMAT = 1
 
 
+def one_line(error: Exception) -> str:
+    """The first line of an error's message, which PyTorch likes to follow with many more."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class RunDirectory:
     """The files of one run, by name."""
 
@@ -106,8 +111,7 @@ def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
             torch.save({"format": FORMAT, **checkpoint}, temporary)
         except RuntimeError as error:
             # PyTorch's own writer does not say OSError when the disk is full.
-            reason = str(error).splitlines()[0]
-            raise UserError(f"cannot write {path}, perhaps because the disk is full: {reason}") from error
+            raise UserError(f"cannot write {path}, perhaps because the disk is full: {one_line(error)}") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {describe(error)}") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a checkpoint, or it is damaged: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is not a checkpoint of dsmr, or it is damaged") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
         raise UserError(f"{path} is a checkpoint of format {found}, but this version of dsmr reads format {FORMAT}")
@@ -151,11 +155,11 @@ def check_same_run(run: RunDirectory, then: Mapping[str, Any], now: Mapping[str,
             f"({then['corpus']['digest'][:16]}), but {now['train']['data']} holds {now['corpus']['name']} "
             f"({now['corpus']['digest'][:16]})"
         )
-    for part, keys in (("model", sorted({*then["model"], *now["model"]})), ("train", FIXED)):
-        for key in keys:
-            old, new = then[part].get(key), now[part].get(key)
-            if old != new:
-                raise UserError(f"cannot resume {run.path}: its {key} is {old}, but {new} was asked for")
+    pairs = [(key, then["model"].get(key), now["model"].get(key)) for key in {**then["model"], **now["model"]}]
+    pairs += [(key, then["train"].get(key), now["train"].get(key)) for key in FIXED]
+    for key, old, new in [*pairs, ("dtype", then["dtype"], now["dtype"])]:
+        if old != new:
+            raise UserError(f"cannot resume {run.path}: its {key} is {old}, but {new} was asked for")
 
 
 FIXED = ("batch_size", "segments_per_step", "seed", "augment")

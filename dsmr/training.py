@@ -22,6 +22,7 @@ from dsmr.checkpoint import (
     check_same_run,
     load_checkpoint,
     load_settings,
+    one_line,
     restore_rng,
     rng_state,
     save_checkpoint,
@@ -331,8 +332,7 @@ class _Training:
             self.saved_step = self.step
             restore_rng(checkpoint["rng"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"the checkpoint {self.directory.last} does not fit its run: {reason}") from error
+            raise UserError(f"the checkpoint {self.directory.last} does not fit its run: {one_line(error)}") from error
 
     def _draw(self, line: ProgressLine) -> None:
         if plots.available():
