@@ -175,10 +175,10 @@ def evaluate(
 def compare_with_trigram(report: Any, run: Path, data: Path | None, split: str) -> None:
     """Print the trigram's figures and who is ahead."""
     from dsmr.data.corpus import Corpus
-    from dsmr.evaluation import corpus_of_run
     from dsmr.ngram import evaluate_trigram
+    from dsmr.settings import TrainConfig
 
-    trigram = evaluate_trigram(Corpus.open(data or corpus_of_run(run)), split)
+    trigram = evaluate_trigram(Corpus.open(data or TrainConfig.of_run(run).data), split)
     ahead = trigram.nats_per_note - report.nats_per_note
     out = console()
     out.print(trigram.table())

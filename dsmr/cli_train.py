@@ -106,4 +106,6 @@ def train(
         raise UserError("name the corpus with --data (or go on with a former run with --resume)")
     else:
         config = TrainConfig(out=str(out), **given)
-    work(config, resume=resume, overwrite=overwrite)
+    result = work(config, resume=resume, overwrite=overwrite)
+    if result.exit_code:
+        raise SystemExit(result.exit_code)

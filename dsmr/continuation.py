@@ -17,13 +17,14 @@ import numpy as np
 from dsmr.devices import resolve_device
 from dsmr.errors import UserError
 from dsmr.files import atomic_path
-from dsmr.generation import Sampling, may_end, stream
+from dsmr.generation import Sampling, may_stop, stream
 
 if TYPE_CHECKING:
     from dsmr.data.vocabulary import Vocabulary
     from dsmr.model import DSMRModel
 
 DEFAULT_SECONDS = 60.0
+RING_ON = 2.0  # seconds for which notes that are still held when the playing breaks off ring on
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def cut_prompt(
 def whole_notes(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """`tokens` without a note that is unfinished at their end."""
     length = len(tokens)
-    while length and not may_end(vocabulary, int(tokens[length - 1])):
+    while length and not may_stop(vocabulary, int(tokens[length - 1])):
         length -= 1
     return tokens[:length]
 
@@ -220,6 +221,8 @@ def write_pieces(
     beginning = decode(prompt, vocabulary)
     whole = decode(np.concatenate([prompt, made]), vocabulary)
     join = float(vocabulary.clock(prompt)[-1])
+    if "NoteOff" in vocabulary.type_names:
+        let_go(whole, float(vocabulary.clock(np.concatenate([prompt, made]))[-1]) + RING_ON)
     alone = without(whole, beginning, round(join * whole.ticks_per_quarter * 2))
     paths = output_paths(out)
     for score, path in ((whole, paths[0]), (alone, paths[1])):
@@ -237,6 +240,14 @@ def write_pieces(
         title=f"{out.stem}: the prompt, continued",
     )
     return (*paths, join, int(vocabulary.count_notes(prompt)))
+
+
+def let_go(score: Any, seconds: float) -> None:
+    """End every note at `seconds` at the latest: where notes end by tokens, breaking off leaves some of them open."""
+    end = round(seconds * score.ticks_per_quarter * 2)
+    for track in score.tracks:
+        for note in track.notes:
+            note.duration = max(1, min(note.duration, end - note.time))
 
 
 def output_paths(out: Path) -> tuple[Path, Path, Path]:

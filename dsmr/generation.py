@@ -255,17 +255,17 @@ class Progress:
         return torch.from_numpy(allowed)
 
     def reached(self) -> bool:
-        """Whether a length has been reached, at a place where a piece may end."""
+        """Whether the asked notes are complete, or no second is left."""
         full = self.limits.notes is not None and self.notes >= self.limits.notes
-        return (full or self._late(self.now)) and may_end(self.vocabulary, self.grammar.previous)
+        return (full or self._late(self.now)) and may_stop(self.vocabulary, self.grammar.previous)
 
     def ends(self, token: int) -> bool:
         """Count `token`, drawn next; whether the stream ends before it (EOS, or time past the asked length)."""
         if self.stop_at_end and token == self.vocabulary.eos_id:
             return True
         now = self.clock.push(token)
-        if self._late(now) and may_end(self.vocabulary, self.grammar.previous):
-            return True
+        if self._late(now):
+            return True  # time never passes within a note's tokens, so none is broken here
         self.on_one_instant = 0 if now > self.now else self.on_one_instant + 1
         self.now = now
         self.notes += bool(self.vocabulary.is_note[token])
@@ -276,6 +276,8 @@ class Progress:
         return self.limits.seconds is not None and now - self.began >= self.limits.seconds
 
 
-def may_end(vocabulary: Vocabulary, previous: int) -> bool:
-    """Whether music may stop after the token `previous`: never in the middle of a note, never on a bare pause."""
-    return bool(vocabulary.allowed_after(previous)[vocabulary.eos_id])
+def may_stop(vocabulary: Vocabulary, previous: int) -> bool:
+    """Whether music may break off after the token `previous`: where the piece may end or time may pass, so never in
+    the middle of a note's tokens."""
+    after = vocabulary.allowed_after(previous)
+    return bool(after[vocabulary.eos_id] or (after & vocabulary.of_type(*TIME_TYPES)).any())
