@@ -1,7 +1,5 @@
 """The two attention calls: check the arguments at the border, then hand them to a backend."""
 
-from typing import overload
-
 import torch
 from torch import Tensor
 
@@ -96,26 +94,6 @@ def _check_piece_start(piece_start: Tensor, k: Tensor) -> None:
         raise ValueError("piece_start must not decrease along a row: a piece cannot go on after the next one has begun")
 
 
-@overload
-def memory_attention(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory | None = None, *, horizon: int) -> Tensor: ...
-@overload
-def memory_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory: KVMemory | None = None,
-    *,
-    horizon: int,
-    segment_length: int | None = None,
-    segment_offset: int = 0,
-    visibility: str = "segment",
-    piece_start: Tensor | None = None,
-    detach_segments: bool = True,
-    scale: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]: ...
 def memory_attention(
     q: Tensor,
     k: Tensor,

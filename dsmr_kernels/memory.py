@@ -126,7 +126,7 @@ class KVMemory:
             if tuple(tensor.shape) != expected:
                 raise ValueError(
                     f"{name} must have shape (batch, kv_heads, S, head_dim) = ({self.batch}, {self.kv_heads}, S, "
-                    f"{self.head_dim}), S the same for k and v, to be appended to this memory; got {tuple(tensor.shape)}"
+                    f"{self.head_dim}), S the same for k and v, to fit this memory; got {tuple(tensor.shape)}"
                 )
             if tensor.dtype != self.k.dtype:
                 raise TypeError(f"{name} must have the memory's dtype {self.k.dtype}, got {tensor.dtype}")

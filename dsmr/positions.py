@@ -1,0 +1,71 @@
+"""Positions in the piece: rotary angles, sinusoids, ALiBi slopes. Computed once a call and shared by all layers."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+POSITIONS = ("rope", "sinusoidal", "alibi", "none")
+
+
+def token_positions(seen: Tensor, tokens: int, piece_start: Tensor | None) -> Tensor:
+    """Position in its piece of each token of a call.
+
+    Args:
+        seen: (B,) int64, tokens of each row's piece before the call.
+        piece_start: (B, T) as in `memory_attention`.
+
+    Returns:
+        (B, T) int64.
+    """
+    index = torch.arange(tokens, device=seen.device)
+    positions = seen[:, None] + index
+    if piece_start is None:
+        return positions
+    return torch.where(piece_start >= 0, index - piece_start, positions)
+
+
+def _angles(positions: Tensor, dim: int, base: float) -> Tensor:
+    """(B, T) -> (B, T, dim // 2) angles in radians. In float64 where there is one: a stream plays on for ever, and
+    float32 would lose a whole turn after a few million tokens."""
+    wide = torch.float32 if positions.device.type == "mps" else torch.float64
+    exponent = torch.arange(0, dim, 2, dtype=wide, device=positions.device) / dim
+    return positions.to(wide)[..., None] * base**-exponent
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """cos and sin of the rotary angles of a call's tokens, (B, 1, T, head_dim // 2) float32 each."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, positions: Tensor, head_dim: int, base: float) -> "Rotary":
+        """Rotary embedding (Su et al., 2021) at `positions` (B, T)."""
+        angles = _angles(positions, head_dim, base)[:, None]
+        return cls(angles.cos().to(torch.float32), angles.sin().to(torch.float32))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Rotate x (B, H, T, head_dim) by pairing its two halves; in float32, returned in x's dtype."""
+        first, second = x.to(torch.float32).chunk(2, -1)
+        rotated = torch.cat([first * self.cos - second * self.sin, first * self.sin + second * self.cos], -1)
+        return rotated.to(x.dtype)
+
+
+def sinusoids(positions: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding (Vaswani et al., 2017) of positions (B, T): (B, T, dim) float32, sines then cosines."""
+    angles = _angles(positions, dim, 10000.0)
+    return torch.cat([angles.sin(), angles.cos()], -1).to(torch.float32)
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """ALiBi slopes (Press et al., 2022): (heads,) float32, a geometric sequence that ends at 2 ** -8; for a number of
+    heads that is not a power of two, the odd ones of the next finer sequence fill up."""
+
+    def geometric(count: int) -> list[float]:
+        return [2.0 ** (-8.0 * (i + 1) / count) for i in range(count)]
+
+    power = 2 ** int(math.log2(heads))
+    return torch.tensor(geometric(power) + geometric(2 * power)[::2][: heads - power])

@@ -1,0 +1,141 @@
+"""The state of a batch of streams: every layer's memory, and how far into the current segment the streams are."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmr.errors import UserError
+from dsmr.files import atomic_path
+from dsmr_kernels import KVMemory
+
+_FIELDS = ("k", "v", "length", "position")
+
+
+class DSMRState:
+    """Small, movable, savable; rows are independent streams.
+
+    While gradients are recorded, the tokens of the last call are appended only when the state is next looked at: by
+    then the backward has usually run, so the rings are written in place and never copied.
+
+    Args:
+        memories: one `KVMemory` a layer.
+        offset: tokens since the current segment began.
+        aligned: the memories hold no more than their horizons, so calls must begin with a segment.
+    """
+
+    def __init__(self, memories: list[KVMemory], *, offset: int = 0, aligned: bool = False) -> None:
+        self._memories = memories
+        self.offset = offset
+        self.aligned = aligned
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending_start: Tensor | None = None
+
+    @property
+    def memories(self) -> list[KVMemory]:
+        """Every layer's memory, with all tokens seen so far."""
+        pending, self._pending = self._pending, []
+        for memory, (k, v) in zip(self._memories, pending, strict=False):
+            memory.append(k, v, self._pending_start)
+        self._pending_start = None
+        return self._memories
+
+    @property
+    def batch(self) -> int:
+        return self._memories[0].batch
+
+    @property
+    def position(self) -> Tensor:
+        """(B,) int64, tokens of each row's current piece seen so far."""
+        return self.memories[0].position
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers' keys and values."""
+        return sum(memory.nbytes for memory in self._memories)
+
+    def take(
+        self, new: list[tuple[Tensor, Tensor]], piece_start: Tensor | None, segment_length: int, later: bool
+    ) -> None:
+        """Take in a call's keys and values (one pair a layer), at once or, with `later`, when next looked at."""
+        tokens = new[0][0].shape[2]
+        self._pending = [(k.detach(), v.detach()) for k, v in new]
+        self._pending_start = piece_start
+        self.offset = (self.offset + tokens) % segment_length
+        if not later:
+            _ = self.memories
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Forget, in all rows or in those where the boolean mask `rows` (B,) is true. A reset row is a fresh row, save
+        that segments go on in step with the other rows'; resetting all rows also begins a new segment."""
+        for memory in self.memories:
+            memory.reset(rows)
+        if rows is None:
+            self.offset = 0
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "DSMRState":
+        """The same state on another device or in another dtype."""
+        moved = [memory.to(device, dtype) for memory in self.memories]
+        return DSMRState(moved, offset=self.offset, aligned=self.aligned)
+
+    def clone(self) -> "DSMRState":
+        """An independent copy."""
+        return DSMRState([memory.clone() for memory in self.memories], offset=self.offset, aligned=self.aligned)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and integers only; the tensors are the state's own, not copies."""
+        layers = [{name: getattr(memory, name) for name in _FIELDS} for memory in self.memories]
+        return {"layers": layers, "offset": self.offset, "aligned": self.aligned}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, in place.
+
+        Raises:
+            ValueError: if the number of layers, a shape or a dtype differs from this state's.
+        """
+        layers = state["layers"]
+        memories = self.memories
+        if len(layers) != len(memories):
+            raise ValueError(f"the saved state has {len(layers)} layers, this one {len(memories)}")
+        for layer, (saved, memory) in enumerate(zip(layers, memories, strict=True)):
+            if saved["k"].shape != memory.k.shape or saved["k"].dtype != memory.k.dtype:
+                raise ValueError(
+                    f"layer {layer} of the saved state holds {saved['k'].dtype} of shape {tuple(saved['k'].shape)}, "
+                    f"this one {memory.k.dtype} of shape {tuple(memory.k.shape)}"
+                )
+        for saved, memory in zip(layers, memories, strict=True):
+            for name in _FIELDS:
+                current = getattr(memory, name)
+                setattr(memory, name, saved[name].to(current.device, copy=True))
+        self.offset, self.aligned = int(state["offset"]), bool(state["aligned"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to one file (safetensors), whole or not at all."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"{layer}.{name}": getattr(memory, name).contiguous()
+            for layer, memory in enumerate(self.memories)
+            for name in _FIELDS
+        }
+        metadata = {"offset": str(self.offset), "aligned": str(int(self.aligned)), "layers": str(len(self._memories))}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "DSMRState":
+        """Read what `save` wrote; `UserError` if the file is not a saved state."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                memories = [
+                    KVMemory(*(file.get_tensor(f"{layer}.{name}") for name in _FIELDS))
+                    for layer in range(int(metadata["layers"]))
+                ]
+                return cls(memories, offset=int(metadata["offset"]), aligned=metadata["aligned"] == "1")
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{path} is not a saved state: {error}") from error
