@@ -18,7 +18,7 @@ from dsmr.data.dice import Dice
 from dsmr.data.figures import Figure, accompany, draw_figure, sing
 from dsmr.data.harmony import Key, Passage
 from dsmr.data.melody import invented, own_theme
-from dsmr.data.performance import Clock, Played, Touch, ornamented, pedalled, play, settled
+from dsmr.data.performance import Clock, Played, Touch, held, ornamented, pedalled, play, settled
 from dsmr.data.themes import METRES, THEMES
 from dsmr.files import atomic_path
 
@@ -111,8 +111,8 @@ class _Span:
 
 
 @dataclass(frozen=True)
-class _Refrain:
-    """The refrain with all that a varied return needs: both hands as first performed, and the tempo curve."""
+class _Performance:
+    """A passage as performed: what a varied return needs of it are the two hands apart and the tempo curve."""
 
     passage: Passage
     melody: list[Played]
@@ -137,7 +137,7 @@ def _beat(notes: int, passage: Passage, density: float) -> float:
 
 def _perform(
     dice: Dice, passage: Passage, figure: Figure, density: float, loudness: float, thick: float, octaves: bool
-) -> _Refrain:
+) -> _Performance:
     """Perform a passage with an accompaniment figure, at the tempo that its number of notes suggests."""
     upper, lower = sing(dice, passage, thick, octaves), accompany(dice, figure, passage)
     touch = Touch.drawn(dice, _beat(len(upper) + len(lower), passage, density), loudness)
@@ -145,10 +145,10 @@ def _perform(
     melody = play(dice, upper, passage, clock, touch)
     harmony = play(dice, lower, passage, clock, touch)
     span = _joined(dice, melody + harmony, passage, clock, 5 + dice.below(20))
-    return _Refrain(passage, melody, harmony, clock, touch, span)
+    return _Performance(passage, melody, harmony, clock, touch, span)
 
 
-def _refrain(dice: Dice, theme_index: int, key: Key, density: float, longest: int) -> _Refrain:
+def _refrain(dice: Dice, theme_index: int, key: Key, density: float, longest: int) -> _Performance:
     """The piece's refrain, at most about `longest` hundredths of a second but never under eight bars."""
     theme = THEMES[theme_index]
     thick, octaves = dice.between(0.0, 0.6), dice.chance(0.3)
@@ -168,7 +168,7 @@ def _transposed(span: _Span, semitones: int) -> _Span:
     return _Span(notes, span.pedals, span.length)
 
 
-def _varied(dice: Dice, refrain: _Refrain) -> _Span:
+def _varied(dice: Dice, refrain: _Performance) -> _Span:
     """The refrain with an ornamented melody or with another accompaniment, the other hand exactly as before."""
     melody, harmony, passage = refrain.melody, refrain.harmony, refrain.passage
     if dice.chance(0.5):
@@ -186,7 +186,7 @@ class _Piece:
         self.dice = Dice(seed)
         self.form = form
         self.total = int(minutes * 6000)
-        self.scale = min(1.0, minutes / 3.0)
+        self.scale = min(1.0, minutes / 3.0) ** 2
         dice = self.dice.fork(1)
         theme_index = dice.below(len(THEMES))
         self.theme = THEMES[theme_index]
@@ -239,11 +239,11 @@ class _Piece:
         theme = self.refrain.passage
         return invented(dice, theme.key, theme.metre, theme.bars, True, theme.chords)
 
-    def performed(self, dice: Dice, passage: Passage, figure: Figure) -> _Span:
+    def played(self, dice: Dice, passage: Passage, figure: Figure) -> _Performance:
         """A fresh passage played with a touch of its own."""
         density = min(max(self.density * dice.between(0.85, 1.2), 6.5), 9.5)
         thick = dice.between(0.0, 0.5) if dice.chance(0.6) else 0.0
-        return _perform(dice, passage, figure, density, dice.between(38.0, 72.0), thick, dice.chance(0.3)).span
+        return _perform(dice, passage, figure, density, dice.between(38.0, 72.0), thick, dice.chance(0.3))
 
     def episode(self, dice: Dice, label: str, until: int) -> None:
         """Fresh phrases up to about time `until` and at least `GAP_NOTES` notes; a rondo's lead home at last."""
@@ -251,24 +251,30 @@ class _Piece:
         key, figure = self._related(dice), draw_figure(dice, self.metre)
         while True:
             if self.form == "variations":
-                span = self.performed(dice, self.variation(dice), draw_figure(dice, self.metre))
+                span = self.played(dice, self.variation(dice), draw_figure(dice, self.metre)).span
             else:
                 if dice.chance(0.4):
                     key, figure = self._related(dice), draw_figure(dice, self.metre)
                 passage = self.phrase(dice, key, dice.pick((8, 8, 4)), len(spans) % 2 == 1)
-                span = self.performed(dice, passage, figure)
+                span = self.played(dice, passage, figure).span
             spans.append(span)
             now, notes = now + span.length, notes + len(span.notes)
             if notes >= GAP_NOTES * self.scale and now + span.length // 2 >= until:
                 break
         if self.form == "rondo":
-            spans.append(self.performed(dice, self.phrase(dice, self.key, 4, False), figure))
+            spans.append(self.played(dice, self.phrase(dice, self.key, 4, False), figure).span)
         for i, span in enumerate(spans, 1):
             self.add(span, f"{label}{i}")
 
     def coda(self, dice: Dice) -> _Span:
-        """Eight closing bars in the home key."""
-        return self.performed(dice, self.phrase(dice, self.key, 8, True), draw_figure(dice, self.metre))
+        """Eight closing bars in the home key (four in a short piece), the last chord held."""
+        passage = self.phrase(dice, self.key, 8 if self.scale == 1.0 else 4, True)
+        played = self.played(dice, passage, draw_figure(dice, self.metre))
+        end = played.span.length + 80 + dice.below(60)
+        last_bar = int(played.clock.at(passage.length - passage.metre.bar)) - 5
+        *pedals, (down, _) = played.span.pedals
+        notes = held(played.melody + played.harmony, last_bar, end)
+        return _Span(settled(notes, end), [*pedals, (down, end - 2 - down)], end)
 
     def write(self) -> None:
         """Refrain, episodes and returns by turns, and a coda."""
@@ -309,7 +315,8 @@ class _Piece:
 def compose(seed: int, minutes: float | None = None, form: str | None = None) -> Composition:
     """Compose piece number `seed` (≥ 0): `minutes` long to within about a phrase (drawn between 3 and 8 if None).
 
-    `form` is "rondo" or "variations" (drawn if None). Pieces under three minutes have shorter episodes in proportion.
+    `form` is "rondo" or "variations" (drawn if None). Pieces under three minutes have shorter
+    episodes and may run half a minute over.
     """
     if not isinstance(seed, int | np.integer) or seed < 0:
         raise ValueError(f"seed must be an integer ≥ 0, not {seed!r}")

@@ -18,13 +18,13 @@ class Dice:
     """A reproducible source of chance, named by a seed and a path; `fork` gives independent dice for a sub-task."""
 
     def __init__(self, seed: int, *path: int) -> None:
-        self._name = (seed, *path)
-        self._bits = np.random.PCG64(np.random.SeedSequence(self._name))
+        self._seed, self._path = seed, path
+        self._bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=path))
         self._words: list[int] = []
 
     def fork(self, number: int) -> "Dice":
         """Dice of their own for sub-task `number`, the same however many throws were made here before."""
-        return Dice(*self._name, number)
+        return Dice(self._seed, *self._path, number)
 
     def unit(self) -> float:
         """A number in [0, 1)."""

@@ -51,7 +51,8 @@ def _grids(metre: Metre) -> tuple[tuple[int, float], ...]:
 
 def _wander(dice: Dice, count: int) -> list[tuple[int, ...]]:
     """`count` single voices that climb and fall at random."""
-    voice, voices = dice.pick((1, 2, 3)), []
+    voice = dice.pick((1, 2, 3))
+    voices: list[tuple[int, ...]] = []
     for _ in range(count):
         voices.append((voice,))
         voice += dice.pick((-2, -1, -1, 1, 1, 2))

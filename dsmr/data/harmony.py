@@ -93,7 +93,9 @@ def chords_of_roots(dice: Dice, roots: list[list[int]], metre: Metre) -> list[Ch
         for i, root in enumerate(wanted):
             share = left // (len(wanted) - i) // metre.beat * metre.beat
             length = left if i == len(wanted) - 1 else max(metre.beat, share)
-            chords.append(Chord(tick, length, root, dice.chance(0.5 if root == DOMINANT else 0.12)))
+            seventh = dice.chance(0.5 if root == DOMINANT else 0.12)
+            closing = bar == len(roots) - 1 and root == TONIC
+            chords.append(Chord(tick, length, root, seventh and not closing))
             tick, left = tick + length, left - length
     return chords
 

@@ -155,7 +155,8 @@ def own_theme(dice: Dice, theme: Theme, key: Key, phrases: int) -> Passage:
 
 def _rhythm(dice: Dice, metre: Metre) -> tuple[int, ...]:
     """Note lengths that fill one bar."""
-    cells, lengths, left = (_SIMPLE if metre.beat == QUARTER else _COMPOUND), [], metre.bar
+    cells, left = (_SIMPLE if metre.beat == QUARTER else _COMPOUND), metre.bar
+    lengths: list[int] = []
     while left:
         cell = dice.weigh(cells)
         if sum(cell) <= left:

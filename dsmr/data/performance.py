@@ -108,7 +108,7 @@ def settled(notes: Sequence[Played], end: int) -> list[Played]:
     """
     kept: list[Played] = []
     latest: dict[int, int] = {}
-    for note in sorted(notes):
+    for note in sorted(notes, key=lambda n: (n.onset, n.pitch, -n.length)):
         before = latest.get(note.pitch)
         if before is not None:
             gap = note.onset - kept[before].onset
@@ -135,6 +135,11 @@ def pedalled(dice: Dice, chords: Sequence[Chord], clock: Clock) -> list[tuple[in
         if up - down >= 10:
             pedals.append((down, up - down))
     return pedals
+
+
+def held(notes: Sequence[Played], since: int, end: int) -> list[Played]:
+    """The notes, those that begin at `since` or later ringing on to `end`, as under the last fermata of a piece."""
+    return [note._replace(length=end - 1 - note.onset) if note.onset >= since else note for note in notes]
 
 
 def ornamented(dice: Dice, melody: Sequence[Played], passage: Passage) -> list[Played]:
