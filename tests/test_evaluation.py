@@ -156,7 +156,7 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(tmp_path: Path) -> Non
         evaluate(model, corpus, "test")
     with pytest.raises(ValueError, match="batch_size"):
         evaluate(model, corpus, batch_size=0)
-    with pytest.raises(UserError, match="'train piece 0.mid' is not finite at token 2"):
+    with pytest.raises(UserError, match=r"'train piece 0\.mid' is not finite at token 2"):
         report_losses(corpus, "train", [0], [np.array([1.0, np.nan, 1.0])])
     model.config.vocab_size = 5
     with pytest.raises(UserError, match=f"knows 5 tokens, but the corpus tiny has {len(TOKENS)}"):
