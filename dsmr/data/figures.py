@@ -97,10 +97,11 @@ def draw_figure(dice: Dice, metre: Metre) -> Figure:
 
 
 def _voice(key: Key, figure: Figure, chord: Chord, voice: int) -> int:
-    """The pitch of one voice of the chord."""
+    """The pitch of one voice of the chord; the bass stays below the others."""
+    bass = chord.bass(key, figure.bass_floor)
     if voice <= 0:
-        return chord.bass(key, figure.bass_floor) + 12 * voice
-    upper = chord.pitches(key, figure.floor)
+        return bass + 12 * voice
+    upper = chord.pitches(key, max(figure.floor, bass + 3))
     octave, member = divmod(voice - 1, len(upper))
     return upper[member] + 12 * octave
 
