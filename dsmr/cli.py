@@ -41,6 +41,7 @@ Tokenizer = Annotated[
     str, typer.Option(help="tsd (10 ms grid, the default), midilike, remi, or tsd_pedal (with the sustain pedal).")
 ]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one for each core")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda, or cuda:N.")]
 Schedule = Annotated[
     str,
@@ -62,11 +63,12 @@ def prepare_midi(
     out: Out,
     tokenizer: Tokenizer = "tsd",
     jobs: Jobs = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """A folder of piano MIDI. Files that cannot be read are skipped, counted and named."""
     from dsmr.data import prepare as work
 
-    console().print(work.prepare_midi(folder, out, tokenizer=tokenizer, jobs=jobs).table())
+    console().print(work.prepare_midi(folder, out, tokenizer=tokenizer, jobs=jobs, overwrite=overwrite).table())
 
 
 @prepare.command("maestro")
@@ -82,13 +84,14 @@ def prepare_maestro(
     ] = False,
     tokenizer: Tokenizer = "tsd",
     jobs: Jobs = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """MAESTRO v3 with its official split (research use only, CC BY-NC-SA 4.0)."""
     from dsmr.data import prepare as work
 
     if source is None and not download:
         raise UserError("name the folder or archive that holds MAESTRO, or add --download to fetch it")
-    report = work.prepare_maestro(source, out, tokenizer=tokenizer, jobs=jobs, download=download)
+    report = work.prepare_maestro(source, out, tokenizer=tokenizer, jobs=jobs, download=download, overwrite=overwrite)
     console().print(report.table())
 
 
@@ -100,11 +103,12 @@ def prepare_composed(
     seed: Seed = 0,
     tokenizer: Tokenizer = "tsd",
     jobs: Jobs = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Pieces of the built-in composer: rondos and variations whose refrains return after thousands of tokens."""
     from dsmr.data import prepare as work
 
-    report = work.prepare_composed(out, pieces=pieces, seed=seed, tokenizer=tokenizer, jobs=jobs)
+    report = work.prepare_composed(out, pieces=pieces, seed=seed, tokenizer=tokenizer, jobs=jobs, overwrite=overwrite)
     console().print(report.table())
 
 

@@ -13,9 +13,9 @@ Number = float | None
 Whole = int | None
 
 
-def setting(help_text: str, name: str, **more: Any) -> Any:
+def setting(help_text: str, name: str) -> Any:
     """An option of `train` that shows the default of the `TrainConfig` field `name`."""
-    return typer.Option(help=help_text, show_default=TRAIN_DEFAULTS[name], **more)
+    return typer.Option(help=help_text, show_default=TRAIN_DEFAULTS[name])
 
 
 # The defaults of `TrainConfig`, which imports torch; tests hold them against it.
@@ -70,9 +70,7 @@ def train(
     dropout: Annotated[Number, setting("Share of the residual stream dropped in training.", "dropout")] = None,
     batch_size: Annotated[Whole, setting("Pieces read side by side.", "batch_size")] = None,
     segments_per_step: Annotated[Whole, setting("Segments of each piece in a step.", "segments_per_step")] = None,
-    augment: Annotated[
-        bool | None, setting("Transpose and stretch the training pieces on the fly.", "augment", is_flag=True)
-    ] = None,
+    augment: Annotated[bool | None, setting("Transpose and stretch the training pieces on the fly.", "augment")] = None,
     seed: Annotated[Whole, setting("The same seed trains the same model.", "seed")] = None,
     steps: Annotated[Whole, setting("Length in steps.", "steps")] = None,
     epochs: Annotated[Number, setting("Length in passes over the training split.", "epochs")] = None,

@@ -1,0 +1,148 @@
+"""The program: every command's help, what it prints, and bad input that ends in one sentence and exit code 1."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dsmr.cli import app
+from dsmr.cli_train import TRAIN_DEFAULTS
+from dsmr.terminal import command
+
+ROOT = Path(__file__).resolve().parent.parent
+TWO_SCALE = "two_scale(layers=2, long=64, short=16, n_long=1)"
+
+
+def dsmr(*arguments: str | Path):
+    """Run the program in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def says(result, *words: str) -> bool:
+    """Whether `result` failed with exit code 1 and one line on stderr that has all the words."""
+    lines = result.stderr.strip().splitlines()
+    return result.exit_code == 1 and len(lines) == 1 and all(word in lines[0] for word in words)
+
+
+COMMANDS = [
+    "train",
+    "eval",
+    "generate",
+    "budget",
+    "demo",
+    "pack",
+    "prepare midi",
+    "prepare maestro",
+    "prepare composed",
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name):
+    result = dsmr(*name.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout
+
+
+def test_wrong_usage_is_exit_code_2():
+    assert dsmr("nonsense").exit_code == 2
+    assert dsmr("budget").exit_code == 2
+    assert dsmr("budget", "--schedule", TWO_SCALE, "--heads", "many").exit_code == 2
+
+
+def test_start_up_is_light():
+    """Help must not wait for torch, and a machine without MidiTok must still get it."""
+    code = "import sys, dsmr.cli; print([m for m in ('torch', 'miditok', 'matplotlib', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_budget_prints_a_table_and_writes_json(tmp_path):
+    result = dsmr("budget", "--schedule", TWO_SCALE, "--json", tmp_path / "budget.json")
+    assert result.exit_code == 0
+    assert "ratio" in result.stdout
+    assert json.loads((tmp_path / "budget.json").read_text())["bytes"] == 2 * 64 * 2 * 8 * (64 + 16)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ("three_scale(layers=2)", ["three_scale", "unknown"]),
+        ("two_scale(layers=2", ["cannot be read"]),
+        ("two_scale(layers=2, long=64)", ["missing"]),
+        ("uniform(layers=2, horizon=-1)", ["horizon", "-1"]),
+    ],
+)
+def test_a_bad_schedule_is_a_sentence(schedule, words, tmp_path):
+    assert says(dsmr("budget", "--schedule", schedule), *words)
+    assert says(dsmr("train", "--data", tmp_path, "--schedule", schedule, "--out", tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_that_are_not_there_are_sentences(tmp_path):
+    missing = tmp_path / "missing"
+    assert says(dsmr("prepare", "midi", missing, "--out", tmp_path / "a"), "missing")
+    assert says(dsmr("prepare", "midi", tmp_path, "--out", tmp_path / "a"), "no MIDI file")
+    assert says(dsmr("prepare", "maestro", missing, "--out", tmp_path / "a"), "missing")
+    assert says(dsmr("prepare", "maestro"), "--download")
+    assert says(dsmr("train", "--data", missing, "--out", tmp_path / "b"), "missing")
+    assert says(dsmr("train", "--out", tmp_path / "b"), "--data")
+    assert says(dsmr("train", "--out", tmp_path / "b", "--resume"), "b")
+    assert says(dsmr("eval", missing), "missing")
+    assert says(dsmr("generate", missing, "--prompt", missing, "--out", tmp_path / "x.mid"), "missing")
+    assert says(dsmr("pack", missing, tmp_path / "c.dsmr"), "missing")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--top-p", "0"], ["top_p"]),
+        (["--seconds", "0"], ["seconds", "more than 0"]),
+        (["--out", "song.wav"], ["song.wav", ".mid"]),
+    ],
+)
+def test_bad_settings_of_generate_are_sentences(arguments, words, tmp_path):
+    assert says(dsmr("generate", tmp_path, "--prompt", "p.mid", "--out", tmp_path / "a.mid", *arguments), *words)
+
+
+def test_bad_choices_of_eval_are_sentences(tmp_path):
+    assert says(dsmr("eval", tmp_path, "--split", "dev"), "dev", "validation")
+    assert says(dsmr("eval", tmp_path, "--baseline", "oracle"), "oracle", "trigram")
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/self").exists(), reason="needs a path nobody can write")
+def test_an_unwritable_output_is_a_sentence():
+    assert says(dsmr("budget", "--schedule", TWO_SCALE, "--json", "/proc/nowhere/budget.json"), "/proc/nowhere")
+
+
+def test_ctrl_c_is_130_and_debug_shows_the_traceback(monkeypatch, capsys):
+    @command
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        interrupted()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "dsmr: interrupted\n"
+    monkeypatch.setenv("DSMR_DEBUG", "1")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+
+
+def test_the_defaults_shown_for_train_are_those_of_its_settings():
+    from dataclasses import fields
+
+    from dsmr.settings import TrainConfig
+
+    shown_in_words = {"d_ff", "augment", "steps", "epochs", "minutes", "warmup", "threads", "eval_every"}
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    assert set(TRAIN_DEFAULTS) <= set(defaults)
+    for name, shown in TRAIN_DEFAULTS.items():
+        if name not in shown_in_words:
+            assert shown == str(defaults[name])
