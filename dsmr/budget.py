@@ -72,11 +72,20 @@ class Budget:
             f"{self.segment_length:,} tokens ({self.visibility} visibility); attention FLOPs forward, memories full",
             show_footer=True,
         )
-        table.add_column("layer", "all", justify="right")
-        table.add_column("horizon", f"{sum(row.horizon for row in self.layers):,}", justify="right")
-        table.add_column("KV heads", justify="right")
-        table.add_column("memory", human_bytes(self.bytes), justify="right")
-        table.add_column("FLOPs a token", human_count(self.flops_per_token), justify="right")
+        longest = max(row.horizon for row in self.layers)
+        feet = {
+            "layer": ("all", "full", "ratio"),
+            "horizon": (f"{sum(row.horizon for row in self.layers):,}", f"{len(self.layers) * longest:,}", ""),
+            "KV heads": ("", str(self.n_heads), ""),
+            "memory": (human_bytes(self.bytes), human_bytes(self.full_bytes), f"{self.bytes_ratio:.3f}"),
+            "FLOPs a token": (
+                human_count(self.flops_per_token),
+                human_count(self.full_flops_per_token),
+                f"{self.flops_ratio:.3f}",
+            ),
+        }
+        for name, foot in feet.items():
+            table.add_column(name, "\n".join(foot), justify="right")
         for row in self.layers:
             table.add_row(
                 str(row.layer),
@@ -85,11 +94,6 @@ class Budget:
                 human_bytes(row.bytes),
                 human_count(row.flops_per_token),
             )
-        table.columns[0].footer = "all\nfull\nratio"
-        table.columns[1].footer += f"\n{len(self.layers) * max(row.horizon for row in self.layers):,}\n"
-        table.columns[2].footer = f"\n{self.n_heads}\n"
-        table.columns[3].footer += f"\n{human_bytes(self.full_bytes)}\n{self.bytes_ratio:.3f}"
-        table.columns[4].footer += f"\n{human_count(self.full_flops_per_token)}\n{self.flops_ratio:.3f}"
         return table
 
 

@@ -183,7 +183,7 @@ def _draw_notes(ax: Axes, notes: np.ndarray, colour: str, start: float, end: flo
     corners = np.stack([left, bottom, left, top, right, top, right, bottom], axis=-1).reshape(-1, 4, 2)
     strength = 0.45 + 0.55 * np.clip(shown["velocity"] / 110.0, 0.0, 1.0)
     shades = np.concatenate([np.tile(to_rgb(colour), (len(shown), 1)), strength[:, None]], axis=1)
-    ax.add_collection(PolyCollection(corners, facecolors=shades, edgecolors="white", linewidths=0.15, zorder=3))
+    ax.add_collection(PolyCollection(list(corners), facecolors=shades, edgecolors="white", linewidths=0.15, zorder=3))
 
 
 def _draw_legend(ax: Axes, above_sections: bool) -> None:
