@@ -159,7 +159,7 @@ class MemorySchedule:
         """Read a schedule from its text, for example "two_scale(layers=12, long=4096, short=512, n_long=3)".
 
         Raises:
-            ValueError: if the text is not a call, its name is unknown, or an argument is missing, unknown or out of range.
+            ValueError: if the text is not a call, or its name or an argument is unknown, missing or out of range.
         """
         if isinstance(text, MemorySchedule):
             return text
@@ -214,7 +214,7 @@ class MemorySchedule:
         )
 
     def budget_bytes(self, *, n_heads: int, head_dim: int, bytes_per_element: int = 2, batch: int = 1) -> int:
-        """Bytes of recurrent state: 2 * batch * head_dim * bytes_per_element * sum of horizon * KV heads over layers."""
+        """Bytes of recurrent state: 2 * batch * head_dim * bytes_per_element * sum of horizon * kv_heads."""
         return sum(
             self.layer_bytes(n_heads=n_heads, head_dim=head_dim, bytes_per_element=bytes_per_element, batch=batch)
         )

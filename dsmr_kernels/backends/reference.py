@@ -16,6 +16,10 @@ def unsupported(q: Tensor) -> str | None:
     return None
 
 
+def _work_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
 def memory_attention(
     q: Tensor,
     k: Tensor,
@@ -24,10 +28,15 @@ def memory_attention(
     piece_start: Tensor | None,
     alibi_slopes: Tensor | None,
     spec: AttentionSpec,
+    work: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `dsmr_kernels.memory_attention`; arguments are taken as checked."""
+    """See `dsmr_kernels.memory_attention`; arguments are taken as checked.
+
+    `work` is the dtype that it computes in: by default at least float32. In q's own low precision it is what a user
+    would write by hand, and so the yardstick of the project's tolerances.
+    """
+    work = work or _work_dtype(q)
     queries, tokens, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
     p = torch.arange(tokens - queries, tokens, device=q.device)  # [T]
     j = torch.arange(tokens, device=q.device)  # [S]
     low = lowest_visible(
@@ -71,7 +80,7 @@ def memory_attention(
 def decode_attention(q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes: Tensor | None, scale: float) -> Tensor:
     """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
     new, group = q.shape[2], q.shape[1] // memory.kv_heads
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    work = _work_dtype(q)
     keys, values, held = memory.ordered()
     kw, vw = (x.to(work).repeat_interleave(group, 1) for x in (keys, values))
     j = torch.arange(-memory.capacity, 0, device=q.device)

@@ -1,0 +1,37 @@
+# Every target makes its own environment in .venv when it is missing: no set-up comes before them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+DEMO ?= demo
+# Rounds and shapes of `make bench`: full, or quick (about a minute).
+BENCH ?= full
+
+.PHONY: demo test bench lint format clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)  ## compose a corpus, train two models on it, measure them, continue a piece, draw
+	$(BIN)/dsmr demo --out $(DEMO)
+
+test: $(READY)  ## the whole test suite
+	$(BIN)/python -m pytest tests -n auto --dist worksteal -q
+
+bench: $(READY)  ## the benchmarks: each checks its result against the reference before it is timed
+	DSMR_BENCH=$(BENCH) $(BIN)/python -m pytest benchmarks --benchmark-only -q
+
+lint: $(READY)  ## style, unused code, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and what the tools leave behind
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .benchmarks build *.egg-info
+
+$(READY): setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,92 @@
+"""What a call's queries see, as plain integers: runs of queries, and where their keys lie in storage."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsmr_kernels.backends.spec import AttentionSpec
+from dsmr_kernels.memory import KVMemory, ring_slices
+from dsmr_kernels.visibility import Run, runs_of_row
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that share a plan: the same runs and the same write position in the ring."""
+
+    rows: slice
+    position: int
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Keys and values of a tile that lie side by side: columns `column` ... of its scores.
+
+    `start` is their first index along the token axis of the storage that they lie in, the memory's or the call's.
+    """
+
+    memory: bool
+    start: int
+    stop: int
+    column: int
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.column, self.column + self.stop - self.start)
+
+
+def _piece_starts(piece_start: Tensor | None, rows: int) -> list[list[tuple[int, int]]]:
+    """For each row, (first token, piece start) of each piece that it touches."""
+    if piece_start is None:
+        return [[(0, -1)]] * rows
+    starts = piece_start.to("cpu", torch.int64).clamp(min=-1)
+    result: list[list[tuple[int, int]]] = [[(0, int(first))] for first in starts[:, 0].tolist()]
+    changes = (starts[:, 1:] != starts[:, :-1]).nonzero()
+    for (row, token), value in zip(changes.tolist(), starts[:, 1:][tuple(changes.T)].tolist(), strict=True):
+        result[row].append((token + 1, value))
+    return result
+
+
+def plan_call(
+    q: Tensor, k: Tensor, memory: KVMemory | None, piece_start: Tensor | None, spec: AttentionSpec
+) -> list[Group]:
+    """Group the rows by what they see. Rows in the same situation, the usual case, make one group."""
+    rows, queries = q.shape[0], range(k.shape[2] - q.shape[2], k.shape[2])
+    capacity = 0 if memory is None else memory.capacity
+    held = [0] * rows if memory is None else memory.length.tolist()
+    ring = [0] * rows if memory is None or capacity == 0 else memory.position.remainder(capacity).tolist()
+    pieces = _piece_starts(piece_start, rows)
+    situations = [(held[row], ring[row], tuple(pieces[row])) for row in range(rows)]
+    if rows and all(situation == situations[0] for situation in situations):
+        spans = [slice(0, rows)]
+    else:
+        spans = [slice(row, row + 1) for row in range(rows)]
+    return [
+        Group(
+            span,
+            ring[span.start],
+            runs_of_row(
+                queries,
+                pieces[span.start],
+                held[span.start],
+                horizon=spec.horizon,
+                segment_length=spec.segment_length,
+                segment_offset=spec.segment_offset,
+                visibility=spec.visibility,
+            ),
+        )
+        for span in spans
+    ]
+
+
+def sources_of(low: int, stop: int, position: int, capacity: int) -> list[Source]:
+    """Where the keys low ... stop - 1 lie: at most two stretches of the ring, and one of the call."""
+    sources, column = [], 0
+    if low < 0:
+        for start, end in ring_slices(position, capacity, low, min(stop, 0) - low):
+            sources.append(Source(True, start, end, column))
+            column += end - start
+    if stop > 0:
+        sources.append(Source(False, max(low, 0), stop, column))
+    return sources

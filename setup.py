@@ -1,0 +1,38 @@
+"""The package definition; tool settings are in pyproject.toml, versions known to work together in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+BENCH = ["pytest>=8", "pytest-benchmark>=5"]
+
+setup(
+    name="dsmr",
+    version="0.1.0",
+    description="Transformers that read whole pieces of music in bounded memory, with a memory horizon for every layer",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["dsmr", "dsmr.*", "dsmr_kernels", "dsmr_kernels.*"]),
+    package_data={"dsmr": ["py.typed"], "dsmr_kernels": ["py.typed"]},
+    install_requires=["torch>=2.11", "numpy>=1.26", "safetensors>=0.4", "rich>=13", "typer>=0.12"],
+    extras_require={
+        # MidiTok reads and writes MIDI, matplotlib draws; training on a prepared corpus needs neither.
+        "music": ["miditok>=3.1", "matplotlib>=3.8"],
+        "triton": ['triton>=3.6; sys_platform == "linux"'],
+        "bench": BENCH,
+        "dev": [
+            *BENCH,
+            "hypothesis>=6",
+            "pytest-xdist>=3",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "miditok>=3.1",
+            "matplotlib>=3.8",
+        ],
+    },
+    entry_points={"console_scripts": ["dsmr = dsmr.cli:main"]},
+    zip_safe=False,
+)

@@ -1,0 +1,368 @@
+"""Every backend agrees with the oracle, forward and backward; the oracle agrees with the definition, pair by pair."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsmr_kernels import KVMemory, available_backends, memory_attention
+from dsmr_kernels.testing import Case, assert_agrees_with_oracle, error, random_case, run
+
+BACKENDS = [name for name in available_backends() if name != "triton"]
+fast = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+every = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def pieces(*rows: list[int]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+CASES = {
+    "memory full": {"seen": [40, 40], "horizon": 40},
+    "memory wrapped": {"seen": [57, 57], "horizon": 40},
+    "memory part full": {"seen": [13, 13], "horizon": 40},
+    "memory empty": {"seen": [0, 0], "horizon": 40},
+    "no memory": {"horizon": 40},
+    "rows differ": {"seen": [57, 7], "horizon": 40},
+    "one row empty": {"seen": [0, 95], "horizon": 40},
+    "horizon 0": {"seen": [57, 57], "horizon": 0},
+    "horizon 1": {"seen": [57, 57], "horizon": 1},
+    "horizon below capacity": {"seen": [57, 57], "horizon": 17},
+    "horizon above capacity": {"seen": [57, 57], "horizon": 100},
+    "segments": {"seen": [57, 30], "horizon": 17, "segment_length": 7},
+    "segments, horizon spans several": {"seen": [57, 30], "horizon": 40, "segment_length": 5},
+    "segment of one": {"seen": [57, 57], "horizon": 3, "segment_length": 1},
+    "begins within a segment": {"seen": [57, 30], "horizon": 17, "segment_length": 9, "segment_offset": 4},
+    "begins within an endless segment": {"seen": [57, 30], "horizon": 17, "segment_offset": 4},
+    "gradients across segments": {"seen": [57, 30], "horizon": 17, "segment_length": 7, "detach_segments": False},
+    "sliding": {"seen": [57, 30], "horizon": 17, "visibility": "sliding"},
+    "sliding, segments detached": {"seen": [57, 30], "horizon": 17, "visibility": "sliding", "segment_length": 7},
+    "sliding, not detached": {
+        "seen": [57, 30],
+        "horizon": 17,
+        "visibility": "sliding",
+        "segment_length": 7,
+        "detach_segments": False,
+    },
+    "sliding, horizon 0": {"seen": [57, 30], "horizon": 0, "visibility": "sliding"},
+    "sliding, horizon 1": {"seen": [57, 30], "horizon": 1, "visibility": "sliding"},
+    "sliding, all": {"seen": [57, 30], "horizon": 200, "visibility": "sliding"},
+    "two pieces in a segment": {
+        "seen": [57, 30],
+        "horizon": 40,
+        "piece_start": pieces([-1] * 12 + [12] * 21, [-5] * 33),
+    },
+    "pieces and segments": {
+        "seen": [57, 30],
+        "horizon": 20,
+        "segment_length": 8,
+        "piece_start": pieces([0] * 3 + [3] * 17 + [20] * 13, [-1] * 31 + [31] * 2),
+    },
+    "pieces, sliding": {
+        "seen": [57, 30],
+        "horizon": 9,
+        "visibility": "sliding",
+        "piece_start": pieces([0] * 3 + [3] * 17 + [20] * 13, [-1] * 31 + [31] * 2),
+    },
+    "more keys than queries": {"seen": [57, 30], "horizon": 17, "queries": 12, "tokens": 33},
+    "more keys than queries, segments": {
+        "seen": [57, 30],
+        "horizon": 17,
+        "queries": 12,
+        "tokens": 33,
+        "segment_length": 10,
+        "segment_offset": 3,
+    },
+    "more keys than queries, not detached": {
+        "horizon": 30,
+        "queries": 12,
+        "tokens": 33,
+        "segment_length": 10,
+        "detach_segments": False,
+    },
+    "one query": {"seen": [57, 30], "horizon": 40, "queries": 1},
+    "no batch": {"batch": 0, "seen": [], "horizon": 40},
+    "no queries": {"seen": [57, 30], "horizon": 40, "queries": 0},
+    "multi-head": {"heads": 3, "kv_heads": 3, "seen": [57, 57], "horizon": 40, "segment_length": 20},
+    "multi-query": {"heads": 8, "kv_heads": 1, "seen": [57, 30], "horizon": 40, "segment_length": 20},
+    "odd head_dim": {"head_dim": 23, "seen": [57, 30], "horizon": 40, "segment_length": 20},
+    "own scale": {"seen": [57, 30], "horizon": 40, "scale": 0.3},
+    "alibi": {"seen": [57, 30], "horizon": 40, "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
+    "alibi, segments": {
+        "seen": [57, 30],
+        "horizon": 17,
+        "segment_length": 7,
+        "segment_offset": 2,
+        "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]),
+    },
+}
+
+
+@fast
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_backend_agrees_with_oracle(name: str, dtype: torch.dtype, backend: str) -> None:
+    assert_agrees_with_oracle(random_case(dtype=dtype, **CASES[name]), backend)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_oracle_agrees_with_the_definition_pair_by_pair(name: str) -> None:
+    case = random_case(dtype=torch.float64, **CASES[name])
+    out = memory_attention(case.q, case.k, case.v, case.memory, **case.options, backend="reference")
+    options = {"segment_length": None, "segment_offset": 0, "visibility": "segment", **case.options}
+    length, offset, horizon = (options[name] for name in ("segment_length", "segment_offset", "horizon"))
+    batch, heads, queries, dim = case.q.shape
+    tokens, group = case.k.shape[2], heads // case.k.shape[1]
+    slopes, starts = options.get("alibi_slopes"), options.get("piece_start")
+    for b in range(batch):
+        held = 0 if case.memory is None else int(case.memory.length[b])
+        past_k, past_v, _ = case.memory.ordered() if case.memory is not None else (case.k, case.v, None)
+        for p in range(tokens - queries, tokens):
+            segment = 0 if length is None else (p + offset) // length
+            low = p - horizon if options["visibility"] == "sliding" else segment * (length or 0) - offset - horizon
+            if starts is not None and starts[b, p] >= 0:
+                low = max(low, int(starts[b, p]))
+            for h in range(heads):
+                seen = range(max(low, -held), p + 1)
+                keys = torch.stack([(past_k if j < 0 else case.k)[b, h // group, j] for j in seen])
+                values = torch.stack([(past_v if j < 0 else case.v)[b, h // group, j] for j in seen])
+                row = p - (tokens - queries)
+                scores = keys @ case.q[b, h, row] * options.get("scale", dim**-0.5)
+                if slopes is not None:
+                    scores = scores - slopes[h].double() * torch.tensor([p - j for j in seen])
+                assert error(out[b, h, row], scores.softmax(0) @ values) < 1e-12
+
+
+@every
+@pytest.mark.parametrize("seed", range(3))
+def test_no_gradient_reaches_memory_or_other_segments(backend: str, seed: int) -> None:
+    case = random_case(seen=[57, 57], horizon=40, segment_length=11, seed=seed)
+    k, v = case.k.requires_grad_(), case.v.requires_grad_()
+    out = memory_attention(case.q, k, v, case.memory, **case.options, backend=backend)
+    out[:, :, 11:22].sum().backward()  # the second of three segments
+    for grad in (k.grad, v.grad):
+        assert not grad[:, :, :11].any()
+        assert grad[:, :, 11:22].any()
+        assert not grad[:, :, 22:].any()
+
+
+@every
+@pytest.mark.parametrize("visibility", ["segment", "sliding"])
+@pytest.mark.parametrize(("capacity", "horizon", "length"), [(13, 13, 8), (40, 31, 8), (5, 5, 16), (64, 64, 1)])
+def test_segments_in_one_call_equal_sequential_calls(
+    backend: str, visibility: str, capacity: int, horizon: int, length: int
+) -> None:
+    case = random_case(queries=4 * length + 3, seen=[57, 6], capacity=capacity, dtype=torch.float64)
+    whole_memory, memory = case.memory.clone(), case.memory.clone()
+    options = {"horizon": horizon, "visibility": visibility, "backend": backend}
+    whole = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    out = memory_attention(*whole, whole_memory, segment_length=length, **options)
+    out.backward(case.grad)
+    whole_memory.append(whole[1], whole[2])
+    parts = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    outs = []
+    for begin in range(0, case.q.shape[2], length):
+        q, k, v = (x[:, :, begin : begin + length] for x in parts)
+        outs.append(memory_attention(q, k, v, memory, **options))
+        outs[-1].backward(case.grad[:, :, begin : begin + length])
+        memory.append(k, v)
+    assert error(torch.cat(outs, 2), out) < 1e-12
+    for one, many in zip(whole, parts, strict=True):
+        assert error(many.grad, one.grad) < 1e-12
+    for name in ("k", "v", "length", "position"):
+        assert torch.equal(getattr(memory, name), getattr(whole_memory, name))
+
+
+@every
+def test_backward_may_come_after_the_memory_has_moved_on(backend: str) -> None:
+    """The usual order is forward, append, backward: the append must not disturb what the backward reads."""
+    case = random_case(seen=[57, 57], horizon=40, dtype=torch.float64)
+    exact = run(case, "reference")
+    leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    out = memory_attention(*leaves, case.memory, horizon=40, backend=backend)
+    case.memory.append(leaves[1], leaves[2])
+    out.backward(case.grad)
+    for leaf, name in zip(leaves, ("dq", "dk", "dv"), strict=True):
+        assert error(leaf.grad, exact[name]) < 1e-12
+
+
+@fast
+def test_memory_written_behind_the_back_of_a_backward_is_an_error(backend: str) -> None:
+    case = random_case(seen=[57, 57], horizon=40)
+    q = case.q.requires_grad_()
+    out = memory_attention(q, case.k, case.v, case.memory, horizon=40, backend=backend)
+    case.memory.k.zero_()
+    with pytest.raises(RuntimeError, match="written to in place"):
+        out.sum().backward()
+
+
+@fast
+def test_double_backward_is_refused_with_a_sentence(backend: str) -> None:
+    case = random_case(seen=[57, 57], horizon=40)
+    q = case.q.requires_grad_()
+    out = memory_attention(q, case.k, case.v, case.memory, horizon=40, backend=backend)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        dq.sum().backward()
+
+
+@fast
+@pytest.mark.parametrize("layout", ["tokens before heads", "padded head_dim", "batch expanded"])
+def test_any_strides_with_a_contiguous_last_dimension(backend: str, layout: str) -> None:
+    case = random_case(seen=[57, 30], horizon=17, segment_length=9)
+    expected = run(case, backend)
+    if layout == "tokens before heads":
+        tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (case.q, case.k, case.v, case.grad)]
+    elif layout == "padded head_dim":
+        tensors = [torch.cat([x, x], -1)[..., : x.shape[-1]] for x in (case.q, case.k, case.v, case.grad)]
+    else:
+        tensors = [x[:1].expand(2, -1, -1, -1) for x in (case.q, case.k, case.v, case.grad)]
+        expected = run(
+            Case(*(x.contiguous() for x in tensors[:3]), case.memory, tensors[3].contiguous(), case.options), backend
+        )
+    found = run(Case(*tensors[:3], case.memory, tensors[3], case.options), backend)
+    for name, value in found.items():
+        assert error(value, expected[name]) < 1e-6
+
+
+@fast
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sizes_that_need_several_tiles(backend: str, dtype: torch.dtype) -> None:
+    """Long enough that a run is cut into tiles and a head's scores fill the scratch."""
+    case = random_case(
+        batch=1,
+        heads=2,
+        kv_heads=1,
+        queries=700,
+        capacity=3000,
+        seen=[4500],
+        horizon=3000,
+        segment_length=600,
+        dtype=dtype,
+    )
+    assert_agrees_with_oracle(case, backend)
+
+
+@fast
+def test_without_the_private_flash_kernel_results_stay(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend != "sdpa":
+        pytest.skip("only sdpa uses it")
+    monkeypatch.setattr("dsmr_kernels.backends.sdpa.fused._FLASH", None)
+    assert_agrees_with_oracle(random_case(seen=[57, 30], horizon=17, segment_length=9), backend)
+
+
+@fast
+def test_autocast_does_not_change_what_the_call_computes_in(backend: str) -> None:
+    case = random_case(seen=[57, 30], horizon=17)
+    expected = run(case, backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(case, backend)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name])
+
+
+@fast
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_arguments_agree_with_oracle(backend: str, data: st.DataObject) -> None:
+    """Property: over the whole argument space."""
+    draw = data.draw
+    batch, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    tokens = draw(st.integers(1, 40))
+    queries = draw(st.integers(1, tokens))
+    capacity = draw(st.integers(0, 30))
+    length = draw(st.none() | st.integers(1, 20))
+    options = {
+        "horizon": draw(st.integers(0, 40)),
+        "segment_length": length,
+        "segment_offset": draw(st.integers(0, (length or 20) - 1)),
+        "visibility": draw(st.sampled_from(["segment", "sliding"])),
+        "detach_segments": draw(st.booleans()),
+    }
+    if draw(st.booleans()):
+        rows = []
+        for _ in range(batch):
+            row, start = [], draw(st.sampled_from([-1, 0]))
+            for token in range(tokens):
+                start = token if token and draw(st.integers(0, 9)) == 0 else start
+                row.append(start)
+            rows.append(row)
+        options["piece_start"] = pieces(*rows)
+    if draw(st.booleans()):
+        options["alibi_slopes"] = torch.rand(kv_heads * group)
+    case = random_case(
+        batch=batch,
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        queries=queries,
+        tokens=tokens,
+        head_dim=draw(st.sampled_from([1, 8, 10])),
+        capacity=capacity,
+        seen=draw(st.none() | st.lists(st.integers(0, 70), min_size=batch, max_size=batch)),
+        dtype=torch.float64,
+        seed=draw(st.integers(0, 1000)),
+        **options,
+    )
+    assert_agrees_with_oracle(case, backend)
+
+
+@every
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"q": torch.zeros(2, 4, 5)}, ValueError, r"q must have shape \(batch, heads, tokens, head_dim\)"),
+        ({"q": torch.zeros(2, 4, 5, 16, dtype=torch.int64)}, TypeError, "q must be of a floating dtype"),
+        ({"k": torch.zeros(2, 2, 5, 8), "v": torch.zeros(2, 2, 5, 8)}, ValueError, "k must have shape"),
+        ({"v": torch.zeros(2, 2, 6, 16)}, ValueError, r"v must have the shape of k, \(2, 2, 5, 16\), got"),
+        ({"k": torch.zeros(2, 2, 5, 16).double()}, TypeError, "k must have the dtype of q, torch.float32, got"),
+        ({"k": torch.zeros(2, 3, 5, 16), "v": torch.zeros(2, 3, 5, 16)}, ValueError, "multiple of the KV heads, got 3"),
+        (
+            {"k": torch.zeros(2, 2, 4, 16), "v": torch.zeros(2, 2, 4, 16)},
+            ValueError,
+            "at least the 5 tokens of q, got 4",
+        ),
+        ({"horizon": -1}, ValueError, "horizon must be >= 0, got -1"),
+        ({"horizon": 2.5}, TypeError, "horizon must be an integer, got 2.5"),
+        ({"segment_length": 0}, ValueError, "segment_length must be >= 1, got 0"),
+        ({"segment_length": 4, "segment_offset": 4}, ValueError, "segment_offset must be < segment_length = 4, got 4"),
+        ({"visibility": "all"}, ValueError, "visibility must be one of segment, sliding, got 'all'"),
+        (
+            {"memory": KVMemory.empty(2, 4, 7, 16)},
+            ValueError,
+            r"memory must have .* = \(2, 2, 16\) .*, got \(2, 4, 16\)",
+        ),
+        (
+            {"memory": KVMemory.empty(2, 2, 7, 16).to(dtype=torch.float64)},
+            TypeError,
+            "memory.k must have the dtype of q",
+        ),
+        ({"memory": torch.zeros(3)}, TypeError, "memory must be a KVMemory or None, got Tensor"),
+        ({"piece_start": torch.zeros(2, 5)}, TypeError, "piece_start must be an int32 tensor"),
+        ({"piece_start": pieces([0] * 4, [0] * 4)}, ValueError, r"piece_start must have shape .* = \(2, 5\)"),
+        ({"piece_start": pieces([0] * 5, [0, 0, 4, 4, 4])}, ValueError, "row 1 token 2 has piece_start 4"),
+        ({"piece_start": pieces([0] * 5, [0, 1, 0, 3, 3])}, ValueError, "must not decrease"),
+        ({"alibi_slopes": torch.zeros(3)}, ValueError, r"alibi_slopes must be a floating tensor of shape \(4,\)"),
+        ({"backend": "cudnn"}, ValueError, "backend must be one of sdpa, reference, got 'cudnn'"),
+    ],
+)
+def test_bad_arguments_are_named_with_what_was_expected(backend: str, change: dict, kind: type, message: str) -> None:
+    arguments = {
+        "q": torch.zeros(2, 4, 5, 16),
+        "k": torch.zeros(2, 2, 5, 16),
+        "v": torch.zeros(2, 2, 5, 16),
+        "horizon": 7,
+        "backend": backend,
+    }
+    with pytest.raises(kind, match=message):
+        memory_attention(**(arguments | change))
+
+
+def test_environment_variable_sets_the_default_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case(horizon=3)
+    monkeypatch.setenv("DSMR_BACKEND", "no such thing")
+    with pytest.raises(ValueError, match="got 'no such thing'"):
+        memory_attention(case.q, case.k, case.v, horizon=3)
+    monkeypatch.setenv("DSMR_BACKEND", "reference")
+    assert math.isfinite(float(memory_attention(case.q, case.k, case.v, horizon=3).sum()))
