@@ -107,7 +107,12 @@ def run(case: Case, backend: str) -> dict[str, Tensor]:
 
 def run_plain(case: Case) -> dict[str, Tensor]:
     """What plain PyTorch attention gives when all of it is computed in the case's own dtype."""
-    options = {"segment_length": None, "segment_offset": 0, "visibility": "segment", "detach_segments": True}
+    options: dict[str, Any] = {
+        "segment_length": None,
+        "segment_offset": 0,
+        "visibility": "segment",
+        "detach_segments": True,
+    }
     options |= case.options
     piece_start, slopes = options.pop("piece_start", None), options.pop("alibi_slopes", None)
     scale = options.pop("scale", None) or case.q.shape[-1] ** -0.5
