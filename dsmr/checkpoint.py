@@ -9,7 +9,7 @@ metrics is replaced atomically; the metrics are cut back to the checkpoint when 
 import json
 import pickle
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,18 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Delete a former run's files, and nothing else."""
+        self._delete(self.files)
+
+    def sweep(self) -> None:
+        """Delete what a killed process had not finished writing (see `dsmr.files.atomic_path`)."""
+        self._delete([left for file in self.files for left in self.path.glob(f".{file.stem}-*{file.suffix}")])
+
+    def _delete(self, files: Iterable[Path]) -> None:
         try:
-            for file in self.files:
+            for file in files:
                 file.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"cannot overwrite the run in {self.path}: {describe(error)}") from error
+            raise UserError(f"cannot delete a former run's files in {self.path}: {describe(error)}") from error
 
 
 class Metrics:
@@ -108,10 +115,11 @@ def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
     """Write tensors and plain values to `path`, whole or not at all. `UserError` if the disk is full."""
     with atomic_path(path) as temporary:
         try:
-            torch.save({"format": FORMAT, **checkpoint}, temporary)
+            with open(temporary, "wb") as file:
+                torch.save({"format": FORMAT, **checkpoint}, file)
         except RuntimeError as error:
-            # PyTorch's own writer does not say OSError when the disk is full.
-            raise UserError(f"cannot write {path}, perhaps because the disk is full: {one_line(error)}") from error
+            # PyTorch's writer hides the reason, a full disk for instance, behind an error of its own.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

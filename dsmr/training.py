@@ -147,6 +147,7 @@ class _Training:
             self._restore(load_checkpoint(run.last))
         if not resume:
             run.clear()
+        run.sweep()
         write_json(run.settings, settings)
         corpus.vocabulary.save(run.tokenizer)
         self.metrics.cut(self.step, self.validated)
@@ -267,7 +268,7 @@ class _Training:
                 raise StoppedError
             line.update(f"step {self.step:,} · validation {done / total:.0%}")
 
-        better = True
+        better = False
         if len(self.validation):
             report = evaluate(
                 self.model,
@@ -300,7 +301,7 @@ class _Training:
             )
         self.validated, self.validated_share = self.step, self.share
         if better:
-            self.model.save_pretrained(self.directory.path)
+            self._keep_weights()
 
     def _save(self) -> None:
         """Write the checkpoint, from which the run goes on as if it had never stopped."""
@@ -317,8 +318,17 @@ class _Training:
             },
         )
         self.saved_step, self._saved_at = self.step, time.monotonic()
-        if self.best is None and not len(self.validation):
+        if not len(self.validation):
+            self._keep_weights()
+
+    def _keep_weights(self) -> None:
+        """Make the present weights the ones that the run directory is loaded with."""
+        from safetensors import SafetensorError
+
+        try:
             self.model.save_pretrained(self.directory.path)
+        except SafetensorError as error:  # its own kind of error, also for a full disk
+            raise UserError(f"cannot write {self.directory.weights}: {one_line(error)}") from error
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         try:

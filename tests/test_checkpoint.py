@@ -155,3 +155,10 @@ def test_clearing_a_run_leaves_other_files_alone(tmp_path: Path) -> None:
     run.clear()
     assert not run.holds_run
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_a_killed_process_left_half_written_is_swept_up(tmp_path: Path) -> None:
+    for name in ("last.pt", ".last-abc123.pt", ".model-x_1.safetensors", ".last-minute.txt", ".hidden"):
+        (tmp_path / name).write_text("x")
+    RunDirectory(tmp_path).sweep()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".hidden", ".last-minute.txt", "last.pt"]

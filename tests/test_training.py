@@ -4,10 +4,13 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 
@@ -33,8 +36,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tiny_config(data: Path, out: Path, **more) -> TrainConfig:
+def tiny_config(corpus: Path, out: Path, **more) -> TrainConfig:
     settings = {
+        "data": str(corpus),
+        "out": str(out),
         "schedule": "two_scale(layers=2, long=24, short=8, n_long=1)",
         "d_model": 16,
         "n_heads": 2,
@@ -51,7 +56,7 @@ def tiny_config(data: Path, out: Path, **more) -> TrainConfig:
         "save_every": 5,
         "augment": False,
     }
-    return TrainConfig(data=str(data), out=str(out), **{**settings, **more})
+    return TrainConfig(**{**settings, **more})
 
 
 def quiet(config: TrainConfig, **more) -> TrainResult:
@@ -142,47 +147,96 @@ def assert_same_run(out: Path, expected: Path) -> None:
     for name, weight in theirs["model"].items():
         assert torch.equal(ours["model"][name], weight), name
     assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert {file.name for file in out.iterdir()} == {file.name for file in expected.iterdir()}
 
 
+@pytest.mark.slow  # PyTorch starts twice, to be killed
 @pytest.mark.parametrize("augment", [False, True])
 def test_a_killed_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, augment: bool) -> None:
-    """SIGKILL in the middle of a step, in the middle of writing a checkpoint, and of writing the best weights."""
-    more = {"steps": 150, "save_every": 7, "eval_every": 20, "augment": augment}
+    """SIGKILL in the middle of a step; of writing the first checkpoint, a later one, and the best weights."""
+    more = {"steps": 80, "save_every": 7, "eval_every": 20, "augment": augment}
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    quiet(tiny_config(data, whole, **more))
     config = tiny_config(data, out, **more)
-    assert signal_at(start(config), out, 24, signal.SIGKILL) == -signal.SIGKILL
-    trained = len(losses(out))
-    assert 24 <= trained < 150
-    assert start(config, resume=True, die_at="last.pt:4").wait(60) == -signal.SIGKILL
-    if not augment:
-        assert start(config, resume=True, die_at="model.safetensors:1").wait(60) == -signal.SIGKILL
-    result = quiet(config, resume=True)
-    assert result.finished
+    if augment:
+        assert start(config, die_at="last.pt:1").wait(60) == -signal.SIGKILL
+        assert len(losses(out)) == 7
+        assert start(config, resume=True, die_at="model.safetensors:2").wait(60) == -signal.SIGKILL
+        assert 40 <= len(losses(out)) < 80
+    else:
+        assert signal_at(start(config), out, 24, signal.SIGKILL) == -signal.SIGKILL
+        assert 24 <= len(losses(out)) < 80
+        assert start(config, resume=True, die_at="last.pt:4").wait(60) == -signal.SIGKILL
+    assert quiet(config, resume=True).finished
+    quiet(tiny_config(data, whole, **more))
     assert_same_run(out, whole)
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_over(data: Path, tmp_path: Path) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    quiet(tiny_config(data, whole))
-    assert start(tiny_config(data, out), die_at="last.pt:1").wait(60) == -signal.SIGKILL
-    assert len(losses(out)) == 5
-    quiet(tiny_config(data, out), resume=True)
-    assert_same_run(out, whole)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_saves_and_goes_on(data: Path, tmp_path: Path, number: int, code: int) -> None:
-    more = {"steps": 150, "save_every": 1000, "eval_every": 25}
+def test_a_run_stopped_by_sigterm_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
+    more = {"steps": 80, "save_every": 1000, "eval_every": 25}
     whole, out = tmp_path / "whole", tmp_path / "stopped"
-    quiet(tiny_config(data, whole, **more))
     config = tiny_config(data, out, **more)
-    assert signal_at(start(config), out, 12, number) == code
+    assert signal_at(start(config), out, 12, signal.SIGTERM) == 143
     stopped_at = load_checkpoint(out / "last.pt")["progress"]["step"]
-    assert losses(out)[-1][0] == stopped_at < 150
+    assert losses(out)[-1][0] == stopped_at < 80
     assert (out / "loss.png").exists()
     assert quiet(TrainConfig.of_run(out), resume=True).finished
+    quiet(tiny_config(data, whole, **more))
     assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize("during", ["train", "validation"])
+def test_ctrl_c_finishes_the_step_and_saves(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    """A validation that is cut short is made up for when the run goes on."""
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    forward, calls = DSMRModel.forward, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(self.training)
+        if self.training == (during == "train") and calls.count(during == "train") == 2:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DSMRModel, "forward", interrupted)
+        result = quiet(tiny_config(data, out))
+    assert (result.finished, result.signal, result.exit_code) == (False, signal.SIGINT, 130)
+    assert result.step == (2 if during == "train" else 10)
+    assert losses(out, "validation") == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert quiet(tiny_config(data, out), resume=True).finished
+    quiet(tiny_config(data, whole))
+    assert_same_run(out, whole)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A full disk, as far as one file can meet it: writing past `size` bytes fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("size", "name"), [(12_000, r"model\.safetensors"), (40_000, r"last\.pt")])
+def test_a_disk_that_fills_up_ends_in_a_sentence_and_keeps_the_checkpoint(
+    data: Path, tmp_path: Path, size: int, name: str
+) -> None:
+    """The weights are 20 kB, the checkpoint 110 kB."""
+    out = tmp_path / "run"
+    quiet(tiny_config(data, out, steps=7))
+    kept = (out / "last.pt").read_bytes()
+    config = tiny_config(data, out, save_every=None)
+    with pytest.raises(UserError, match=rf"^cannot write \S+{name}: .*too large") as caught, largest_file(size):
+        quiet(config, resume=True)
+    assert "\n" not in str(caught.value)
+    assert (out / "last.pt").read_bytes() == kept
+    assert not [file for file in out.iterdir() if file.name.startswith(".")]
+    assert quiet(config, resume=True).finished
+    assert [step for step, _ in losses(out)] == list(range(1, 25))
 
 
 def test_a_finished_run_has_nothing_left_to_do_until_it_is_made_longer(data: Path, tmp_path: Path) -> None:
