@@ -1,0 +1,412 @@
+"""`dsmr demo`: what a memory is good for, shown from nothing in a few minutes on a laptop.
+
+Pieces are composed whose refrain returns long after it was first played. Two models of the same size learn from them
+side by side, a core each: one with a two-scale memory, one that knows only the segment in which it is. Where the
+refrain returns, only the first can know what comes. Then it continues a piece that it has never seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsmr.errors import UserError
+from dsmr.files import atomic_path, write_json, write_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dsmr.data.corpus import Corpus
+    from dsmr.evaluation import EvaluationReport
+
+WITH, WITHOUT = "two-scale memory", "no memory"
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """What the demo composes and trains. The two models differ in their schedule only."""
+
+    pieces: int = 200
+    piece_minutes: float = 1.5
+    layers: int = 3
+    n_long: int = 2
+    long: int = 2048
+    short: int = 256
+    d_model: int = 64
+    n_heads: int = 2
+    segment_length: int = 512
+    batch_size: int = 2
+    lr: float = 5e-3
+    prompt_seconds: float = 15.0
+    seconds: float = 30.0
+
+    @property
+    def schedules(self) -> dict[str, str]:
+        """The schedule of each model, by name."""
+        return {
+            WITH: f"two_scale(layers={self.layers}, long={self.long}, short={self.short}, n_long={self.n_long})",
+            WITHOUT: f"none(layers={self.layers})",
+        }
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One model's part of results.json; losses in nats."""
+
+    schedule: str
+    parameters: int
+    memory_bytes: int
+    trained_tokens: int
+    nats_per_note: float
+    nats_per_token: float
+    by_label: dict[str, float]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found, and what it wrote."""
+
+    models: dict[str, ModelResult]
+    seconds: dict[str, float]
+    files: dict[str, str]
+
+    @property
+    def advantage(self) -> dict[str, float]:
+        """Nats a token that memory saves on each kind of passage."""
+        with_memory, without = self.models[WITH].by_label, self.models[WITHOUT].by_label
+        return {label: without[label] - with_memory[label] for label in with_memory}
+
+
+def run_demo(
+    out: str | os.PathLike[str],
+    *,
+    minutes: float = 3.5,
+    seed: int = 0,
+    size: DemoSize | None = None,
+    console: Console | None = None,
+) -> DemoResult:
+    """Compose, train, evaluate, continue and draw into the folder `out`, in about `minutes` minutes of computing.
+
+    Raises `UserError` if `out` holds anything but a former demo, or cannot be written.
+    """
+    from rich.console import Console
+
+    size = size or DemoSize()
+    console = console or Console()
+    folder = Path(out)
+    clear(folder)
+    timer = Timer(console, minutes)
+    corpus = compose_corpus(folder, size, seed)
+    timer.done("compose")
+    # What is left after training, measured: a tenth of a second for each piece to evaluate and for each second to play.
+    reserve = 8.0 + 0.1 * (size.pieces / 10) * 2 + 0.15 * size.seconds
+    train_both(folder, size, seed, max(1.0, timer.left - reserve), console)
+    timer.done("train")
+    reports = evaluate_both(folder, corpus)
+    timer.done("evaluate")
+    files = draw(folder, corpus, reports)
+    files |= continue_one(folder, corpus, size, seed)
+    timer.done("continue and draw")
+    models = {name: model_result(folder, name, size, reports[name]) for name in size.schedules}
+    result = DemoResult(models, timer.seconds, {name: str(path) for name, path in files.items()})
+    write_json(folder / "results.json", {**asdict(result), "advantage": result.advantage, "size": asdict(size)})
+    write_text(folder / "summary.md", summary(result))
+    console.print(table(result))
+    console.print(conclusion(result))
+    for name, path in files.items():
+        console.print(f"  {name}: {path}", soft_wrap=True)
+    return result
+
+
+class Timer:
+    """Says how long each stage took, and knows how much time is left."""
+
+    def __init__(self, console: Console, minutes: float) -> None:
+        self.console = console
+        self.began = self.last = time.monotonic()
+        self.end = self.began + 60 * minutes
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def done(self, stage: str) -> None:
+        """The stage that ends now."""
+        now = time.monotonic()
+        self.seconds[stage] = round(now - self.last, 2)
+        self.last = now
+        self.console.print(f"{stage}: {self.seconds[stage]:.0f} s")
+
+
+def clear(folder: Path) -> None:
+    """Delete a former demo, and nothing else."""
+    import shutil
+
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"cannot write the demo to {folder}: it is a file")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / MARK).is_file():
+        raise UserError(f"{folder} holds other files: choose an empty folder for the demo")
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+MARK = ".dsmr-demo"  # a folder with this file was made by the demo, and may be replaced by the next
+
+
+def compose_corpus(folder: Path, size: DemoSize, seed: int) -> Corpus:
+    """Compose the pieces of the demo and open their corpus."""
+    from dsmr.data.corpus import Corpus
+    from dsmr.data.prepare import prepare_composed
+
+    write_text(folder / MARK, "This folder is replaced by the next `dsmr demo`.\n")
+    prepare_composed(folder / "corpus", size.pieces, seed, minutes=size.piece_minutes)
+    return Corpus.open(folder / "corpus")
+
+
+# --- training, side by side ---------------------------------------------------------------------------------------
+
+
+def run_folder(folder: Path, name: str) -> Path:
+    """The run directory of the model `name`."""
+    return folder / "runs" / name.replace(" ", "-")
+
+
+def train_both(folder: Path, size: DemoSize, seed: int, seconds: float, console: Console) -> None:
+    """Train both models for the same time: at once, a core each, or one after another where there is one core.
+
+    Both have the same time and not the same number of tokens: the one without memory is faster and reads more.
+    """
+    from dsmr.progress import ProgressLine, duration
+    from dsmr.settings import TrainConfig
+
+    at_once = (os.cpu_count() or 1) > 1
+    each = seconds if at_once else seconds / 2
+    configs = {
+        name: TrainConfig(
+            data=str(folder / "corpus"),
+            out=str(run_folder(folder, name)),
+            schedule=schedule,
+            d_model=size.d_model,
+            n_heads=size.n_heads,
+            segment_length=size.segment_length,
+            batch_size=size.batch_size,
+            lr=size.lr,
+            dropout=0.0,
+            augment=False,
+            seed=seed,
+            minutes=each / 60,
+            device="cpu",
+            dtype="float32",
+            threads=1,
+            eval_tokens=10_000,
+        )
+        for name, schedule in size.schedules.items()
+    }
+    context = multiprocessing.get_context("spawn")
+    workers = {name: context.Process(target=train_one, args=(config,), daemon=True) for name, config in configs.items()}
+    waves = [list(workers)] if at_once else [[name] for name in workers]
+    began = time.monotonic()
+    try:
+        with ProgressLine(console) as line:
+            for wave in waves:
+                for name in wave:
+                    workers[name].start()
+                while any(workers[name].is_alive() for name in wave):
+                    time.sleep(0.2)
+                    left = seconds - (time.monotonic() - began)
+                    line.update(f"training, {duration(max(left, 0))} to go{'; '.join(status(folder, wave))}")
+    finally:
+        for worker in workers.values():
+            if worker.is_alive():
+                worker.terminate()
+            if worker.pid is not None:
+                worker.join()
+    for name, worker in workers.items():
+        if worker.exitcode:
+            log = run_folder(folder, name) / "train.log"
+            last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log.is_file() else []
+            raise UserError(
+                f"training the model with {name} failed: {' '.join(last) or f'exit code {worker.exitcode}'}"
+            )
+
+
+def train_one(config: Any) -> None:
+    """One worker: train, with everything that is said written to the run's train.log."""
+    from rich.console import Console
+
+    from dsmr.training import train
+
+    log = Path(config.out) / "train.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as file:
+        try:
+            result = train(config, console=Console(file=file, width=160))
+        except UserError as error:
+            print(error, file=file)
+            raise SystemExit(1) from error
+    raise SystemExit(result.exit_code)
+
+
+def status(folder: Path, names: list[str]) -> list[str]:
+    """A phrase on each model in training: its latest step and loss."""
+    phrases = []
+    for name in names:
+        if record := last_record(run_folder(folder, name) / "metrics.jsonl", "train"):
+            phrases.append(f" {name}: step {record['step']:,}, loss {record['loss']:.2f}")
+    return phrases
+
+
+def last_record(metrics: Path, kind: str) -> dict[str, Any] | None:
+    """The latest whole line of that kind near the end of a metrics file."""
+    try:
+        with open(metrics, "rb") as file:
+            file.seek(max(0, metrics.stat().st_size - 4096))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record.get("kind") == kind:
+            return record
+    return None
+
+
+# --- evaluation, continuation, pictures ---------------------------------------------------------------------------
+
+
+def evaluate_both(folder: Path, corpus: Corpus) -> dict[str, EvaluationReport]:
+    """The reports of both models on the validation split, written into their runs as well."""
+    from dsmr.evaluation import evaluate_run
+
+    return {
+        name: evaluate_run(run_folder(folder, name), corpus.path, "validation", batch_size=8, device="cpu")
+        for name in (WITH, WITHOUT)
+    }
+
+
+def draw(folder: Path, corpus: Corpus, reports: dict[str, EvaluationReport]) -> dict[str, Path]:
+    """The comparison: bars by passage, and the loss along the validation piece on which memory helps at the median."""
+    from dsmr.demo_figures import comparison_figure, refrains
+    from dsmr.evaluation import piece_losses
+    from dsmr.model import DSMRModel
+
+    assert corpus.labels is not None
+    piece = int(corpus.pieces_of("validation")[0])
+    span = slice(int(corpus.offsets[piece]) + 1, int(corpus.offsets[piece + 1]))
+    clock = corpus.vocabulary.clock(corpus.piece(piece))[1:]
+    along = {
+        name: piece_losses(DSMRModel.from_pretrained(run_folder(folder, name)), corpus, [piece])[0] for name in reports
+    }
+    path = folder / "comparison.png"
+    stretches = refrains(np.asarray(corpus.labels[span]), clock)
+    comparison_figure(path, reports, str(corpus.source[piece]), clock, along, stretches)
+    return {"comparison": path}
+
+
+def continue_one(folder: Path, corpus: Corpus, size: DemoSize, seed: int) -> dict[str, Path]:
+    """Continue the beginning of a validation piece with the model that has a memory."""
+    from dsmr.continuation import continue_piece
+    from dsmr.data.tokenizer import decode
+    from dsmr.generation import Sampling
+
+    piece = int(corpus.pieces_of("validation")[0])
+    prompt = folder / "prompt.mid"
+    with atomic_path(prompt) as temporary:
+        decode(corpus.piece(piece), corpus.vocabulary).dump_midi(temporary)
+    done = continue_piece(
+        run_folder(folder, WITH),
+        prompt,
+        folder / "continued.mid",
+        prompt_seconds=size.prompt_seconds,
+        seconds=size.seconds,
+        sampling=Sampling(temperature=0.95, top_p=0.95, seed=seed),
+        device="cpu",
+    )
+    return {"piece": prompt, "whole": done.whole, "continuation": done.continuation, "piano roll": done.picture}
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def model_result(folder: Path, name: str, size: DemoSize, report: EvaluationReport) -> ModelResult:
+    """The figures of one model."""
+    from dsmr.model import DSMRModel
+
+    model = DSMRModel.from_pretrained(run_folder(folder, name))
+    record = last_record(run_folder(folder, name) / "metrics.jsonl", "train") or {}
+    return ModelResult(
+        schedule=size.schedules[name],
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        memory_bytes=model.new_state(1, aligned=True).nbytes,
+        trained_tokens=int(record.get("tokens", 0)),
+        nats_per_note=report.nats_per_note,
+        nats_per_token=report.nats_per_token,
+        by_label={loss.label: loss.nats_per_token for loss in report.by_label or ()},
+    )
+
+
+def rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the one table: each kind of passage, both models, and what memory saves."""
+    from dsmr.progress import size as human
+
+    header = ["validation loss", *result.models, "memory saves"]
+    body = []
+    for label, saved in result.advantage.items():
+        values = [model.by_label[label] for model in result.models.values()]
+        body.append([f"{label} (nats a token)", *(f"{value:.3f}" for value in values), f"{saved:+.3f}"])
+    notes = [model.nats_per_note for model in result.models.values()]
+    body.append(["all (nats a note)", *(f"{value:.3f}" for value in notes), f"{notes[1] - notes[0]:+.3f}"])
+    models = result.models.values()
+    body.append(["parameters", *(f"{model.parameters:,}" for model in models), ""])
+    body.append(["tokens read in training", *(f"{model.trained_tokens:,}" for model in models), ""])
+    body.append(["memory of a stream", *(human(model.memory_bytes) for model in models), ""])
+    return header, body
+
+
+def table(result: DemoResult) -> Table:
+    """The one table, for a terminal (rich)."""
+    from rich.table import Table
+
+    header, body = rows(result)
+    drawn = Table(title="same size, same time, with and without memory")
+    for number, name in enumerate(header):
+        drawn.add_column(name, justify="right" if number else "left")
+    for row in body:
+        drawn.add_row(*row, style="bold" if row[0].startswith("refrain return") else "")
+    return drawn
+
+
+def conclusion(result: DemoResult) -> str:
+    """What the table says, in a sentence that holds whichever way it came out."""
+    saved = result.advantage
+    returns, elsewhere = saved.get("refrain return", math.nan), saved.get("elsewhere", math.nan)
+    return f"Memory saves {returns:.2f} nats a token where the refrain returns, and {elsewhere:.2f} elsewhere."
+
+
+def summary(result: DemoResult) -> str:
+    """summary.md: the table, the sentence and the pictures."""
+    header, body = rows(result)
+    lines = ["# What the demo found", "", "| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in body]
+    took = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result.seconds.items())
+    lines += ["", conclusion(result), "", f"Time: {took}.", ""]
+    lines += ["![Loss by passage and along a piece](comparison.png)", "", "![The piece continued](continued.png)", ""]
+    return "\n".join(lines)
