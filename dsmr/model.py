@@ -219,6 +219,15 @@ class DSMRModel(nn.Module):
             state = self.new_state(tokens.shape[0])
         if state.batch != tokens.shape[0]:
             raise ValueError(f"the state holds {state.batch} streams, but tokens has {tokens.shape[0]} rows")
+        if len(state) != len(self.blocks):
+            raise ValueError(f"the state holds {len(state)} layers, but the model has {len(self.blocks)}")
+        for name, given in (("targets", targets), ("piece_start", piece_start)):
+            if given is not None and given.shape != tokens.shape:
+                raise ValueError(
+                    f"{name} must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(given.shape)}"
+                )
+        if reduction not in ("mean", "none"):
+            raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
         if state.aligned and state.offset:
             raise ValueError(
                 f"an aligned state takes calls that begin with a segment, but it is {state.offset} tokens into one; "

@@ -26,6 +26,11 @@ def _check_count(name: str, value: int, layers: int) -> None:
         raise ValueError(f"{name} must be an integer from 0 to the {layers} layers, got {value!r}")
 
 
+def _check_horizon(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+
+
 @dataclass(frozen=True)
 class MemorySchedule:
     """Horizons and KV heads, one entry a layer, the lowest layer first.
@@ -64,9 +69,15 @@ class MemorySchedule:
 
     @classmethod
     def _make(cls, name: str, per_layer: Sequence[int], kv_heads: KVHeads, /, **arguments: object) -> "MemorySchedule":
+        for key in ("length", "horizon", "long", "short"):
+            if key in arguments:
+                _check_horizon(key, arguments[key])
         heads = (kv_heads,) * len(per_layer) if kv_heads is None or isinstance(kv_heads, int) else tuple(kv_heads)
-        if kv_heads is not None:
-            arguments["kv_heads"] = kv_heads if isinstance(kv_heads, int) else list(kv_heads)
+        if kv_heads is None or isinstance(kv_heads, int):
+            if kv_heads is not None or name == "fhcr":  # the one name whose default is not None
+                arguments["kv_heads"] = kv_heads
+        else:
+            arguments["kv_heads"] = list(kv_heads)
         written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         return cls(tuple(per_layer), heads, f"{name}({written})")
 
@@ -113,8 +124,10 @@ class MemorySchedule:
     @classmethod
     def _progressive(cls, name: str, layers: int, shortest: int, longest: int, kv_heads: KVHeads) -> "MemorySchedule":
         _check_layers(layers)
-        if not 0 <= shortest <= longest:
-            raise ValueError(f"{name} needs 0 <= shortest <= longest, got shortest={shortest} and longest={longest}")
+        _check_horizon("shortest", shortest)
+        _check_horizon("longest", longest)
+        if shortest > longest:
+            raise ValueError(f"{name} needs shortest <= longest, got shortest={shortest} and longest={longest}")
         steps = max(layers - 1, 1)
         horizons = [shortest + round((longest - shortest) * layer / steps) for layer in range(layers)]
         horizons = horizons if name == "ascending" else horizons[::-1]
@@ -163,10 +176,12 @@ class MemorySchedule:
         """
         if isinstance(text, MemorySchedule):
             return text
+        if not isinstance(text, str):
+            raise ValueError(f"a schedule must be a MemorySchedule or its text, got {text!r}")
         example = 'such as "two_scale(layers=12, long=4096, short=512, n_long=3)"'
         try:
             call = ast.parse(text.strip(), mode="eval").body
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise ValueError(f"schedule {text!r} cannot be read: expected a call {example}") from None
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise ValueError(f"schedule {text!r} cannot be read: expected a call {example}")
@@ -177,8 +192,10 @@ class MemorySchedule:
         try:
             positional = [ast.literal_eval(argument) for argument in call.args]
             named = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords}
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             raise ValueError(f"schedule {text!r} cannot be read: its arguments must be numbers or lists") from None
+        if len(named) < len(call.keywords):
+            raise ValueError(f"schedule {text!r} gives an argument twice")
         usage = f"{call.func.id}({', '.join(signature.parameters)})"
         try:
             signature.bind(*positional, **named)

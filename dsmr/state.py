@@ -42,6 +42,10 @@ class DSMRState:
         self._pending_start = None
         return self._memories
 
+    def __len__(self) -> int:
+        """Layers."""
+        return len(self._memories)
+
     @property
     def batch(self) -> int:
         return self._memories[0].batch
@@ -62,7 +66,7 @@ class DSMRState:
         """Take in a call's keys and values (one pair a layer), at once or, with `later`, when next looked at."""
         tokens = new[0][0].shape[2]
         self._pending = [(k.detach(), v.detach()) for k, v in new]
-        self._pending_start = piece_start
+        self._pending_start = None if piece_start is None else piece_start.clone()  # the caller may reuse its buffer
         self.offset = (self.offset + tokens) % segment_length
         if not later:
             _ = self.memories
@@ -76,8 +80,10 @@ class DSMRState:
             self.offset = 0
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "DSMRState":
-        """The same state on another device or in another dtype."""
+        """The same state on another device or in another dtype: a copy, or the state itself if nothing changes."""
         moved = [memory.to(device, dtype) for memory in self.memories]
+        if all(one is other for one, other in zip(moved, self._memories, strict=True)):
+            return self
         return DSMRState(moved, offset=self.offset, aligned=self.aligned)
 
     def clone(self) -> "DSMRState":

@@ -205,8 +205,8 @@ def decode_attention(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     _check_query(q)
-    if memory is None:
-        raise TypeError("memory must be a KVMemory that holds the new tokens, got None")
+    if not isinstance(memory, KVMemory):
+        raise TypeError(f"memory must be a KVMemory that holds the new tokens, got {type(memory).__name__}")
     _check_heads(q, memory.kv_heads)
     _check_memory(memory, q, memory.kv_heads)
     if not 1 <= q.shape[2] <= min(16, memory.capacity):
@@ -214,14 +214,16 @@ def decode_attention(
             f"q must hold 1 to 16 new tokens, no more than the memory's capacity of {memory.capacity}, got {q.shape[2]}"
         )
     if visible is not None:
-        if visible.dtype != torch.int32 or tuple(visible.shape) != (q.shape[0],):
-            raise ValueError(
-                f"visible must be int32 of shape ({q.shape[0]},), got {visible.dtype} of shape {_shape(visible)}"
-            )
+        if not isinstance(visible, Tensor) or visible.dtype != torch.int32 or tuple(visible.shape) != (q.shape[0],):
+            found = f"{visible.dtype} of shape {_shape(visible)}" if isinstance(visible, Tensor) else repr(visible)
+            raise ValueError(f"visible must be int32 of shape ({q.shape[0]},), got {found}")
         if visible.device != q.device:
             raise ValueError(f"visible must be on the device of q, {q.device}, got {visible.device}")
     if alibi_slopes is not None:
         _check_alibi(alibi_slopes, q)
     visible = memory.length if visible is None else torch.minimum(visible, memory.length)
+    if not torch.compiler.is_compiling() and visible.device.type == "cpu" and (few := visible < q.shape[2]).any():
+        row = int(few.nonzero()[0])  # its first query would see nothing, not even itself
+        raise ValueError(f"each of the {q.shape[2]} new tokens must see itself, but row {row} sees {int(visible[row])}")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     return choose(q, backend).decode_attention(q, memory, visible, alibi_slopes, scale)

@@ -208,13 +208,11 @@ class KVMemory:
         return self.k.gather(2, index), self.v.gather(2, index), mask
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "KVMemory":
-        """The same memory on another device or in another dtype; a copy unless nothing changes."""
-        return KVMemory(
-            self.k.to(device=device, dtype=dtype),
-            self.v.to(device=device, dtype=dtype),
-            self.length.to(device=device),
-            self.position.to(device=device),
-        )
+        """The same memory on another device or in another dtype: a copy, or the memory itself if nothing changes."""
+        k, v = (x.to(device=device, dtype=dtype) for x in (self.k, self.v))
+        if k is self.k and v is self.v:  # two memories over one storage would overwrite each other's slots
+            return self
+        return KVMemory(k, v, self.length.to(device=device), self.position.to(device=device))
 
     def clone(self) -> "KVMemory":
         """An independent copy."""
