@@ -4,24 +4,29 @@ The file is an ordinary zip archive of the corpus's files; its two long arrays a
 (`Corpus.open`) unpacks the tokens to memory, where they take two bytes each.
 """
 
+import io
 import json
 import lzma
 import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsmr.data.corpus import FILES, LABELS, MANIFEST, TOKENS, Corpus
+from dsmr.data.pool import cores
 from dsmr.errors import UserError
 from dsmr.files import atomic_path
 
 SUFFIX = ".dsmr"
-# Two bytes to a token: the coder may know which of them it looks at.
-FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 2, "lp": 1, "pb": 1}]
+# Two bytes to a token: the coder may know which of them it looks at. Hash chains are twice as fast as the default's
+# binary trees here, for 1 % more bytes.
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 2, "lp": 1, "pb": 1, "mf": lzma.MF_HC4, "nice_len": 32}]
 COMPRESSED = {TOKENS: np.uint16, LABELS: np.uint8}
-CHUNK = 1 << 20
+CHUNK = 1 << 23  # bytes that one thread compresses, as an xz stream of its own
 
 
 def pack(corpus_dir: str | os.PathLike[str], out_file: str | os.PathLike[str]) -> Path:
@@ -39,14 +44,14 @@ def pack(corpus_dir: str | os.PathLike[str], out_file: str | os.PathLike[str]) -
     with atomic_path(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name in members:
             entry = zipfile.ZipInfo(f"{name}.xz" if name in COMPRESSED else name)  # dated 1980: same in, same out
-            with open(source / name, "rb") as file, archive.open(entry, "w", force_zip64=True) as member:
+            with archive.open(entry, "w", force_zip64=True) as member:
                 if name not in COMPRESSED:
-                    member.write(file.read())
+                    member.write((source / name).read_bytes())
                     continue
-                coder = lzma.LZMACompressor(lzma.FORMAT_XZ, filters=FILTERS)
-                while chunk := file.read(CHUNK):
-                    member.write(coder.compress(chunk))
-                member.write(coder.flush())
+                starts = range(0, (source / name).stat().st_size, CHUNK)
+                with ThreadPoolExecutor(cores()) as threads:
+                    for stream in threads.map(partial(_compress, source / name), starts):
+                        member.write(stream)
     return out
 
 
@@ -73,6 +78,13 @@ def unpack(path: Path) -> dict[str, Any]:
     return members
 
 
+def _compress(path: Path, start: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return lzma.compress(file.read(CHUNK), lzma.FORMAT_XZ, filters=FILTERS)
+
+
 def _expand(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
     """One xz member, unpacked: never more than the `limit` bytes that the manifest promises, and one."""
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(archive.read(name), limit + 1)
+    with lzma.open(io.BytesIO(archive.read(name))) as file:
+        return file.read(limit + 1)
