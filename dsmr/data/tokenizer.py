@@ -249,8 +249,14 @@ def _changes(notes: dict[str, npt.NDArray[Any]], kept: npt.NDArray[np.bool_], to
 
 
 def encode_midi(path: str | os.PathLike[str], vocabulary: Vocabulary) -> npt.NDArray[np.uint16]:
-    """The tokens of a MIDI file for a model of this vocabulary, without BOS and EOS: a prompt."""
-    return encode_score(path, rebuild(vocabulary))[0]
+    """The tokens of a MIDI file for a model of this vocabulary, without BOS and EOS: a prompt.
+
+    `UserError` naming the file if it cannot be read, or if it has no notes.
+    """
+    try:
+        return encode_score(path, rebuild(vocabulary))[0]
+    except ValueError as error:
+        raise UserError(f"{path} has {error}" if isinstance(error, EmptyScoreError) else f"{path}: {error}") from error
 
 
 def decode(tokens: npt.ArrayLike, vocabulary: Vocabulary) -> Any:
