@@ -20,7 +20,8 @@ def decode_attention(q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes:
     scores = torch.matmul(grouped, memory.k.to(work).mT).mul_(scale).view(batch, kv_heads, -1, new, capacity)
     if alibi_slopes is not None:
         distance = age[:, None] - younger  # [B, n, C]
-        scores = scores - alibi_slopes.view(kv_heads, -1, 1, 1) * distance[:, None, None]
+        slopes = alibi_slopes.to(torch.promote_types(work, torch.float32)).view(kv_heads, -1, 1, 1)
+        scores = scores - slopes * distance[:, None, None]
     scores = scores.masked_fill_(~seen[:, None, None], -torch.inf)
     weights = scores.softmax(-1).to(work).flatten(2, 3)
     return torch.matmul(weights, memory.v.to(work)).view(batch, heads, new, dim).to(q.dtype)
