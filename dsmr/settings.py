@@ -26,7 +26,11 @@ DEFAULT_EPOCHS = 10.0
 WARM_SHARE = 0.03
 """The part of a run in which the learning rate rises, where `warmup` does not say otherwise."""
 EVALUATIONS = 20
-"""Validations in a run, where `eval_every` does not say otherwise."""
+"""The most validations in a run, where `eval_every` does not say otherwise; fewer where they would take too long:"""
+EVALUATION_SHARE = 0.1
+"""the part of a run's time that they may take,"""
+EVALUATION_SPEED = 3
+"""given that a token is evaluated about three times as fast as it is trained on (no backward, no update)."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,10 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
-    # Measuring and saving. `eval_every` and `save_every` are in steps (None: 20 times a run; only by the clock).
+    # Measuring and saving. `eval_every` and `save_every` are in steps (None: up to
+    # 20 times a run, taking a tenth of its time at most; only by the clock).
     eval_every: int | None = None
-    eval_tokens: int = 200_000
+    eval_tokens: int = 100_000
     save_every: int | None = None
     save_minutes: float = 5.0
 
@@ -126,6 +131,13 @@ class TrainConfig:
         if epochs is not None:
             ends.append(max(1, math.ceil(epochs * steps_per_epoch)))
         return min(ends, default=None)
+
+    def evaluations(self, steps: int | None, tokens: int) -> int:
+        """Validations in a run of `steps` steps, where each of them reads `tokens` tokens."""
+        if steps is None or self.minutes is not None:
+            return EVALUATIONS  # the clock decides
+        read = steps * self.batch_size * self.segments_per_step * self.segment_length
+        return max(1, min(EVALUATIONS, int(EVALUATION_SHARE * EVALUATION_SPEED * read / max(tokens, 1))))
 
     def learning_rate(self, step: int, done: float) -> float:
         """The learning rate of step `step` (from 0), when the part `done` (0 to 1) of the run lies behind."""

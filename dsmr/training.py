@@ -32,8 +32,9 @@ from dsmr.errors import UserError
 from dsmr.evaluation import evaluate
 from dsmr.files import write_json
 from dsmr.loader import Augment, Batch, StreamLoader
+from dsmr.pacing import Pace
 from dsmr.progress import ProgressLine, duration, size
-from dsmr.settings import EVALUATIONS, TrainConfig, run_settings, validation_pieces
+from dsmr.settings import TrainConfig, run_settings, validation_pieces
 from dsmr.stopping import Stop, StoppedError, graceful_stop
 
 if TYPE_CHECKING:
@@ -130,18 +131,15 @@ class _Training:
         self.optimizer = _optimizer(self.model, config)
         self.state = self.model.new_state(config.batch_size, device=self.device, dtype=self.dtype, aligned=True)
         self.validation = validation_pieces(corpus, config.eval_tokens)
-        self.total_steps = config.total_steps(self.loader.steps_per_epoch)
+        tokens = int(np.diff(np.asarray(corpus.offsets))[self.validation].sum())
+        self.pace = Pace(config, config.total_steps(self.loader.steps_per_epoch), tokens)
 
-        self.step, self.tokens = 0, 0
+        self.tokens = 0
         self.loss: float | None = None
+        self.smooth_loss: float | None = None
         self.best: float | None = None
         self.best_step: int | None = None
-        self.validated, self.validated_share = 0, 0.0  # step and part of the run of the latest validation
         self.saved_step = -1
-        self._seconds_before = 0.0
-        self._started = self._saved_at = time.monotonic()
-        self.smooth_loss: float | None = None
-        self.speed: float | None = None
 
         if resume and run.last.exists():
             self._restore(load_checkpoint(run.last))
@@ -150,80 +148,50 @@ class _Training:
         run.sweep()
         write_json(run.settings, settings)
         corpus.vocabulary.save(run.tokenizer)
-        self.metrics.cut(self.step, self.validated)
-        # Time spent on loading does not count.
-        self._started = self._saved_at = time.monotonic()
-
-    # How far the run is -------------------------------------------------------------------------------------------
-
-    @property
-    def seconds(self) -> float:
-        return self._seconds_before + time.monotonic() - self._started
-
-    @property
-    def share(self) -> float:
-        """The part of the run that lies behind, 0 to 1."""
-        shares = [self.step / self.total_steps] if self.total_steps is not None else []
-        if self.config.minutes is not None:
-            shares.append(self.seconds / (60 * self.config.minutes))
-        return min(1.0, max(shares))
-
-    def _validation_due(self) -> bool:
-        if self.step == self.validated:
-            return False
-        share = self.share
-        if share >= 1:
-            return True
-        if self.config.eval_every is not None:
-            return self.step // self.config.eval_every > self.validated // self.config.eval_every
-        return int(share * EVALUATIONS) > int(self.validated_share * EVALUATIONS)
-
-    def _save_due(self) -> bool:
-        if self.config.save_every is not None and self.step % self.config.save_every == 0:
-            return True
-        return time.monotonic() - self._saved_at >= 60 * self.config.save_minutes
+        self.metrics.cut(self.pace.step, self.pace.validated)
+        self.pace.start()
 
     # The run ------------------------------------------------------------------------------------------------------
 
     def run(self, line: ProgressLine, stop: Stop) -> TrainResult:
         line.say(self._title())
         while True:
-            if self._validation_due():
+            if self.pace.validation_due:
                 try:
                     self._validate(line, stop)
                 except StoppedError:
                     break
                 self._save()
-            if stop.signal is not None or self.share >= 1:
+            if stop.signal is not None or self.pace.share >= 1:
                 break
             self._train_step()
             line.update(self._status())
-            if self._save_due():
+            if self.pace.save_due:
                 self._save()
-        finished = self.share >= 1 and self.validated == self.step
-        if self.saved_step != self.step:
+        finished = self.pace.share >= 1 and self.pace.validated == self.pace.step
+        if self.saved_step != self.pace.step:
             self._save()
         self._draw(line)
         end = "finished" if finished else f"stopped by {stop.name}"
         best = "" if self.best is None else f", best validation {self.best:.4f} nats a note at step {self.best_step:,}"
-        line.say(f"{end} at step {self.step:,} after {duration(self.seconds)}{best}: {self.directory.path}")
+        line.say(f"{end} at step {self.pace.step:,} after {duration(self.pace.seconds)}{best}: {self.directory.path}")
         return TrainResult(
             out=self.directory.path,
-            step=self.step,
+            step=self.pace.step,
             finished=finished,
             signal=None if finished else stop.signal,
             loss=self.loss,
             best=self.best,
             best_step=self.best_step,
             tokens=self.tokens,
-            seconds=self.seconds,
+            seconds=self.pace.seconds,
         )
 
     def _train_step(self) -> None:
         begun = time.monotonic()
         config = self.config
         batch = next(self.loader).to(self.device)
-        rate = config.learning_rate(self.step, self.share)
+        rate = config.learning_rate(self.pace.step, self.pace.share)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
@@ -240,23 +208,20 @@ class _Training:
         if not math.isfinite(norm):
             raise self._not_finite("norm of the gradient", norm, batch, output.logits)
         self.optimizer.step()
-        self.step += 1
         self.loss = loss
-        read = batch.tokens.numel()
-        self.tokens += read
-        speed = read / max(time.monotonic() - begun, 1e-9)
+        self.tokens += batch.tokens.numel()
+        speed = self.pace.trained(batch.tokens.numel(), time.monotonic() - begun)
         self.smooth_loss = loss if self.smooth_loss is None else 0.95 * self.smooth_loss + 0.05 * loss
-        self.speed = speed if self.speed is None else 0.9 * self.speed + 0.1 * speed
         self.metrics.append(
             {
                 "kind": "train",
-                "step": self.step,
+                "step": self.pace.step,
                 "loss": loss,
                 "lr": rate,
                 "grad_norm": norm,
                 "tokens": self.tokens,
                 "tokens_per_second": round(speed, 1),
-                "seconds": round(self.seconds, 3),
+                "seconds": round(self.pace.seconds, 3),
             }
         )
 
@@ -266,9 +231,9 @@ class _Training:
         def show(done: int, total: int) -> None:
             if stop.signal is not None:
                 raise StoppedError
-            line.update(f"step {self.step:,} · validation {done / total:.0%}")
+            line.update(f"step {self.pace.step:,} · validation {done / total:.0%}")
 
-        better = False
+        better, begun = False, self.pace.seconds
         if len(self.validation):
             report = evaluate(
                 self.model,
@@ -278,28 +243,28 @@ class _Training:
                 batch_size=self.config.batch_size,
                 segments_per_call=self.config.segments_per_step,
                 dtype=self.dtype,
-                name=f"the model at step {self.step}",
+                name=f"the model at step {self.pace.step}",
                 progress=show,
             )
             better = self.best is None or report.nats_per_note < self.best
             self.metrics.append(
                 {
                     "kind": "validation",
-                    "step": self.step,
+                    "step": self.pace.step,
                     "loss": report.nats_per_token,
                     "nats_per_note": report.nats_per_note,
                     "perplexity": report.perplexity,
                     "best": better,
-                    "seconds": round(self.seconds, 3),
+                    "seconds": round(self.pace.seconds, 3),
                 }
             )
             if better:
-                self.best, self.best_step = report.nats_per_note, self.step
+                self.best, self.best_step = report.nats_per_note, self.pace.step
             line.say(
                 f"{self._status()} · validation {report.nats_per_note:.4f} nats a note, "
                 f"{report.nats_per_token:.4f} a token{' (best)' if better else ''}"
             )
-        self.validated, self.validated_share = self.step, self.share
+        self.pace.validation_done(begun)
         if better:
             self._keep_weights()
 
@@ -313,11 +278,12 @@ class _Training:
                 "state": self.state.state_dict(),
                 "loader": self.loader.state_dict(),
                 "rng": rng_state(),
+                "pace": self.pace.state_dict(),
                 "progress": {name: getattr(self, name) for name in _PROGRESS},
-                "seconds": self.seconds,
             },
         )
-        self.saved_step, self._saved_at = self.step, time.monotonic()
+        self.saved_step = self.pace.step
+        self.pace.saved()
         if not len(self.validation):
             self._keep_weights()
 
@@ -338,8 +304,8 @@ class _Training:
             self.loader.load_state_dict(checkpoint["loader"])
             for name in _PROGRESS:
                 setattr(self, name, checkpoint["progress"][name])
-            self._seconds_before = float(checkpoint["seconds"])
-            self.saved_step = self.step
+            self.pace.load_state_dict(checkpoint["pace"])
+            self.saved_step = self.pace.step
             restore_rng(checkpoint["rng"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise UserError(f"the checkpoint {self.directory.last} does not fit its run: {one_line(error)}") from error
@@ -354,23 +320,24 @@ class _Training:
 
     def _title(self) -> str:
         config, parameters = self.config, sum(p.numel() for p in self.model.parameters())
-        length = f"{self.total_steps:,} steps" if self.total_steps is not None else f"{config.minutes:g} minutes"
+        length = (
+            f"{self.pace.total_steps:,} steps" if self.pace.total_steps is not None else f"{config.minutes:g} minutes"
+        )
         return (
             f"{parameters / 1e6:.1f} M parameters, memory {size(self.state.nbytes)}, {config.schedule}; "
             f"{len(self.loader.pieces):,} pieces, {self.loader.epoch_tokens:,} tokens; "
             f"{length} of {config.batch_size} × {self.loader.tokens_per_step:,} tokens "
             f"on {self.device} in {str(self.dtype).removeprefix('torch.')}"
-            + (f"; resumed at step {self.step:,}" if self.step else "")
+            + (f"; resumed at step {self.pace.step:,}" if self.pace.step else "")
         )
 
     def _status(self) -> str:
-        share = self.share
-        left = duration(self.seconds * (1 - share) / share) if share > 0 else "?"
-        of_all = f"/{self.total_steps:,}" if self.total_steps is not None else ""
+        left = self.pace.seconds_left
+        of_all = f"/{self.pace.total_steps:,}" if self.pace.total_steps is not None else ""
         return (
-            f"step {self.step:,}{of_all} · loss {self.smooth_loss or 0:.3f} nats a token · "
-            f"{self.speed or 0:,.0f} tokens/s · memory {size(self.state.nbytes)} · "
-            f"lr {self.optimizer.param_groups[0]['lr']:.2e} · {left} left"
+            f"step {self.pace.step:,}{of_all} · loss {self.smooth_loss or 0:.3f} nats a token · "
+            f"{self.pace.speed or 0:,.0f} tokens/s · memory {size(self.state.nbytes)} · "
+            f"lr {self.optimizer.param_groups[0]['lr']:.2e} · {'?' if left is None else duration(left)} left"
         )
 
     def _not_finite(self, what: str, value: float, batch: Batch, logits: torch.Tensor) -> UserError:
@@ -383,22 +350,12 @@ class _Training:
             f"the checkpoint of step {self.saved_step:,} is kept" if self.saved_step >= 0 else "nothing was saved yet"
         )
         return UserError(
-            f"the {what} is {value} at step {self.step + 1:,}, in {names}{more}; {kept}; "
+            f"the {what} is {value} at step {self.pace.step + 1:,}, in {names}{more}; {kept}; "
             "a lower learning rate or a longer warm-up may help"
         )
 
 
-_PROGRESS = (
-    "step",
-    "tokens",
-    "loss",
-    "best",
-    "best_step",
-    "validated",
-    "validated_share",
-    "smooth_loss",
-    "speed",
-)
+_PROGRESS = ("tokens", "loss", "smooth_loss", "best", "best_step")
 """What a checkpoint keeps of `_Training` itself."""
 
 

@@ -176,7 +176,7 @@ def test_a_run_stopped_by_sigterm_saves_and_goes_on(data: Path, tmp_path: Path) 
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     config = tiny_config(data, out, **more)
     assert signal_at(start(config), out, 12, signal.SIGTERM) == 143
-    stopped_at = load_checkpoint(out / "last.pt")["progress"]["step"]
+    stopped_at = load_checkpoint(out / "last.pt")["pace"]["step"]
     assert losses(out)[-1][0] == stopped_at < 80
     assert (out / "loss.png").exists()
     assert quiet(TrainConfig.of_run(out), resume=True).finished
@@ -298,7 +298,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_pieces(
         quiet(config)
     assert "checkpoint of step 5 is kept" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["step"] == 5
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["pace"]["step"] == 5
 
 
 def test_bad_settings_are_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
@@ -365,6 +365,23 @@ def test_the_run_ends_at_the_first_of_its_limits(data: Path, tmp_path: Path) -> 
     assert result.finished
     assert 1.2 <= result.seconds < 10
     assert losses(tmp_path / "run", "validation")[-1][0] == result.step
+
+
+def test_validations_take_a_small_part_of_a_run() -> None:
+    config = TrainConfig("data", "out", batch_size=2, segment_length=50)
+    assert config.evaluations(1000, tokens=100) == 20
+    assert config.evaluations(1000, tokens=6_000) == 5  # 30,000 of 100,000 tokens, read three times as fast
+    assert config.evaluations(10, tokens=6_000) == 1
+
+
+def test_a_longer_run_is_validated_on_the_way(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path / "run", eval_every=None, steps=10)
+    quiet(config)
+    quiet(dataclasses.replace(config, steps=60), resume=True)
+    steps = [step for step, _ in losses(tmp_path / "run", "validation")]
+    assert steps[0] == 10
+    assert len(steps) >= 3
+    assert steps[-1] == 60
 
 
 def test_validation_pieces_are_whole_few_and_always_the_same(tmp_path: Path) -> None:
