@@ -62,8 +62,8 @@ def _collect(url: str, part: Path, show: Any) -> None:
 def _attempt(url: str, part: Path, show: Any) -> str | None:
     """One connection; returns None when the file is complete, else why it is not."""
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             if have and response.status != 206:  # the server does not resume: from the beginning
                 have = 0

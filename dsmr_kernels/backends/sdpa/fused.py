@@ -41,28 +41,27 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
 def forward(
     q: Tensor, k: Tensor, v: Tensor, memory: KVMemory | None, plan: list[Group], spec: AttentionSpec
 ) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of the whole call; lse only if the call asks for it."""
     shift = k.shape[2] - q.shape[2]
     whole = len(plan) == 1 and len(plan[0].runs) == 1
     out = q.new_empty(0 if whole else q.shape)
     lse = q.new_empty(0 if whole or not spec.return_lse else q.shape[:3])
     for group in plan:
         for run in group.runs:
-            tile = (group.rows, slice(None), slice(run.start - shift, run.stop - shift))
-            kr, vr = k[group.rows], v[group.rows]
-            here = slice(run.start, run.stop)
-            o, l = _flash(q[tile], kr[:, :, here], vr[:, :, here], True, spec.scale)
-            for source in sources_of(run.floor, run.start, group.position, memory.capacity if memory else 0):
-                if source.stop == source.start:
-                    continue
-                ks, vs = (memory.k[group.rows], memory.v[group.rows]) if source.memory and memory else (kr, vr)
-                there = slice(source.start, source.stop)
-                past_o, past_l = _flash(q[tile], ks[:, :, there], vs[:, :, there], False, spec.scale)
-                # o = o * sigmoid(l - past_l) + past_o * sigmoid(past_l - l)
+            here = (group.rows, slice(None), slice(run.start - shift, run.stop - shift))
+            block = q[here]
+            rows = (group.rows, slice(None), slice(run.start, run.stop))
+            o, l = _flash(block, k[rows], v[rows], True, spec.scale)
+            for source in sources_of(run.floor, run.start, group.position, memory.capacity if memory else 0, False):
+                sides = (memory.k, memory.v) if source.memory and memory else (k, v)
+                rows = (group.rows, slice(None), slice(source.start, source.stop))
+                past_o, past_l = _flash(block, sides[0][rows], sides[1][rows], False, spec.scale)
+                # Each softmax is over one source: weigh the two by their shares of the common sum of exponentials.
                 o = torch.lerp(o, past_o, torch.sigmoid(past_l - l).unsqueeze(-1))
                 l = torch.logaddexp(l, past_l)
             if whole:
                 return o, l if spec.return_lse else None
-            out[tile] = o
+            out[here] = o
             if spec.return_lse:
-                lse[tile] = l
+                lse[here] = l
     return out, lse if spec.return_lse else None

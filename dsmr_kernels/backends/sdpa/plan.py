@@ -54,11 +54,11 @@ def plan_call(
     """Group the rows by what they see. Rows in the same situation, the usual case, make one group."""
     rows, queries = q.shape[0], range(k.shape[2] - q.shape[2], k.shape[2])
     capacity = 0 if memory is None else memory.capacity
-    held = [0] * rows if memory is None else memory.length.tolist()
-    ring = [0] * rows if memory is None or capacity == 0 else memory.position.remainder(capacity).tolist()
+    held = memory.length.tolist() if memory is not None and capacity else [0] * rows
+    ring = [position % capacity for position in memory.position.tolist()] if memory is not None and capacity else held
     pieces = _piece_starts(piece_start, rows)
-    situations = [(held[row], ring[row], tuple(pieces[row])) for row in range(rows)]
-    if rows and all(situation == situations[0] for situation in situations):
+    situations = list(zip(held, ring, pieces, strict=True))
+    if situations and situations.count(situations[0]) == rows:
         spans = [slice(0, rows)]
     else:
         spans = [slice(row, row + 1) for row in range(rows)]
@@ -80,13 +80,18 @@ def plan_call(
     ]
 
 
-def sources_of(low: int, stop: int, position: int, capacity: int) -> list[Source]:
-    """Where the keys low ... stop - 1 lie: at most two stretches of the ring, and one of the call."""
+def sources_of(low: int, stop: int, position: int, capacity: int, in_order: bool) -> list[Source]:
+    """Where the keys low ... stop - 1 lie: at most two stretches of the ring, and one of the call.
+
+    Unless the keys must come `in_order`, a ring that is seen whole is one stretch.
+    """
     sources, column = [], 0
     if low < 0:
-        for start, end in ring_slices(position, capacity, low, min(stop, 0) - low):
+        count = min(stop, 0) - low
+        whole = count == capacity and not in_order
+        for start, end in [(0, capacity)] if whole else ring_slices(position, capacity, low, count):
             sources.append(Source(True, start, end, column))
             column += end - start
-    if stop > 0:
+    if stop > max(low, 0):
         sources.append(Source(False, max(low, 0), stop, column))
     return sources

@@ -9,6 +9,7 @@ gradient, and nothing is computed for memory. The weights are recomputed, so the
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,14 +18,40 @@ from dsmr_kernels.backends.sdpa.plan import Group, Source, sources_of
 from dsmr_kernels.backends.spec import AttentionSpec
 from dsmr_kernels.visibility import Run
 
-# Elements of a tile's score buffer: two such buffers in float32 stay within the last cache level of a laptop.
+# Elements of a tile's scores, over all its heads: two such buffers in float32 stay in the last cache level of a laptop.
 TILE_ELEMENTS = 1_310_720
 # Queries of a tile: fewer starve the matrix product, more waste work on the causal edge.
 TILE_QUERIES = 256
+# A head whose scores have fewer elements is taken together with others: the calls would cost more than the arithmetic.
+SMALL_ELEMENTS = 131_072
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries start ... stop - 1 of some rows and KV heads, and the keys low ... stop - 1 that they see."""
+
+    rows: slice
+    heads: slice
+    start: int
+    stop: int
+    low: int
+    run: Run
+    sources: list[Source]
+
+    @property
+    def queries(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def keys(self) -> int:
+        return self.stop - self.low
 
 
 class Products:
-    """One call's tensors and scratch, and the steps that forward and backward share."""
+    """One call's tensors and scratch, and the steps that forward and backward share.
+
+    In the shapes below, m counts the rows and KV heads of a tile, g the query heads of a KV head, n the queries.
+    """
 
     def __init__(
         self,
@@ -44,143 +71,139 @@ class Products:
         self.work = torch.float32 if q.dtype == torch.float16 and q.device.type == "cpu" else q.dtype
         # Multiplying by a power of two is exact, so then the queries, the smaller tensor, are scaled instead.
         self.fold = math.frexp(spec.scale)[0] == 0.5
+        # The order of keys matters to these alone; without them a full ring is read from end to end.
+        self.in_order = alibi is not None or spec.visibility == "sliding"
         self.scratch: list[Tensor] = []
 
-    def tiles(self, run: Run) -> list[tuple[int, int]]:
-        """Cut a run's queries into tiles whose scores against one head fit the scratch."""
-        keys = run.stop - run.low(run.start)
-        most = max(16, min(TILE_QUERIES, TILE_ELEMENTS // max(keys, 1)) // self.group)
-        tiles = -(-(run.stop - run.start) // most)
-        edges = [run.start + (run.stop - run.start) * i // tiles for i in range(tiles + 1)]
-        return list(itertools.pairwise(edges))
+    def tiles(self, plan: list[Group]) -> Iterator[Tile]:
+        """Cut the plan into tiles whose scores fit the scratch: one head if it fills it, many if they are small."""
+        for group in plan:
+            for run in group.runs:
+                keys = run.stop - run.low(run.start)
+                most = max(16, min(TILE_QUERIES, TILE_ELEMENTS // keys) // self.group)
+                count = -(-(run.stop - run.start) // most)
+                edges = [run.start + (run.stop - run.start) * i // count for i in range(count + 1)]
+                for start, stop in itertools.pairwise(edges):
+                    low = run.low(start)
+                    sources = sources_of(low, stop, group.position, self.capacity, self.in_order)
+                    for rows, heads in self.chunks(group.rows, (stop - start) * self.group * (stop - low)):
+                        yield Tile(rows, heads, start, stop, low, run, sources)
 
-    def head_chunks(self, start: int, stop: int, low: int) -> list[slice]:
-        """KV heads to take at once: all of them if they are small, one if one fills the scratch."""
+    def chunks(self, rows: slice, elements: int) -> Iterator[tuple[slice, slice]]:
+        """Rows and KV heads to take at once, if one of them has so many scores."""
         heads = self.k.shape[1]
-        per_head = (stop - start) * self.group * (stop - low)
-        most = max(1, TILE_ELEMENTS // max(per_head, 1))
-        return [slice(h, min(h + most, heads)) for h in range(0, heads, most)]
+        together = 1 if elements >= SMALL_ELEMENTS else TILE_ELEMENTS // elements
+        row_step, head_step = max(1, together // heads), min(heads, together)
+        for row in range(rows.start, rows.stop, row_step):
+            for head in range(0, heads, head_step):
+                yield slice(row, min(row + row_step, rows.stop)), slice(head, min(head + head_step, heads))
 
     def buffer(self, index: int, shape: tuple[int, int, int]) -> Tensor:
         """The scratch buffer `index` as a tensor of this shape: fresh pages cost more than the arithmetic on them."""
-        size = shape[0] * shape[1] * shape[2]
+        size = math.prod(shape)
         while len(self.scratch) <= index:
             self.scratch.append(self.q.new_empty(0, dtype=self.work))
         if self.scratch[index].numel() < size:
             self.scratch[index] = self.q.new_empty(size, dtype=self.work)
         return self.scratch[index][:size].view(shape)
 
-    def at(self, row: int, heads: slice, start: int, stop: int) -> tuple[int, slice, slice]:
-        """Where the queries start ... stop - 1 of these KV heads' groups lie in a (B, Hq, T, D) tensor."""
-        return (
-            row,
-            slice(heads.start * self.group, heads.stop * self.group),
-            slice(start - self.shift, stop - self.shift),
-        )
+    def of_queries(self, x: Tensor, tile: Tile) -> Tensor:
+        """The tile's part of a tensor (B, Hq, T, ...), a view (rows, g * heads, n, ...)."""
+        heads = slice(tile.heads.start * self.group, tile.heads.stop * self.group)
+        return x[tile.rows, heads, tile.start - self.shift : tile.stop - self.shift]
 
-    def stacked(self, x: Tensor, at: tuple[int, slice, slice]) -> Tensor:
-        """The group's queries of each KV head, stacked: (B, Hq, T, D) -> (heads, group * n, D)."""
-        block = x[at].to(self.work)
-        return block if self.group == 1 else block.reshape(-1, self.group * block.shape[1], x.shape[-1])
+    def stacked(self, x: Tensor, tile: Tile) -> Tensor:
+        """The tile's part of a tensor (B, Hq, T, D), the queries of a group stacked: (m, g * n, D)."""
+        return self.of_queries(x, tile).to(self.work).reshape(-1, self.group * tile.queries, x.shape[-1])
 
-    def side(self, source: Source, row: int, heads: slice) -> tuple[Tensor, Tensor]:
-        """Keys and values of a source, (heads, s, D) each, where they lie."""
-        k, v = (self.memory_k, self.memory_v) if source.memory else (self.k, self.v)
-        at = (row, heads, slice(source.start, source.stop))
-        return k[at].to(self.work), v[at].to(self.work)
+    def sides(self, tile: Tile) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of each source, (m, s, D)."""
 
-    def weights(
-        self,
-        q: Tensor,
-        sides: list[tuple[Tensor, Tensor]],
-        sources: list[Source],
-        run: Run,
-        start: int,
-        stop: int,
-        heads: slice,
-    ) -> tuple[Tensor, Tensor]:
-        """Softmax weights of a tile over all its sources, and their scores, (heads, group * n, keys) both."""
-        low = run.low(start)
-        shape = (q.shape[0], q.shape[1], stop - low)
+        def part(x: Tensor, source: Source) -> Tensor:
+            return x[tile.rows, tile.heads, source.start : source.stop].to(self.work).flatten(0, 1)
+
+        keys = [part(self.memory_k if source.memory else self.k, source) for source in tile.sources]
+        values = [part(self.memory_v if source.memory else self.v, source) for source in tile.sources]
+        return keys, values
+
+    def against(self, rows: Tensor, sides: list[Tensor], tile: Tile, out: Tensor) -> None:
+        """Products of every row with every key (or value) of the sources, side by side: (m, g * n, keys)."""
+        if rows.shape[0] == 1:
+            for source, side in zip(tile.sources, sides, strict=True):
+                torch.bmm(rows, side.mT, out=out[:, :, source.columns])
+        elif len(sides) == 1:
+            torch.bmm(rows, sides[0].mT, out=out)
+        else:  # the batched product writes only contiguous results fast
+            torch.cat([torch.bmm(rows, side.mT) for side in sides], -1, out=out)
+
+    def mix(self, weights: Tensor, sides: list[Tensor], tile: Tile) -> Tensor:
+        """Sum over sources of weights @ values: (m, g * n, D)."""
+        total = torch.bmm(weights[:, :, tile.sources[0].columns], sides[0])
+        for source, side in zip(tile.sources[1:], sides[1:], strict=True):
+            total.baddbmm_(weights[:, :, source.columns], side)
+        return total
+
+    def weights(self, q: Tensor, keys: list[Tensor], tile: Tile) -> tuple[Tensor, Tensor]:
+        """Softmax weights of a tile over all its sources, and their scores, (m, g * n, keys) both."""
+        shape = (q.shape[0], q.shape[1], tile.keys)
         scores = self.buffer(0, shape)
-        for source, (k, _) in zip(sources, sides, strict=True):
-            torch.bmm(q, k.mT, out=scores[:, :, source.columns])
+        self.against(q, keys, tile, scores)
         if not self.fold:
             scores.mul_(self.spec.scale)
-        grid = scores.view(q.shape[0], self.group, stop - start, stop - low)
+        start, stop, low, window = tile.start, tile.stop, tile.low, tile.run.window
+        grid = scores.view(-1, self.group, tile.queries, tile.keys)
         p = torch.arange(start, stop, device=q.device)
         if self.alibi is not None:
             distance = p[:, None] - torch.arange(low, stop, device=q.device)  # [n, keys]
-            slopes = self.alibi[heads.start * self.group : heads.stop * self.group].view(-1, self.group, 1, 1)
-            grid.sub_(slopes.to(torch.promote_types(self.work, torch.float32)) * distance)
-        if run.window is not None and (fringe := run.low(stop - 1) - low):
+            slopes = self.alibi[tile.heads.start * self.group : tile.heads.stop * self.group]
+            slopes = slopes.to(torch.promote_types(self.work, torch.float32)).view(-1, self.group, 1, 1)
+            grid.unflatten(0, (-1, slopes.shape[0])).sub_(slopes * distance)
+        if window is not None and (fringe := tile.run.low(stop - 1) - low):
             j = torch.arange(low, low + fringe, device=q.device)
-            grid[..., :fringe].masked_fill_(j < (p - run.window)[:, None], -torch.inf)
-        if stop - start > 1:
+            grid[..., :fringe].masked_fill_(j < (p - window)[:, None], -torch.inf)
+        if tile.queries > 1:
             grid[..., start - low :].masked_fill_(p > p[:, None], -torch.inf)
         weights = self.buffer(1, shape)
         torch.ops.aten._softmax.out(scores, -1, False, out=weights)
         return weights, scores
 
     def forward(self, plan: list[Group]) -> tuple[Tensor, Tensor | None]:
-        q, spec = self.q, self.spec
+        q = self.q
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if spec.return_lse else None
-        for row, group, run, start, stop in self.walk(plan):
-            low = run.low(start)
-            sources = sources_of(low, stop, group.position, self.capacity)
-            for heads in self.head_chunks(start, stop, low):
-                at = self.at(row, heads, start, stop)
-                block = self.stacked(q, at)
-                block = block * spec.scale if self.fold else block
-                sides = [self.side(source, row, heads) for source in sources]
-                weights, scores = self.weights(block, sides, sources, run, start, stop, heads)
-                result = self.mix(weights, [v for _, v in sides], sources)
-                out[at] = result.view(-1, stop - start, q.shape[-1])
-                if lse is not None:
-                    # weight = exp(score - lse), read off where the weight is largest and hence most exact
-                    top = scores.amax(-1).to(torch.float32) - weights.amax(-1).to(torch.float32).log()
-                    lse[at] = top.view(-1, stop - start)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if self.spec.return_lse else None
+        for tile in self.tiles(plan):
+            block = self.stacked(q, tile)
+            block = block * self.spec.scale if self.fold else block
+            keys, values = self.sides(tile)
+            weights, scores = self.weights(block, keys, tile)
+            here = self.of_queries(out, tile)
+            here.copy_(self.mix(weights, values, tile).view(here.shape))
+            if lse is not None:
+                # weight = exp(score - lse), read off where the weight is largest and hence most exact
+                top = scores.amax(-1).to(torch.float32) - weights.amax(-1).to(torch.float32).log()
+                here = self.of_queries(lse, tile)
+                here.copy_(top.view(here.shape))
         return out, lse
-
-    def mix(self, weights: Tensor, values: list[Tensor], sources: list[Source]) -> Tensor:
-        """Sum over sources of weights @ values: (heads, group * n, D)."""
-        total = torch.bmm(weights[:, :, sources[0].columns], values[0])
-        for source, value in zip(sources[1:], values[1:], strict=True):
-            total.baddbmm_(weights[:, :, source.columns], value)
-        return total
-
-    def walk(self, plan: list[Group]) -> Iterator[tuple[int, Group, Run, int, int]]:
-        """Every tile of every row: (row, group, run, start, stop)."""
-        for group in plan:
-            for row in range(group.rows.start, group.rows.stop):
-                for run in group.runs:
-                    for start, stop in self.tiles(run):
-                        yield row, group, run, start, stop
 
     def backward(self, plan: list[Group], grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, spec = self.q, self.k, self.spec
         wide = torch.promote_types(self.work, torch.float32)
         dq = torch.empty_like(q, memory_format=torch.contiguous_format)
         dk, dv = (torch.zeros(k.shape, dtype=wide, device=k.device) for _ in range(2))
-        for row, group, run, start, stop in self.walk(plan):
-            low = run.low(start)
-            sources = sources_of(low, stop, group.position, self.capacity)
-            first = max(run.own if spec.detach_segments else 0, low, 0)  # the first key that takes a gradient
-            taking = slice(first - low, stop - low)
-            for heads in self.head_chunks(start, stop, low):
-                at = self.at(row, heads, start, stop)
-                block, above = self.stacked(q, at), self.stacked(grad, at)
-                block = block * spec.scale if self.fold else block
-                sides = [self.side(source, row, heads) for source in sources]
-                weights, scores = self.weights(block, sides, sources, run, start, stop, heads)
-                dv[row, heads, first:stop] += torch.bmm(weights[:, :, taking].mT, above)
-                for source, (_, v) in zip(sources, sides, strict=True):
-                    torch.bmm(above, v.mT, out=scores[:, :, source.columns])
-                dscores = self.buffer(2, (weights.shape[0], weights.shape[1], weights.shape[2]))
-                torch.ops.aten._softmax_backward_data.out(scores, weights, -1, weights.dtype, grad_input=dscores)
-                result = self.mix(dscores, [k for k, _ in sides], sources).mul_(spec.scale)
-                dq[at] = result.view(-1, stop - start, q.shape[-1])
-                gain = torch.bmm(dscores[:, :, taking].mT, block)
-                dk[row, heads, first:stop] += gain if self.fold else gain.mul_(spec.scale)
+        for tile in self.tiles(plan):
+            first = max(tile.run.own if spec.detach_segments else 0, tile.low, 0)  # the first key to take a gradient
+            taking = slice(first - tile.low, tile.keys)
+            block, above = self.stacked(q, tile), self.stacked(grad, tile)
+            block = block * spec.scale if self.fold else block
+            keys, values = self.sides(tile)
+            weights, dweights = self.weights(block, keys, tile)
+            own_dk, own_dv = (x[tile.rows, tile.heads, first : tile.stop] for x in (dk, dv))
+            own_dv += torch.bmm(weights[:, :, taking].mT, above).view(own_dv.shape)
+            self.against(above, values, tile, dweights)
+            dscores = self.buffer(2, (weights.shape[0], weights.shape[1], weights.shape[2]))
+            torch.ops.aten._softmax_backward_data.out(dweights, weights, -1, weights.dtype, grad_input=dscores)
+            here = self.of_queries(dq, tile)
+            here.copy_(self.mix(dscores, keys, tile).mul_(spec.scale).view(here.shape))
+            gain = torch.bmm(dscores[:, :, taking].mT, block).view(own_dk.shape)
+            own_dk += gain if self.fold else gain.mul_(spec.scale)
         return dq, dk.to(k.dtype), dv.to(k.dtype)
