@@ -335,9 +335,9 @@ class _Training:
         left = self.pace.seconds_left
         of_all = f"/{self.pace.total_steps:,}" if self.pace.total_steps is not None else ""
         return (
-            f"step {self.pace.step:,}{of_all} · loss {self.smooth_loss or 0:.3f} nats a token · "
-            f"{self.pace.speed or 0:,.0f} tokens/s · memory {size(self.state.nbytes)} · "
-            f"lr {self.optimizer.param_groups[0]['lr']:.2e} · {'?' if left is None else duration(left)} left"
+            f"step {self.pace.step:,}{of_all} · {'?' if left is None else duration(left)} left · "
+            f"loss {self.smooth_loss or 0:.3f} nats a token · {self.pace.speed or 0:,.0f} tokens/s · "
+            f"memory {size(self.state.nbytes)} · lr {self.optimizer.param_groups[0]['lr']:.1e}"
         )
 
     def _not_finite(self, what: str, value: float, batch: Batch, logits: torch.Tensor) -> UserError:
