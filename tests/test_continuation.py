@@ -1,0 +1,190 @@
+"""Playing on with the real model: the same as one whole pass, in bounded memory, from MIDI file to MIDI file."""
+
+import math
+import shutil
+
+import pytest
+import torch
+
+from dsmr.continuation import continue_piece
+from dsmr.errors import UserError
+from dsmr.generation import Sampling, stream
+from dsmr.model import DSMRConfig, DSMRModel
+
+TWO_SCALE = "two_scale(layers=3, long=40, short=9, n_long=1)"
+
+
+@pytest.fixture(scope="module")
+def tsd():
+    pytest.importorskip("miditok")
+    from dsmr.data.tokenizer import vocabulary_of
+
+    return vocabulary_of("tsd")
+
+
+def small_model(size: int) -> DSMRModel:
+    torch.manual_seed(0)
+    config = DSMRConfig(size, TWO_SCALE, d_model=16, n_heads=2, segment_length=12)
+    return DSMRModel(config).eval()
+
+
+def test_playing_on_follows_the_whole_piece_pass():
+    """Greedy tokens, long after every ring has wrapped, are those that one call over the same tokens likes best."""
+    model = small_model(23)
+    with torch.no_grad():
+        model.embedding.weight.mul_(20)
+    prompt = torch.arange(31) % 23
+    made = list(model.generate(prompt, sampling=Sampling(temperature=0), max_tokens=150))
+    whole = torch.cat([prompt, torch.tensor(made)])[None]
+    with torch.no_grad():
+        logits = model(whole).logits[0]
+    likes = logits[len(prompt) - 1 : -1]
+    chosen = likes.gather(-1, torch.tensor(made)[:, None])[:, 0]
+    torch.testing.assert_close(chosen, likes.amax(-1), atol=1e-4, rtol=1e-4)
+
+
+def test_memory_stays_at_the_budget_however_long_it_plays():
+    model = small_model(23)
+    state = model.new_state(1)
+    held = state.nbytes
+    storage = [memory.k.data_ptr() for memory in state.memories]
+    for _ in stream(model, [1], Sampling(seed=0), max_tokens=400, state=state):
+        pass
+    assert state.nbytes == held
+    assert [memory.k.data_ptr() for memory in state.memories] == storage
+    # A state for calls of any size has room for the segment in progress beside each horizon.
+    assert held == 2 * 4 * 16 * sum(horizon + 12 for horizon in model.config.schedule.horizons)
+
+
+def test_a_stream_goes_on_from_a_state():
+    model = small_model(23)
+    sampling = Sampling(temperature=0)
+    at_once = list(stream(model, [1, 2, 3], sampling, max_tokens=40))
+    state = model.new_state(1)
+    first = list(stream(model, [1, 2, 3], sampling, max_tokens=25, state=state))
+    assert first + list(stream(model, first[-1:], sampling, max_tokens=15, state=state)) == at_once
+
+
+@pytest.fixture(scope="module")
+def run_directory(tsd, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    small_model(tsd.size).save_pretrained(folder)
+    tsd.save(folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def piece(tmp_path_factory):
+    """A minute of music as a MIDI file."""
+    pytest.importorskip("symusic")
+    from dsmr.data.composer import compose
+
+    path = tmp_path_factory.mktemp("piece") / "piece.mid"
+    compose(3, minutes=1.0).write_midi(path)
+    return path
+
+
+def notes_of(path) -> list[tuple[float, int]]:
+    from dsmr.data.tokenizer import read_midi
+    from dsmr.pianoroll import score_notes
+
+    return [(round(float(note["onset"]), 2), int(note["pitch"])) for note in score_notes(read_midi(path))]
+
+
+def test_a_piece_is_continued_into_three_files(run_directory, piece, tmp_path):
+    seen = []
+    done = continue_piece(
+        run_directory,
+        piece,
+        tmp_path / "on.mid",
+        prompt_seconds=8,
+        notes=20,
+        sampling=Sampling(seed=1),
+        on_progress=seen.append,
+    )
+    assert (done.whole, done.continuation, done.picture) == (
+        tmp_path / "on.mid",
+        tmp_path / "on-continuation.mid",
+        tmp_path / "on.png",
+    )
+    assert done.picture.stat().st_size > 1000
+    whole, alone = notes_of(done.whole), notes_of(done.continuation)
+    given = [note for note in notes_of(piece) if note[0] < 7.9]
+    assert 7 < done.prompt_seconds < 8
+    assert set(given) <= set(whole)
+    assert len(alone) == done.played.notes == 20
+    assert len(whole) == done.prompt_notes + 20
+    shift = done.prompt_seconds
+    assert all(any(abs(onset + shift - o) < 0.02 and pitch == p for o, p in whole) for onset, pitch in alone)
+    assert seen[-1] == done.played
+    assert done.state_bytes > 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_seed_repeats_the_piece(run_directory, piece, tmp_path):
+    for name in ("a", "b"):
+        continue_piece(
+            run_directory, piece, tmp_path / f"{name}.mid", prompt_seconds=3, tokens=60, sampling=Sampling(seed=4)
+        )
+    assert notes_of(tmp_path / "a.mid") == notes_of(tmp_path / "b.mid")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"prompt_seconds": 500}, r"piece\.mid is \d+\.\d s long, shorter than the prompt of 500 s asked for"),
+        ({"prompt_seconds": 0}, "prompt seconds must be more than 0"),
+        ({"prompt_seconds": 0.001}, "has no note"),
+        ({"seconds": -1}, "seconds must be more than 0"),
+        ({"device": "abacus"}, "abacus"),
+    ],
+)
+def test_a_prompt_that_cannot_be_is_a_sentence_and_nothing_is_written(
+    arguments, sentence, run_directory, piece, tmp_path
+):
+    from dsmr.data.composer import compose
+
+    if "no note" in sentence:  # a piece that begins with a rest
+        composition = compose(3, minutes=1.0)
+        composition.notes["onset"] += 1.0
+        piece = tmp_path.parent / "late.mid"
+        composition.write_midi(piece)
+    with pytest.raises(UserError, match=sentence):
+        continue_piece(run_directory, piece, tmp_path / "on.mid", **{"tokens": 5, **arguments})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_another_tokeniser_is_refused(run_directory, piece, tmp_path):
+    from dsmr.data.tokenizer import vocabulary_of
+
+    shutil.copytree(run_directory, tmp_path / "run")
+    vocabulary_of("remi").save(tmp_path / "run" / "tokenizer.json")
+    with pytest.raises(UserError, match="belong to different runs"):
+        continue_piece(tmp_path / "run", piece, tmp_path / "on.mid", tokens=5)
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        continue_piece(tmp_path / "run", piece, tmp_path / "on.mid", tokens=5)
+
+
+@pytest.mark.parametrize("trouble", ["not finite", "ctrl-c"])
+def test_what_was_played_before_trouble_is_written(trouble, run_directory, piece, tmp_path, monkeypatch):
+    import dsmr.generation
+
+    honest, calls = dsmr.generation.step, []
+
+    def step(model, token, state):
+        calls.append(token)
+        if len(calls) < 60:
+            return honest(model, token, state)
+        if trouble == "ctrl-c":
+            raise KeyboardInterrupt
+        return honest(model, token, state) * math.nan
+
+    monkeypatch.setattr(dsmr.generation, "step", step)
+    arguments = {"prompt_seconds": 3.0, "tokens": 500, "sampling": Sampling(seed=4)}
+    if trouble == "ctrl-c":
+        assert continue_piece(run_directory, piece, tmp_path / "on.mid", **arguments).interrupted
+    else:
+        with pytest.raises(UserError, match=r"not finite.*played until then are in .*on\.mid"):
+            continue_piece(run_directory, piece, tmp_path / "on.mid", **arguments)
+    assert len(notes_of(tmp_path / "on-continuation.mid")) > 5
