@@ -141,7 +141,7 @@ def test_a_killed_prepare_goes_on_where_it_stopped(tmp_path: Path) -> None:
         f"prepare.prepare_midi({str(folder)!r}, {str(out)!r}, jobs=1, progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
-    while len(list(out.glob(".prepare/results/*.npz"))) < 5 and process.poll() is None:
+    while len(list(out.glob(".prepare/results/[0-9a-f]*.npz"))) < 5 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
