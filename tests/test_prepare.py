@@ -131,13 +131,13 @@ def test_an_unwritable_output_is_one_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_a_killed_prepare_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "midi", 60, n=900)
+    folder = write_folder(tmp_path / "midi", 40, n=100)
     prepare_midi(folder, tmp_path / "whole", **quietly)
     out = tmp_path / "c"
     code = (
         "import sys, time; from dsmr.data import prepare\n"
         "work = prepare.encode_task\n"
-        "prepare.encode_task = lambda task, **more: (time.sleep(0.02), work(task, **more))\n"
+        "prepare.encode_task = lambda task, **more: (time.sleep(0.1), work(task, **more))\n"
         f"prepare.prepare_midi({str(folder)!r}, {str(out)!r}, jobs=1, progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
@@ -148,7 +148,7 @@ def test_a_killed_prepare_goes_on_where_it_stopped(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unfinished"):
         Corpus.open(out)
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob(".prepare/results/[0-9a-f]*.npz")}
-    assert 5 <= len(kept) < 60
+    assert 5 <= len(kept) < 40
     next(out.glob(".prepare/results/[0-9a-f]*.npz")).write_bytes(b"damaged by the crash")
 
     made: list[str] = []
@@ -156,7 +156,7 @@ def test_a_killed_prepare_goes_on_where_it_stopped(tmp_path: Path) -> None:
         work = prepare.encode_task
         patch.setattr(prepare, "encode_task", lambda task, **more: (made.append(task.source), work(task, **more)))
         prepare_midi(folder, out, **quietly)
-    assert len(made) == 60 - len(kept) + 1
+    assert len(made) == 40 - len(kept) + 1
     assert Corpus.open(out).digest == Corpus.open(tmp_path / "whole").digest
     assert not (out / ".prepare").exists()
     assert not [path for path in out.iterdir() if path.name.startswith(".")]

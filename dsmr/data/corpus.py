@@ -11,6 +11,7 @@ A corpus is a directory (or one packed file, see `dsmr.data.pack`):
 """
 
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -271,12 +272,19 @@ def write_corpus(
         "tokens": offsets[-1],
         "notes": int(sum(n_notes)),
         "seconds": float(sum(seconds)),
-        "created_by": "dsmr",
+        "created_by": f"dsmr {_version()}",
         "report": dict(report or {}),
         "files": files,
     }
     write_json(out / MANIFEST, manifest)
     return Corpus.open(out, verify=False)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("dsmr")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "(not installed)"
 
 
 def _checked(piece: PieceRecord, vocabulary: Vocabulary) -> npt.NDArray[np.uint16]:
