@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dsmr.positions import POSITIONS, Rotary, alibi_slopes, sinusoids, token_positions
 from dsmr_kernels import KVMemory, memory_attention
 from dsmr_kernels.cost import memory_capacity
+from dsmr_kernels.visibility import VISIBILITIES
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
@@ -35,7 +36,7 @@ class DSMRAttention(nn.Module):
         backend: as in `memory_attention`.
 
     Raises:
-        ValueError: if the sizes do not divide, or `position` is unknown.
+        ValueError: if the sizes do not divide or are negative, or `position` or `visibility` is unknown.
     """
 
     slopes: Tensor | None
@@ -60,6 +61,11 @@ class DSMRAttention(nn.Module):
             raise ValueError(f"d_model must be a multiple of n_heads, got d_model={d_model} and n_heads={n_heads}")
         if kv_heads < 1 or n_heads % kv_heads:
             raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {n_heads} and {kv_heads}")
+        for name, value, least in (("horizon", horizon, 0), ("segment_length", segment_length, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        if visibility not in VISIBILITIES:
+            raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {visibility!r}")
         if position not in POSITIONS:
             raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
         self.head_dim = d_model // n_heads

@@ -38,7 +38,7 @@ class Source:
 
 def _piece_starts(piece_start: Tensor | None, rows: int) -> list[list[tuple[int, int]]]:
     """For each row, (first token, piece start) of each piece that it touches."""
-    if piece_start is None:
+    if piece_start is None or piece_start.shape[1] == 0:
         return [[(0, -1)]] * rows
     starts = piece_start.to("cpu", torch.int64).clamp(min=-1)
     result: list[list[tuple[int, int]]] = [[(0, int(first))] for first in starts[:, 0].tolist()]
