@@ -106,11 +106,13 @@ class DSMRState:
         if len(layers) != len(memories):
             raise ValueError(f"the saved state has {len(layers)} layers, this one {len(memories)}")
         for layer, (saved, memory) in enumerate(zip(layers, memories, strict=True)):
-            if saved["k"].shape != memory.k.shape or saved["k"].dtype != memory.k.dtype:
-                raise ValueError(
-                    f"layer {layer} of the saved state holds {saved['k'].dtype} of shape {tuple(saved['k'].shape)}, "
-                    f"this one {memory.k.dtype} of shape {tuple(memory.k.shape)}"
-                )
+            for name in _FIELDS:
+                found, wanted = saved[name], getattr(memory, name)
+                if found.shape != wanted.shape or found.dtype != wanted.dtype:
+                    raise ValueError(
+                        f"layer {layer} of the saved state holds {name} in {found.dtype} of shape {tuple(found.shape)}, "
+                        f"this one {wanted.dtype} of shape {tuple(wanted.shape)}"
+                    )
         for saved, memory in zip(layers, memories, strict=True):
             for name in _FIELDS:
                 current = getattr(memory, name)
@@ -142,6 +144,12 @@ class DSMRState:
                     KVMemory(*(file.get_tensor(f"{layer}.{name}") for name in _FIELDS))
                     for layer in range(int(metadata["layers"]))
                 ]
+                if not memories:
+                    raise ValueError("it has no layers")
+                for layer, memory in enumerate(memories):
+                    rows = {x.shape for x in (memory.length, memory.position)} | {memory.k.shape[:1]}
+                    if memory.k.dim() != 4 or memory.v.shape != memory.k.shape or rows != {memories[0].k.shape[:1]}:
+                        raise ValueError(f"the tensors of layer {layer} do not fit together")
                 return cls(memories, offset=int(metadata["offset"]), aligned=metadata["aligned"] == "1")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path} is not a saved state: {error}") from error
