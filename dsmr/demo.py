@@ -7,19 +7,18 @@ refrain returns, only the first can know what comes. Then it continues a piece t
 
 from __future__ import annotations
 
-import json
 import math
-import multiprocessing
 import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsmr.errors import UserError
 from dsmr.files import atomic_path, write_json, write_text
+from dsmr.side_by_side import AT_ONCE, last_record, train_side_by_side
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
     from dsmr.data.corpus import Corpus
     from dsmr.evaluation import EvaluationReport
+    from dsmr.settings import TrainConfig
 
 WITH, WITHOUT = "two-scale memory", "no memory"
 
@@ -37,15 +37,19 @@ class DemoSize:
 
     pieces: int = 200
     piece_minutes: float = 1.5
+    etude_share: float = 0.5  # of the training tokens; see dsmr/demo_corpus.py
+    etude_tokens: int = 240
     layers: int = 3
     n_long: int = 2
     long: int = 2048
     short: int = 256
-    d_model: int = 64
-    n_heads: int = 2
-    segment_length: int = 512
+    d_model: int = 96
+    n_heads: int = 4
+    segment_length: int = 256
     batch_size: int = 2
-    lr: float = 5e-3
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
     prompt_seconds: float = 15.0
     seconds: float = 30.0
 
@@ -109,7 +113,9 @@ def run_demo(
     timer.done("compose")
     # What is left after training, measured: a tenth of a second for each piece to evaluate and for each second to play.
     reserve = 8.0 + 0.1 * (size.pieces / 10) * 2 + 0.15 * size.seconds
-    train_both(folder, size, seed, max(1.0, timer.left - reserve), console)
+    seconds = max(1.0, timer.left - reserve)
+    seconds = seconds if AT_ONCE else seconds / 2
+    train_side_by_side(training_configs(folder, corpus.path, size, seed, seconds), seconds, console)
     timer.done("train")
     reports = evaluate_both(folder, corpus)
     timer.done("evaluate")
@@ -169,16 +175,18 @@ MARK = ".dsmr-demo"  # a folder with this file was made by the demo, and may be 
 
 
 def compose_corpus(folder: Path, size: DemoSize, seed: int) -> Corpus:
-    """Compose the pieces of the demo and open their corpus."""
-    from dsmr.data.corpus import Corpus
-    from dsmr.data.prepare import prepare_composed
+    """Compose the corpus of the demo."""
+    from dsmr.demo_corpus import compose_with_etudes
 
     write_text(folder / MARK, "This folder is replaced by the next `dsmr demo`.\n")
-    prepare_composed(folder / "corpus", size.pieces, seed, minutes=size.piece_minutes)
-    return Corpus.open(folder / "corpus")
-
-
-# --- training, side by side ---------------------------------------------------------------------------------------
+    return compose_with_etudes(
+        folder / "corpus",
+        pieces=size.pieces,
+        piece_minutes=size.piece_minutes,
+        etude_share=size.etude_share,
+        etude_tokens=size.etude_tokens,
+        seed=seed,
+    )
 
 
 def run_folder(folder: Path, name: str) -> Path:
@@ -186,19 +194,16 @@ def run_folder(folder: Path, name: str) -> Path:
     return folder / "runs" / name.replace(" ", "-")
 
 
-def train_both(folder: Path, size: DemoSize, seed: int, seconds: float, console: Console) -> None:
-    """Train both models for the same time: at once, a core each, or one after another where there is one core.
+def training_configs(folder: Path, corpus: Path, size: DemoSize, seed: int, seconds: float) -> dict[str, TrainConfig]:
+    """What the two models are trained with, for so many seconds: the same but for the schedule.
 
-    Both have the same time and not the same number of tokens: the one without memory is faster and reads more.
+    They get the same time and not the same number of tokens: the one without memory is faster and reads more.
     """
-    from dsmr.progress import ProgressLine, duration
     from dsmr.settings import TrainConfig
 
-    at_once = (os.cpu_count() or 1) > 1
-    each = seconds if at_once else seconds / 2
-    configs = {
+    return {
         name: TrainConfig(
-            data=str(folder / "corpus"),
+            data=str(corpus),
             out=str(run_folder(folder, name)),
             schedule=schedule,
             d_model=size.d_model,
@@ -206,10 +211,12 @@ def train_both(folder: Path, size: DemoSize, seed: int, seconds: float, console:
             segment_length=size.segment_length,
             batch_size=size.batch_size,
             lr=size.lr,
+            weight_decay=size.weight_decay,
+            betas=size.betas,
             dropout=0.0,
             augment=False,
             seed=seed,
-            minutes=each / 60,
+            minutes=seconds / 60,
             device="cpu",
             dtype="float32",
             threads=1,
@@ -217,76 +224,6 @@ def train_both(folder: Path, size: DemoSize, seed: int, seconds: float, console:
         )
         for name, schedule in size.schedules.items()
     }
-    context = multiprocessing.get_context("spawn")
-    workers = {name: context.Process(target=train_one, args=(config,), daemon=True) for name, config in configs.items()}
-    waves = [list(workers)] if at_once else [[name] for name in workers]
-    began = time.monotonic()
-    try:
-        with ProgressLine(console) as line:
-            for wave in waves:
-                for name in wave:
-                    workers[name].start()
-                while any(workers[name].is_alive() for name in wave):
-                    time.sleep(0.2)
-                    left = seconds - (time.monotonic() - began)
-                    line.update(f"training, {duration(max(left, 0))} to go{'; '.join(status(folder, wave))}")
-    finally:
-        for worker in workers.values():
-            if worker.is_alive():
-                worker.terminate()
-            if worker.pid is not None:
-                worker.join()
-    for name, worker in workers.items():
-        if worker.exitcode:
-            log = run_folder(folder, name) / "train.log"
-            last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log.is_file() else []
-            raise UserError(
-                f"training the model with {name} failed: {' '.join(last) or f'exit code {worker.exitcode}'}"
-            )
-
-
-def train_one(config: Any) -> None:
-    """One worker: train, with everything that is said written to the run's train.log."""
-    from rich.console import Console
-
-    from dsmr.training import train
-
-    log = Path(config.out) / "train.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w", encoding="utf-8") as file:
-        try:
-            result = train(config, console=Console(file=file, width=160))
-        except UserError as error:
-            print(error, file=file)
-            raise SystemExit(1) from error
-    raise SystemExit(result.exit_code)
-
-
-def status(folder: Path, names: list[str]) -> list[str]:
-    """A phrase on each model in training: its latest step and loss."""
-    phrases = []
-    for name in names:
-        if record := last_record(run_folder(folder, name) / "metrics.jsonl", "train"):
-            phrases.append(f" {name}: step {record['step']:,}, loss {record['loss']:.2f}")
-    return phrases
-
-
-def last_record(metrics: Path, kind: str) -> dict[str, Any] | None:
-    """The latest whole line of that kind near the end of a metrics file."""
-    try:
-        with open(metrics, "rb") as file:
-            file.seek(max(0, metrics.stat().st_size - 4096))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record.get("kind") == kind:
-            return record
-    return None
 
 
 # --- evaluation, continuation, pictures ---------------------------------------------------------------------------

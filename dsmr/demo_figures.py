@@ -101,7 +101,7 @@ def _curves(
     at = np.arange(0.0, float(clock[-1]), 0.25)
     for model, losses in along.items():
         ax.plot(at, smoothed(clock, losses, at), color=colours[model], linewidth=1.6, label=model)
-    top = ax.get_ylim()[1]
+    top = 1.12 * ax.get_ylim()[1]  # room for the refrains' names
     for stretch in stretches:
         ax.axvspan(stretch.start, stretch.end, color=REFRAIN, alpha=0.45 if stretch.returns else 0.2, linewidth=0)
         name = "refrain returns" if stretch.returns else "refrain"

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from dsmr.demo import WITH, WITHOUT, DemoSize, last_record, run_demo, train_both
+from dsmr.demo import WITH, WITHOUT, DemoSize, run_demo, training_configs
 from dsmr.demo_figures import refrains, smoothed
 from dsmr.errors import UserError
+from dsmr.side_by_side import last_record, train_side_by_side
 
 pytest.importorskip("miditok")
 
@@ -67,7 +68,26 @@ def test_training_that_fails_is_a_sentence(tmp_path):
 
     # No corpus was composed here, so both workers fail at once.
     with pytest.raises(UserError, match=r"training the model with .* failed: .*corpus"):
-        train_both(tmp_path / "demo", TINY, 0, 5.0, Console(quiet=True))
+        train_side_by_side(
+            training_configs(tmp_path / "demo", tmp_path / "corpus", TINY, 0, 5.0), 5.0, Console(quiet=True)
+        )
+
+
+def test_etudes_repeat_fragments_and_leave_validation_alone(demo):
+    from dsmr.data.corpus import Corpus
+
+    folder, _, _ = demo
+    plain, corpus = Corpus.open(folder / "corpus" / "pieces"), Corpus.open(folder / "corpus" / "with-etudes")
+    etudes = [i for i in range(corpus.n_pieces) if corpus.source[i].startswith("etude")]
+    assert {str(corpus.split[i]) for i in etudes} == {"train"}
+    share = sum(len(corpus.piece(i)) for i in etudes) / sum(len(corpus.piece(i)) for i in corpus.pieces_of("train"))
+    assert share == pytest.approx(0.5, abs=0.1)
+    for i in etudes[:5]:
+        tokens = corpus.piece(i)[1:-1]
+        period = next(p for p in range(1, len(tokens)) if (tokens[p:] == tokens[:-p]).all())
+        assert period <= len(tokens) / 2
+    for ours, theirs in zip(corpus.pieces_of("validation"), plain.pieces_of("validation"), strict=True):
+        assert (corpus.piece(ours) == plain.piece(theirs)).all()
 
 
 def test_stretches_and_running_means_of_a_piece():

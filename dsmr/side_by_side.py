@@ -1,0 +1,102 @@
+"""Train several small models at the same time, a core each, and say how they are doing on one line.
+
+Small models use one core better than several: side by side they learn about twice as much in the same time.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsmr.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dsmr.settings import TrainConfig
+
+AT_ONCE = (os.cpu_count() or 1) > 1
+"""Whether there are cores to train at the same time; otherwise the models are trained one after another."""
+
+
+def train_side_by_side(configs: Mapping[str, TrainConfig], seconds: float, console: Console) -> None:
+    """Train each of the named models into its own run directory; `seconds` is how long each is expected to take.
+
+    What a run says goes to its `train.log`. Raises `UserError` with the last line of it if one fails. Ctrl-C lets the
+    runs save and end.
+    """
+    from dsmr.progress import ProgressLine, duration
+
+    context = multiprocessing.get_context("spawn")
+    workers = {name: context.Process(target=train_one, args=(config,), daemon=True) for name, config in configs.items()}
+    waves = [list(workers)] if AT_ONCE else [[name] for name in workers]
+    try:
+        with ProgressLine(console) as line:
+            for wave in waves:
+                began = time.monotonic()
+                for name in wave:
+                    workers[name].start()
+                while any(workers[name].is_alive() for name in wave):
+                    time.sleep(0.2)
+                    left = max(0.0, seconds - (time.monotonic() - began))
+                    phrases = [status(name, Path(configs[name].out)) for name in wave]
+                    line.update("; ".join([f"training, {duration(left)} to go", *filter(None, phrases)]))
+    finally:
+        for worker in workers.values():
+            if worker.is_alive():
+                worker.terminate()
+            if worker.pid is not None:
+                worker.join()
+    for name, worker in workers.items():
+        if worker.exitcode:
+            log = Path(configs[name].out) / "train.log"
+            last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] if log.is_file() else []
+            raise UserError(
+                f"training the model with {name} failed: {' '.join(last) or f'exit code {worker.exitcode}'}"
+            )
+
+
+def train_one(config: TrainConfig) -> None:
+    """One worker: train, with everything that is said written to the run's train.log."""
+    from rich.console import Console
+
+    from dsmr.training import train
+
+    log = Path(config.out) / "train.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as file:
+        try:
+            result = train(config, console=Console(file=file, width=160))
+        except UserError as error:
+            print(error, file=file)
+            raise SystemExit(1) from error
+    raise SystemExit(result.exit_code)
+
+
+def status(name: str, run: Path) -> str | None:
+    """A phrase on a model in training: its latest step and loss; None before the first step."""
+    record = last_record(run / "metrics.jsonl", "train")
+    return record and f"{name}: step {record['step']:,}, loss {record['loss']:.2f}"
+
+
+def last_record(metrics: Path, kind: str) -> Any:
+    """The latest whole line of that kind near the end of a metrics file; None where there is none."""
+    try:
+        with open(metrics, "rb") as file:
+            file.seek(max(0, metrics.stat().st_size - 4096))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record.get("kind") == kind:
+            return record
+    return None
