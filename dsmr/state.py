@@ -110,8 +110,8 @@ class DSMRState:
                 found, wanted = saved[name], getattr(memory, name)
                 if found.shape != wanted.shape or found.dtype != wanted.dtype:
                     raise ValueError(
-                        f"layer {layer} of the saved state holds {name} in {found.dtype} of shape {tuple(found.shape)}, "
-                        f"this one {wanted.dtype} of shape {tuple(wanted.shape)}"
+                        f"layer {layer} of the saved state holds {name} as {found.dtype} {tuple(found.shape)}, "
+                        f"this one {wanted.dtype} {tuple(wanted.shape)}"
                     )
         for saved, memory in zip(layers, memories, strict=True):
             for name in _FIELDS:
