@@ -22,7 +22,7 @@ def _forward(
     spec: AttentionSpec,
 ) -> tuple[Tensor, Tensor | None]:
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():
-        if fused.serves(q, alibi, spec):
+        if fused.serves(q, k, memory, alibi, spec):
             return fused.forward(q, k, v, memory, plan, spec)
         storage = None if memory is None else (memory.k, memory.v)
         return Products(q, k, v, storage, alibi, spec).forward(plan)
@@ -57,7 +57,10 @@ class _MemoryAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         plan = plan_call(q, k, memory, piece_start, spec)
         out, lse = _forward(q, k, v, memory, plan, alibi, spec)
-        ctx.save_for_backward(q, k, v)
+        if fused.serves_backward(q, k, memory, alibi, spec):
+            ctx.save_for_backward(q, k, v, out, lse)
+        else:
+            ctx.save_for_backward(q, k, v)
         ctx.storage = None if memory is None else (memory.k, memory.v)
         ctx.version = None if memory is None else memory.k._version
         ctx.lease = None if memory is None else memory.lease()
@@ -68,14 +71,18 @@ class _MemoryAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
-        q, k, v = ctx.saved_tensors
+        q, k, v, *result = ctx.saved_tensors
         if ctx.storage is not None and ctx.storage[0]._version != ctx.version:
             raise RuntimeError(
                 "the memory of a memory_attention call was written to in place before the call's backward ran; "
                 "append through KVMemory.append, which keeps what a backward still needs"
             )
         with torch.autocast(q.device.type, enabled=False), torch.no_grad():
-            grads = Products(q, k, v, ctx.storage, ctx.alibi, ctx.spec).backward(ctx.plan, grad)
+            if result:
+                out, lse = result
+                grads = fused.backward(q, k, v, ctx.storage, ctx.plan, ctx.spec, out, lse, grad)
+            else:
+                grads = Products(q, k, v, ctx.storage, ctx.alibi, ctx.spec).backward(ctx.plan, grad)
         ctx.lease = None  # the memory may be overwritten from here on
         if torch.is_grad_enabled():
             grads = _Once.apply(*grads, q, k, v, grad)

@@ -1,25 +1,52 @@
-"""Forward by PyTorch's flash kernel: over memory, earlier tokens and the run itself apart, merged by log-sum-exp."""
+"""Forward and backward by PyTorch's flash kernel, over memory, earlier tokens and the run itself apart.
+
+The forward merges the parts by log-sum-exp. Since the backward of a part depends on the others only through the common
+log-sum-exp and output, it runs part by part too; a part that takes no gradient needs only its share of dQ.
+"""
 
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends.sdpa.plan import Group, sources_of
+from dsmr_kernels.backends.sdpa.plan import Group, Source, sources_of
 from dsmr_kernels.backends.spec import AttentionSpec
 from dsmr_kernels.memory import KVMemory
+from dsmr_kernels.visibility import Run
 
-# Private to PyTorch, but the only way to the log-sum-exp; without it, `products` serves.
+# Private to PyTorch, but the only way to the log-sum-exp; without them, `products` serves.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+# A head with more scores than this is served faster by `products`: in bfloat16 always, in float32 in the backward.
+SMALL_ELEMENTS = 131_072
 
 
-def serves(q: Tensor, alibi_slopes: Tensor | None, spec: AttentionSpec) -> bool:
-    """The flash kernel returns the log-sum-exp that the merge needs, and in float32 nothing of ours is faster."""
+def _small(q: Tensor, k: Tensor, memory: KVMemory | None, spec: AttentionSpec) -> bool:
+    past = min(spec.horizon, memory.capacity if memory is not None else 0)
+    queries = min(q.shape[2], spec.segment_length or q.shape[2])
+    return queries * (queries + past) * (q.shape[1] // k.shape[1]) <= SMALL_ELEMENTS
+
+
+def _possible(q: Tensor, alibi_slopes: Tensor | None, spec: AttentionSpec) -> bool:
     return (
         _FLASH is not None
+        and _FLASH_BACKWARD is not None
         and q.device.type == "cpu"
-        and q.dtype == torch.float32
         and alibi_slopes is None
         and spec.visibility == "segment"
     )
+
+
+def serves(q: Tensor, k: Tensor, memory: KVMemory | None, alibi_slopes: Tensor | None, spec: AttentionSpec) -> bool:
+    """Whether this way is the faster one for the forward."""
+    if not _possible(q, alibi_slopes, spec):
+        return False
+    return q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and _small(q, k, memory, spec))
+
+
+def serves_backward(
+    q: Tensor, k: Tensor, memory: KVMemory | None, alibi_slopes: Tensor | None, spec: AttentionSpec
+) -> bool:
+    """Whether this way is the faster one for the backward too; it then wants the forward's output and log-sum-exp."""
+    return serves(q, k, memory, alibi_slopes, spec) and _small(q, k, memory, spec)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -40,12 +67,12 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, memory: KVMemory | None, plan: list[Group], spec: AttentionSpec
-) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of the whole call; lse only if the call asks for it."""
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the whole call."""
     shift = k.shape[2] - q.shape[2]
     whole = len(plan) == 1 and len(plan[0].runs) == 1
     out = q.new_empty(0 if whole else q.shape)
-    lse = q.new_empty(0 if whole or not spec.return_lse else q.shape[:3])
+    lse = q.new_empty(0 if whole else q.shape[:3], dtype=torch.float32)
     for group in plan:
         for run in group.runs:
             here = (group.rows, slice(None), slice(run.start - shift, run.stop - shift))
@@ -57,11 +84,93 @@ def forward(
                 rows = (group.rows, slice(None), slice(source.start, source.stop))
                 past_o, past_l = _flash(block, sides[0][rows], sides[1][rows], False, spec.scale)
                 # Each softmax is over one source: weigh the two by their shares of the common sum of exponentials.
-                o = torch.lerp(o, past_o, torch.sigmoid(past_l - l).unsqueeze(-1))
+                o = torch.lerp(o, past_o, torch.sigmoid(past_l - l).unsqueeze(-1).to(o.dtype))
                 l = torch.logaddexp(l, past_l)
             if whole:
-                return o, l if spec.return_lse else None
-            out[here] = o
-            if spec.return_lse:
-                lse[here] = l
-    return out, lse if spec.return_lse else None
+                return o, l
+            out[here], lse[here] = o, l
+    return out, lse
+
+
+def _flash_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One part's dq (b, Hq, n, D), dk and dv (b, Hkv, s, D), given the common out and lse."""
+    assert _FLASH_BACKWARD is not None
+    group = q.shape[1] // k.shape[1]
+    if group == 1:
+        return _FLASH_BACKWARD(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
+    parts = [
+        _FLASH_BACKWARD(
+            *(x[:, g::group] for x in (grad, q)), k, v, *(x[:, g::group] for x in (out, lse)), 0.0, causal, scale=scale
+        )
+        for g in range(group)
+    ]
+    dq, dk, dv = zip(*parts, strict=True)
+    return torch.stack(dq, 2).flatten(1, 2), sum(dk[1:], dk[0]), sum(dv[1:], dv[0])
+
+
+def _dq_alone(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, grad: Tensor, scale: float) -> Tensor:
+    """One part's dq in float32, where keys and values take no gradient: three of the five products."""
+    kv_heads, tokens, dim = k.shape[1:]
+
+    def stacked(x: Tensor) -> Tensor:
+        return x.float().reshape(x.shape[0] * kv_heads, -1, x.shape[-1])
+
+    k, v = (x.float().reshape(-1, tokens, dim) for x in (k, v))
+    weights = torch.baddbmm(stacked(-lse.unsqueeze(-1)), stacked(q), k.mT, alpha=scale).exp_()
+    dweights = torch.baddbmm(stacked(-delta.unsqueeze(-1)), stacked(grad), v.mT)
+    return torch.bmm(weights.mul_(dweights), k).mul_(scale).view(q.shape)
+
+
+def _parts(run: Run, group: Group, capacity: int, detach: bool) -> list[tuple[Source, bool]]:
+    """The stretches of a run's past, and whether each takes a gradient."""
+    first = max(run.own if detach else 0, run.floor, 0)
+    parts = []
+    for source in sources_of(run.floor, run.start, group.position, capacity, False):
+        if source.memory or source.stop <= first:
+            parts.append((source, False))
+            continue
+        if source.start < first:
+            parts.append((Source(False, source.start, first, 0), False))
+        parts.append((Source(False, max(first, source.start), source.stop, 0), True))
+    return parts
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: tuple[Tensor, Tensor] | None,
+    plan: list[Group],
+    spec: AttentionSpec,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of the whole call, given its output and log-sum-exp."""
+    shift, scale = k.shape[2] - q.shape[2], spec.scale
+    delta = (grad.float() * out.float()).sum(-1)
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (torch.zeros(k.shape, dtype=torch.float32) for _ in range(2))
+    for group in plan:
+        for run in group.runs:
+            here = (group.rows, slice(None), slice(run.start - shift, run.stop - shift))
+            block, above = q[here], grad[here]
+            rows = (group.rows, slice(None), slice(run.start, run.stop))
+            dq_run, dk_run, dv_run = _flash_backward(block, k[rows], v[rows], out[here], lse[here], above, True, scale)
+            dk[rows] += dk_run
+            dv[rows] += dv_run
+            for source, taking in _parts(run, group, memory[0].shape[2] if memory else 0, spec.detach_segments):
+                sides = memory if source.memory and memory else (k, v)
+                rows = (group.rows, slice(None), slice(source.start, source.stop))
+                ks, vs = sides[0][rows], sides[1][rows]
+                if taking:
+                    part, dk_run, dv_run = _flash_backward(block, ks, vs, out[here], lse[here], above, False, scale)
+                    dk[rows] += dk_run
+                    dv[rows] += dv_run
+                else:
+                    part = _dq_alone(block, ks, vs, lse[here], delta[here], above, scale)
+                dq_run = dq_run + part
+            dq[here] = dq_run
+    return dq, dk.to(k.dtype), dv.to(k.dtype)
