@@ -146,3 +146,59 @@ def test_the_defaults_shown_for_train_are_those_of_its_settings():
     for name, shown in TRAIN_DEFAULTS.items():
         if name not in shown_in_words:
             assert shown == str(defaults[name])
+
+
+def test_from_nothing_to_a_continued_piece(tmp_path):
+    """The README's commands, one after another, on the smallest corpus and model there can be."""
+    pytest.importorskip("miditok")
+    from dsmr.data.composer import compose
+
+    corpus, run, piece = tmp_path / "corpus", tmp_path / "run", tmp_path / "midi" / "piece.mid"
+    folder = piece.parent
+    folder.mkdir()
+    for seed in range(3):
+        compose(seed, minutes=1.0).write_midi(folder / f"{'piece' if seed == 0 else seed}.mid")
+    made = dsmr("prepare", "midi", folder, "--out", corpus, "--jobs", 1)
+    assert made.exit_code == 0, made.output
+    assert "notes" in made.stdout
+    packed = dsmr("pack", corpus, tmp_path / "corpus.dsmr")
+    assert packed.exit_code == 0, packed.output
+    shape = ["--d-model", 16, "--n-heads", 2, "--segment-length", 32, "--batch-size", 2, "--threads", 1]
+    trained = dsmr("train", "--data", corpus, "--schedule", TWO_SCALE, "--out", run, "--steps", 2, *shape)
+    assert trained.exit_code == 0, trained.output
+    assert says(dsmr("train", "--data", corpus, "--out", run), "already holds")
+    resumed = dsmr("train", "--out", run, "--resume", "--steps", 3)
+    assert resumed.exit_code == 0, resumed.output
+    for data in ([], ["--data", tmp_path / "corpus.dsmr", "--baseline", "trigram"]):
+        measured = dsmr("eval", run, *data)
+        assert measured.exit_code == 0, measured.output
+        assert "nats a note" in measured.stdout
+    assert "than the trigram" in measured.stdout
+    assert (run / "eval-validation.json").is_file()
+    out = tmp_path / "continued.mid"
+    played = dsmr(
+        "generate",
+        run,
+        "--prompt",
+        piece,
+        "--prompt-seconds",
+        5,
+        "--notes",
+        5,
+        "--out",
+        out,
+        "--seed",
+        1,
+        "--top-k",
+        50,
+    )
+    assert played.exit_code == 0, played.output
+    assert "5 notes" in played.stdout
+    assert out.is_file()
+    too_short = dsmr("generate", run, "--prompt", piece, "--prompt-seconds", 5000, "--out", out)
+    assert says(too_short, "piece.mid", "shorter", "5000")
+    (tmp_path / "noise.mid").write_bytes(b"MThd nonsense")
+    assert says(dsmr("generate", run, "--prompt", tmp_path / "noise.mid", "--out", out), "noise.mid")
+    remi = dsmr("prepare", "composed", "--pieces", 3, "--out", tmp_path / "remi", "--tokenizer", "remi", "--jobs", 1)
+    assert remi.exit_code == 0, remi.output
+    assert says(dsmr("eval", run, "--data", tmp_path / "remi"), "tokeniser")
