@@ -1,0 +1,160 @@
+"""Ours against concatenating, in turn within one run, so that a noisy machine disturbs both alike.
+
+    python -m benchmarks.side_by_side                # the table, and benchmarks/results/cpu-attention.{json,md,png}
+
+Every shape is checked against the float64 oracle before it is timed. Reported are medians over rounds, and the median
+of the rounds' ratios.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks.contenders import ConcatenatedSDPA, Shape, check, forward, forward_backward, matmul_rate, ours
+from dsmr.files import atomic_path, write_json, write_text
+
+CLAIM = Shape(1, 8, 8, 1024, 4096, 64)
+GRID = [
+    CLAIM,
+    Shape(1, 8, 8, 1024, 1024, 64),
+    Shape(2, 8, 8, 512, 2048, 64),
+    Shape(8, 8, 8, 512, 1024, 64),
+    Shape(1, 8, 2, 1024, 4096, 64),
+    Shape(1, 16, 16, 512, 1024, 128),
+    Shape(2, 4, 4, 256, 1024, 32),
+    Shape(4, 8, 8, 256, 512, 64),
+    Shape(1, 8, 8, 256, 256, 64),
+    Shape(8, 8, 8, 128, 512, 64),
+    Shape(1, 8, 8, 128, 2048, 64),
+    Shape(1, 8, 8, 2048, 512, 64),
+]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def in_turn(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Seconds of each call in each round, the calls taking turns; two rounds of warm-up go before."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds + 2):
+        for call, times in zip(calls, seconds, strict=True):
+            begin = time.perf_counter()
+            call()
+            if turn >= 2:
+                times.append(time.perf_counter() - begin)
+    return seconds
+
+
+def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """One row of the table, correctness first."""
+    case = shape.case(dtype)
+    concatenated = ConcatenatedSDPA(case)
+    check(shape, dtype, {"dsmr": ours, "sdpa": concatenated})
+    row: dict[str, Any] = {"shape": asdict(shape), "label": str(shape), "dtype": name_of(dtype)}
+    for key, kind in (("forward", forward), ("forward_backward", forward_backward)):
+        mine, theirs, product = in_turn([kind(ours, case), kind(concatenated, case), matmul_rate(dtype, 1024)], rounds)
+        row[key] = {
+            "dsmr_ms": 1e3 * statistics.median(mine),
+            "sdpa_ms": 1e3 * statistics.median(theirs),
+            "speedup": statistics.median(b / a for a, b in zip(mine, theirs, strict=True)),
+        }
+        if key == "forward":
+            rates = [shape.forward_flops * p / (a * 2 * 1024**3) for a, p in zip(mine, product, strict=True)]
+            row[key]["gflops"] = shape.forward_flops / statistics.median(mine) / 1e9
+            row[key]["share_of_matmul"] = statistics.median(rates)
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| shape | dtype | forward, ms | concatenated | speed-up | of the matrix product "
+        "| forward + backward, ms | concatenated | speed-up |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        f, b = row["forward"], row["forward_backward"]
+        lines.append(
+            f"| {row['label']} | {row['dtype']} | {f['dsmr_ms']:.1f} | {f['sdpa_ms']:.1f} | {f['speedup']:.2f} × "
+            f"| {100 * f['share_of_matmul']:.0f} % | {b['dsmr_ms']:.1f} | {b['sdpa_ms']:.1f} | {b['speedup']:.2f} × |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the speed-ups."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 0.42 * len(rows) + 1.6), sharey=True, layout="constrained")
+    labels = [f"{row['label']}, {row['dtype']}" for row in rows]
+    for axis, key, title in zip(axes, ("forward", "forward_backward"), ("forward", "forward + backward"), strict=True):
+        values = [row[key]["speedup"] for row in rows]
+        colours = ["#2a6f97" if row["dtype"] == "float32" else "#e07a5f" for row in rows]
+        axis.barh(labels, values, color=colours)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_title(f"{title}: times faster than concatenating", fontsize=10)
+        for position, value in enumerate(values):
+            axis.text(value, position, f" {value:.2f}", va="center", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure the grid, print the table, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each shape")
+    parser.add_argument("--shapes", type=int, default=len(GRID), help="how many shapes of the grid")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    arguments = parser.parse_args()
+    console, rows = Console(), []
+    with Progress(console=console, transient=True) as progress:
+        work = [(shape, dtype) for shape in GRID[: arguments.shapes] for dtype in DTYPES]
+        for shape, dtype in progress.track(work, description="measuring on CPU"):
+            rows.append(measure(shape, dtype, arguments.rounds))
+    machine = {
+        "device": "CPU",
+        "processor": platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    markdown = table(rows)
+    console.print(markdown, soft_wrap=True, highlight=False)
+    slower = [
+        f"{row['label']}, {row['dtype']}, {key}"
+        for row in rows
+        for key in ("forward", "forward_backward")
+        if row[key]["speedup"] < 1
+    ]
+    print("slower than concatenating: " + ("; ".join(slower) if slower else "nowhere"))
+    write_json(arguments.out / "cpu-attention.json", {"machine": machine, "rounds": arguments.rounds, "rows": rows})
+    about = ", ".join(f"{key} {value}" for key, value in machine.items())
+    write_text(
+        arguments.out / "cpu-attention.md",
+        f"Measured by `python -m benchmarks.side_by_side` on: {about}.\n\n{markdown}\n",
+    )
+    draw(rows, arguments.out / "cpu-attention.png")
+
+
+if __name__ == "__main__":
+    main()
