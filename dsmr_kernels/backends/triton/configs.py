@@ -1,0 +1,69 @@
+"""Tile sizes, warps and pipeline stages by architecture, head dimension and dtype: fixed, so that runs reproduce.
+
+The first choice needs no tuning. Every entry compiles without spills for its targets (`python -m dsmr_kernels.aot` shows
+it, and a test insists on it); `python -m dsmr_kernels.tune` measures alternatives on the present GPU.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+HEAD_DIMS = (16, 256)  # the least and the greatest that the kernels serve
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One kernel's launch: queries and keys of a tile, warps, software-pipelining stages."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+
+
+def padded(head_dim: int) -> int:
+    """The head dimension that is held in registers: the next power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+# architecture -> (padded head_dim, bytes of an element) -> kernel -> Config; "default" serves what is not named.
+# Hopper takes wide tiles with 8 warps (two warpgroups of matrix instructions); parts with less shared memory or fewer
+# registers take narrower ones. Float32 runs in exact arithmetic, for checking: its tiles are small everywhere.
+_HALF = {
+    64: {"forward": Config(128, 64, 4, 3), "dq": Config(64, 64, 4, 2), "dkv": Config(64, 64, 4, 2)},
+    128: {"forward": Config(64, 64, 4, 2), "dq": Config(64, 32, 4, 2), "dkv": Config(32, 64, 4, 2)},
+    256: {"forward": Config(64, 32, 8, 2), "dq": Config(64, 32, 8, 1), "dkv": Config(32, 64, 8, 1)},
+}
+_HOPPER = {
+    64: {"forward": Config(128, 128, 8, 2), "dq": Config(128, 64, 8, 2), "dkv": Config(64, 128, 8, 2)},
+    128: {"forward": Config(128, 64, 8, 3), "dq": Config(128, 64, 8, 2), "dkv": Config(64, 128, 8, 2)},
+    256: {"forward": Config(64, 64, 8, 2), "dq": Config(64, 32, 8, 2), "dkv": Config(32, 64, 8, 2)},
+}
+_FLOAT32 = {
+    64: {"forward": Config(32, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
+    128: {"forward": Config(32, 32, 8, 1), "dq": Config(32, 32, 8, 1), "dkv": Config(32, 32, 8, 1)},
+    256: {"forward": Config(16, 32, 8, 1), "dq": Config(16, 16, 8, 1), "dkv": Config(16, 16, 8, 1)},
+}
+_CDNA = {
+    64: {"forward": Config(64, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
+    128: {"forward": Config(64, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
+    256: {"forward": Config(32, 32, 4, 1), "dq": Config(32, 16, 4, 1), "dkv": Config(16, 32, 4, 1)},
+}
+TABLE = {
+    "sm_80": _HALF,
+    "sm_89": _HALF,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "gfx942": _CDNA,
+    "default": _HALF,
+}
+_INTERPRETER = Config(16, 16, 4, 1)  # small, so that tests of few tokens have several blocks
+
+
+def choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
+    """The configuration of a kernel: "forward", "dq" or "dkv"."""
+    if architecture == "interpreter":
+        return _INTERPRETER
+    sizes = _FLOAT32 if dtype == torch.float32 else TABLE.get(architecture, TABLE["default"])
+    return sizes[max(64, padded(head_dim))][kernel]
