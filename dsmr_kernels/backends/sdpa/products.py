@@ -8,22 +8,25 @@ gradient, and nothing is computed for memory. The weights are recomputed, so the
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsmr_kernels.backends.sdpa.plan import Group, Source, sources_of
+from dsmr_kernels.backends.sdpa.workers import in_parallel
 from dsmr_kernels.backends.spec import AttentionSpec
 from dsmr_kernels.visibility import Run
 
-# Elements of a tile's scores, over all its heads: two such buffers in float32 stay in the last cache level of a laptop.
-TILE_ELEMENTS = 1_310_720
+# Elements of a tile's scores, over all its heads: the tiles of all cores should stay in the cache.
+TILE_ELEMENTS = 655_360
 # Queries of a tile: fewer starve the matrix product, more waste work on the causal edge.
-TILE_QUERIES = 256
+TILE_QUERIES = 128
 # A head whose scores have fewer elements is taken together with others: the calls would cost more than the arithmetic.
-SMALL_ELEMENTS = 131_072
+SMALL_ELEMENTS = 65_536
+# A call with fewer scores than this is over before other threads have begun.
+PARALLEL_ELEMENTS = 262_144
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,7 @@ class Tile:
 
 
 class Products:
-    """One call's tensors and scratch, and the steps that forward and backward share.
-
-    In the shapes below, m counts the rows and KV heads of a tile, g the query heads of a KV head, n the queries.
-    """
+    """One call: its tensors, and the jobs that it is cut into."""
 
     def __init__(
         self,
@@ -73,57 +73,98 @@ class Products:
         self.fold = math.frexp(spec.scale)[0] == 0.5
         # The order of keys matters to these alone; without them a full ring is read from end to end.
         self.in_order = alibi is not None or spec.visibility == "sliding"
+
+    def cuts(self, run: Run) -> list[tuple[int, int]]:
+        """A run's queries, cut so that a head's scores fit a tile."""
+        most = max(16, min(TILE_QUERIES, TILE_ELEMENTS // (run.stop - run.low(run.start))) // self.group)
+        count = -(-(run.stop - run.start) // most)
+        return list(itertools.pairwise(run.start + (run.stop - run.start) * i // count for i in range(count + 1)))
+
+    def for_each_job(self, plan: list[Group], job: Callable[["Job"], None]) -> None:
+        """Run `job` on every part of the call that writes to rows and heads of its own, on all cores."""
+        jobs, elements, heads = [], 0, self.k.shape[1]
+        for group in plan:
+            if not group.runs:
+                continue
+            cuts = [(run, self.cuts(run)) for run in group.runs]
+            rows = group.rows.stop - group.rows.start
+            # The most scores that one head of one row has in a tile, and in the whole call.
+            largest = max((b - a) * (b - run.low(a)) for run, edges in cuts for a, b in edges) * self.group
+            elements += rows * heads * sum((b - a) * (b - run.low(a)) for run, edges in cuts for a, b in edges)
+            together = 1 if largest >= SMALL_ELEMENTS else TILE_ELEMENTS // largest
+            together = max(1, min(together, -(-rows * heads // torch.get_num_threads())))
+            row_step, head_step = max(1, together // heads), min(heads, together)
+            for row in range(group.rows.start, group.rows.stop, row_step):
+                for head in range(0, heads, head_step):
+                    some_rows = slice(row, min(row + row_step, group.rows.stop))
+                    jobs.append(Job(self, some_rows, slice(head, min(head + head_step, heads)), group, cuts))
+        on_cpu = self.q.device.type == "cpu"
+        in_parallel(job, jobs, worthwhile=on_cpu and elements * self.group >= PARALLEL_ELEMENTS)
+
+    def forward(self, plan: list[Group]) -> tuple[Tensor, Tensor | None]:
+        """(out, lse) of the whole call; lse only if the call asks for it."""
+        q = self.q
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if self.spec.return_lse else None
+        self.for_each_job(plan, lambda job: job.forward(out, lse))
+        return out, lse
+
+    def backward(self, plan: list[Group], grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv of the whole call."""
+        wide = torch.promote_types(self.work, torch.float32)
+        dq = torch.empty_like(self.q, memory_format=torch.contiguous_format)
+        dk, dv = (torch.zeros(self.k.shape, dtype=wide, device=self.k.device) for _ in range(2))
+        self.for_each_job(plan, lambda job: job.backward(grad, dq, dk, dv))
+        return dq, dk.to(self.k.dtype), dv.to(self.k.dtype)
+
+
+class Job:
+    """Some rows and KV heads of a call, with scratch of their own.
+
+    In the shapes below, m counts the rows and KV heads of a tile, g the query heads of a KV head, n the queries.
+    """
+
+    def __init__(
+        self, call: Products, rows: slice, heads: slice, group: Group, cuts: list[tuple[Run, list[tuple[int, int]]]]
+    ) -> None:
+        self.call, self.rows, self.heads, self.ring, self.cuts = call, rows, heads, group.position, cuts
         self.scratch: list[Tensor] = []
 
-    def tiles(self, plan: list[Group]) -> Iterator[Tile]:
-        """Cut the plan into tiles whose scores fit the scratch: one head if it fills it, many if they are small."""
-        for group in plan:
-            for run in group.runs:
-                keys = run.stop - run.low(run.start)
-                most = max(16, min(TILE_QUERIES, TILE_ELEMENTS // keys) // self.group)
-                count = -(-(run.stop - run.start) // most)
-                edges = [run.start + (run.stop - run.start) * i // count for i in range(count + 1)]
-                for start, stop in itertools.pairwise(edges):
-                    low = run.low(start)
-                    sources = sources_of(low, stop, group.position, self.capacity, self.in_order)
-                    for rows, heads in self.chunks(group.rows, (stop - start) * self.group * (stop - low)):
-                        yield Tile(rows, heads, start, stop, low, run, sources)
-
-    def chunks(self, rows: slice, elements: int) -> Iterator[tuple[slice, slice]]:
-        """Rows and KV heads to take at once, if one of them has so many scores."""
-        heads = self.k.shape[1]
-        together = 1 if elements >= SMALL_ELEMENTS else TILE_ELEMENTS // elements
-        row_step, head_step = max(1, together // heads), min(heads, together)
-        for row in range(rows.start, rows.stop, row_step):
-            for head in range(0, heads, head_step):
-                yield slice(row, min(row + row_step, rows.stop)), slice(head, min(head + head_step, heads))
+    def tiles(self) -> Iterator[Tile]:
+        """The tiles of this job, in order."""
+        call = self.call
+        for run, edges in self.cuts:
+            for start, stop in edges:
+                low = run.low(start)
+                sources = sources_of(low, stop, self.ring, call.capacity, call.in_order)
+                yield Tile(self.rows, self.heads, start, stop, low, run, sources)
 
     def buffer(self, index: int, shape: tuple[int, int, int]) -> Tensor:
         """The scratch buffer `index` as a tensor of this shape: fresh pages cost more than the arithmetic on them."""
         size = math.prod(shape)
         while len(self.scratch) <= index:
-            self.scratch.append(self.q.new_empty(0, dtype=self.work))
+            self.scratch.append(self.call.q.new_empty(0, dtype=self.call.work))
         if self.scratch[index].numel() < size:
-            self.scratch[index] = self.q.new_empty(size, dtype=self.work)
+            self.scratch[index] = self.call.q.new_empty(size, dtype=self.call.work)
         return self.scratch[index][:size].view(shape)
 
     def of_queries(self, x: Tensor, tile: Tile) -> Tensor:
         """The tile's part of a tensor (B, Hq, T, ...), a view (rows, g * heads, n, ...)."""
-        heads = slice(tile.heads.start * self.group, tile.heads.stop * self.group)
-        return x[tile.rows, heads, tile.start - self.shift : tile.stop - self.shift]
+        heads = slice(tile.heads.start * self.call.group, tile.heads.stop * self.call.group)
+        return x[tile.rows, heads, tile.start - self.call.shift : tile.stop - self.call.shift]
 
     def stacked(self, x: Tensor, tile: Tile) -> Tensor:
         """The tile's part of a tensor (B, Hq, T, D), the queries of a group stacked: (m, g * n, D)."""
-        return self.of_queries(x, tile).to(self.work).reshape(-1, self.group * tile.queries, x.shape[-1])
+        return self.of_queries(x, tile).to(self.call.work).reshape(-1, self.call.group * tile.queries, x.shape[-1])
 
     def sides(self, tile: Tile) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of each source, (m, s, D)."""
 
         def part(x: Tensor, source: Source) -> Tensor:
-            return x[tile.rows, tile.heads, source.start : source.stop].to(self.work).flatten(0, 1)
+            return x[tile.rows, tile.heads, source.start : source.stop].to(self.call.work).flatten(0, 1)
 
-        keys = [part(self.memory_k if source.memory else self.k, source) for source in tile.sources]
-        values = [part(self.memory_v if source.memory else self.v, source) for source in tile.sources]
+        keys = [part(self.call.memory_k if source.memory else self.call.k, source) for source in tile.sources]
+        values = [part(self.call.memory_v if source.memory else self.call.v, source) for source in tile.sources]
         return keys, values
 
     def against(self, rows: Tensor, sides: list[Tensor], tile: Tile, out: Tensor) -> None:
@@ -148,15 +189,15 @@ class Products:
         shape = (q.shape[0], q.shape[1], tile.keys)
         scores = self.buffer(0, shape)
         self.against(q, keys, tile, scores)
-        if not self.fold:
-            scores.mul_(self.spec.scale)
+        if not self.call.fold:
+            scores.mul_(self.call.spec.scale)
         start, stop, low, window = tile.start, tile.stop, tile.low, tile.run.window
-        grid = scores.view(-1, self.group, tile.queries, tile.keys)
+        grid = scores.view(-1, self.call.group, tile.queries, tile.keys)
         p = torch.arange(start, stop, device=q.device)
-        if self.alibi is not None:
+        if self.call.alibi is not None:
             distance = p[:, None] - torch.arange(low, stop, device=q.device)  # [n, keys]
-            slopes = self.alibi[tile.heads.start * self.group : tile.heads.stop * self.group]
-            slopes = slopes.to(torch.promote_types(self.work, torch.float32)).view(-1, self.group, 1, 1)
+            slopes = self.call.alibi[tile.heads.start * self.call.group : tile.heads.stop * self.call.group]
+            slopes = slopes.to(torch.promote_types(self.call.work, torch.float32)).view(-1, self.call.group, 1, 1)
             grid.unflatten(0, (-1, slopes.shape[0])).sub_(slopes * distance)
         if window is not None and (fringe := tile.run.low(stop - 1) - low):
             j = torch.arange(low, low + fringe, device=q.device)
@@ -167,13 +208,12 @@ class Products:
         torch.ops.aten._softmax.out(scores, -1, False, out=weights)
         return weights, scores
 
-    def forward(self, plan: list[Group]) -> tuple[Tensor, Tensor | None]:
-        q = self.q
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if self.spec.return_lse else None
-        for tile in self.tiles(plan):
-            block = self.stacked(q, tile)
-            block = block * self.spec.scale if self.fold else block
+    def forward(self, out: Tensor, lse: Tensor | None) -> None:
+        """Fill this job's part of the outputs."""
+        call = self.call
+        for tile in self.tiles():
+            block = self.stacked(call.q, tile)
+            block = block * call.spec.scale if call.fold else block
             keys, values = self.sides(tile)
             weights, scores = self.weights(block, keys, tile)
             here = self.of_queries(out, tile)
@@ -183,18 +223,16 @@ class Products:
                 top = scores.amax(-1).to(torch.float32) - weights.amax(-1).to(torch.float32).log()
                 here = self.of_queries(lse, tile)
                 here.copy_(top.view(here.shape))
-        return out, lse
 
-    def backward(self, plan: list[Group], grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, spec = self.q, self.k, self.spec
-        wide = torch.promote_types(self.work, torch.float32)
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        dk, dv = (torch.zeros(k.shape, dtype=wide, device=k.device) for _ in range(2))
-        for tile in self.tiles(plan):
-            first = max(tile.run.own if spec.detach_segments else 0, tile.low, 0)  # the first key to take a gradient
+    def backward(self, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """Fill this job's part of dq; add to its part of dk and dv."""
+        call = self.call
+        scale = call.spec.scale
+        for tile in self.tiles():
+            first = max(tile.run.own if call.spec.detach_segments else 0, tile.low, 0)  # the first to take a gradient
             taking = slice(first - tile.low, tile.keys)
-            block, above = self.stacked(q, tile), self.stacked(grad, tile)
-            block = block * spec.scale if self.fold else block
+            block, above = self.stacked(call.q, tile), self.stacked(grad, tile)
+            block = block * scale if call.fold else block
             keys, values = self.sides(tile)
             weights, dweights = self.weights(block, keys, tile)
             own_dk, own_dv = (x[tile.rows, tile.heads, first : tile.stop] for x in (dk, dv))
@@ -203,7 +241,6 @@ class Products:
             dscores = self.buffer(2, (weights.shape[0], weights.shape[1], weights.shape[2]))
             torch.ops.aten._softmax_backward_data.out(dweights, weights, -1, weights.dtype, grad_input=dscores)
             here = self.of_queries(dq, tile)
-            here.copy_(self.mix(dscores, keys, tile).mul_(spec.scale).view(here.shape))
+            here.copy_(self.mix(dscores, keys, tile).mul_(scale).view(here.shape))
             gain = torch.bmm(dscores[:, :, taking].mT, block).view(own_dk.shape)
-            own_dk += gain if self.fold else gain.mul_(spec.scale)
-        return dq, dk.to(k.dtype), dv.to(k.dtype)
+            own_dk += gain if call.fold else gain.mul_(scale)
