@@ -1,16 +1,19 @@
 """Fast attention over memory and segment in plain PyTorch: the default on CPU, and it runs on any device.
 
 `plan` cuts each row into runs that share segment and piece, so that under segment visibility nothing needs a mask but
-the run's own causal edge. Two ways then serve the plan: `fused` (float32 forward without bias) by PyTorch's flash
-kernel over each source apart, merged by log-sum-exp; `products` (everything else, and every backward) by blocked
-matrix products. Keys and values are never concatenated and grouped heads never expanded.
+the run's own causal edge. Two ways then serve the plan: `fused` by PyTorch's flash kernel over each source apart,
+merged by log-sum-exp; `products` by blocked matrix products. Keys and values are never concatenated and grouped heads
+never expanded.
 """
 
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends.sdpa.autograd import memory_attention
+from dsmr_kernels.backends.autograd import Inputs, Method, attention_by
+from dsmr_kernels.backends.sdpa import fused
 from dsmr_kernels.backends.sdpa.decode import decode_attention
+from dsmr_kernels.backends.sdpa.plan import Group, plan_call
+from dsmr_kernels.backends.sdpa.products import Products
 
 __all__ = ["decode_attention", "memory_attention", "unsupported"]
 
@@ -20,3 +23,22 @@ def unsupported(q: Tensor) -> str | None:
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"it computes in float16, bfloat16, float32 or float64, not {q.dtype}"
     return None
+
+
+def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, list[Group]]:
+    plan = plan_call(inputs)
+    if fused.serves(inputs):
+        return *fused.forward(inputs, plan), plan
+    return *Products(inputs).forward(plan), plan
+
+
+def _backward(
+    inputs: Inputs, plan: list[Group] | None, result: tuple[Tensor, Tensor] | None, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = plan_call(inputs) if plan is None else plan
+    if result is not None:
+        return fused.backward(inputs, plan, result[0], result[1], grad)
+    return Products(inputs).backward(plan, grad)
+
+
+memory_attention = attention_by(Method("sdpa", _forward, _backward, fused.serves_backward))

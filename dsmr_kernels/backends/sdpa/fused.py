@@ -7,9 +7,8 @@ log-sum-exp and output, it runs part by part too; a part that takes no gradient 
 import torch
 from torch import Tensor
 
+from dsmr_kernels.backends.autograd import Inputs
 from dsmr_kernels.backends.sdpa.plan import Group, Source, sources_of
-from dsmr_kernels.backends.spec import AttentionSpec
-from dsmr_kernels.memory import KVMemory
 from dsmr_kernels.visibility import Run
 
 # Private to PyTorch, but the only way to the log-sum-exp; without them, `products` serves.
@@ -19,34 +18,26 @@ _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_f
 SMALL_ELEMENTS = 131_072
 
 
-def _small(q: Tensor, k: Tensor, memory: KVMemory | None, spec: AttentionSpec) -> bool:
+def _small(inputs: Inputs) -> bool:
+    q, spec, memory = inputs.q, inputs.spec, inputs.memory
     past = min(spec.horizon, memory.capacity if memory is not None else 0)
     queries = min(q.shape[2], spec.segment_length or q.shape[2])
-    return queries * (queries + past) * (q.shape[1] // k.shape[1]) <= SMALL_ELEMENTS
+    return queries * (queries + past) * (q.shape[1] // inputs.k.shape[1]) <= SMALL_ELEMENTS
 
 
-def _possible(q: Tensor, alibi_slopes: Tensor | None, spec: AttentionSpec) -> bool:
-    return (
-        _FLASH is not None
-        and _FLASH_BACKWARD is not None
-        and q.device.type == "cpu"
-        and alibi_slopes is None
-        and spec.visibility == "segment"
-    )
-
-
-def serves(q: Tensor, k: Tensor, memory: KVMemory | None, alibi_slopes: Tensor | None, spec: AttentionSpec) -> bool:
-    """Whether this way is the faster one for the forward."""
-    if not _possible(q, alibi_slopes, spec):
+def serves(inputs: Inputs) -> bool:
+    """Whether this way can serve the forward, and is the faster one."""
+    q, spec = inputs.q, inputs.spec
+    if _FLASH is None or _FLASH_BACKWARD is None or q.device.type != "cpu":
         return False
-    return q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and _small(q, k, memory, spec))
+    if inputs.alibi is not None or spec.visibility != "segment":
+        return False
+    return q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and _small(inputs))
 
 
-def serves_backward(
-    q: Tensor, k: Tensor, memory: KVMemory | None, alibi_slopes: Tensor | None, spec: AttentionSpec
-) -> bool:
+def serves_backward(inputs: Inputs) -> bool:
     """Whether this way is the faster one for the backward too; it then wants the forward's output and log-sum-exp."""
-    return serves(q, k, memory, alibi_slopes, spec) and _small(q, k, memory, spec)
+    return serves(inputs) and _small(inputs)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -65,10 +56,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
     )
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, memory: KVMemory | None, plan: list[Group], spec: AttentionSpec
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor]:
     """(out, lse) of the whole call."""
+    q, k, v, memory, spec = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec
     shift = k.shape[2] - q.shape[2]
     whole = len(plan) == 1 and len(plan[0].runs) == 1
     out = q.new_empty(0 if whole else q.shape)
@@ -138,17 +128,11 @@ def _parts(run: Run, group: Group, capacity: int, detach: bool) -> list[tuple[So
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    memory: tuple[Tensor, Tensor] | None,
-    plan: list[Group],
-    spec: AttentionSpec,
-    out: Tensor,
-    lse: Tensor,
-    grad: Tensor,
+    inputs: Inputs, plan: list[Group], out: Tensor, lse: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of the whole call, given its output and log-sum-exp."""
+    q, k, v, spec = inputs.q, inputs.k, inputs.v, inputs.spec
+    memory = None if inputs.memory is None else (inputs.memory.k, inputs.memory.v)
     shift, scale = k.shape[2] - q.shape[2], spec.scale
     delta = (grad.float() * out.float()).sum(-1)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends.spec import AttentionSpec
-from dsmr_kernels.memory import KVMemory, ring_slices
+from dsmr_kernels.backends.autograd import Inputs
+from dsmr_kernels.memory import ring_slices
 from dsmr_kernels.visibility import Run, runs_of_row
 
 
@@ -48,10 +48,9 @@ def _piece_starts(piece_start: Tensor | None, rows: int) -> list[list[tuple[int,
     return result
 
 
-def plan_call(
-    q: Tensor, k: Tensor, memory: KVMemory | None, piece_start: Tensor | None, spec: AttentionSpec
-) -> list[Group]:
+def plan_call(inputs: Inputs) -> list[Group]:
     """Group the rows by what they see. Rows in the same situation, the usual case, make one group."""
+    q, k, memory, piece_start, spec = inputs.q, inputs.k, inputs.memory, inputs.piece_start, inputs.spec
     rows, queries = q.shape[0], range(k.shape[2] - q.shape[2], k.shape[2])
     capacity = 0 if memory is None else memory.capacity
     held = memory.length.tolist() if memory is not None and capacity else [0] * rows

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsmr_kernels.backends.autograd import Inputs
 from dsmr_kernels.backends.sdpa.plan import Group, Source, sources_of
 from dsmr_kernels.backends.sdpa.workers import in_parallel
-from dsmr_kernels.backends.spec import AttentionSpec
 from dsmr_kernels.visibility import Run
 
 # Elements of a tile's scores, over all its heads: the tiles of all cores should stay in the cache.
@@ -53,18 +53,11 @@ class Tile:
 class Products:
     """One call: its tensors, and the jobs that it is cut into."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        memory: tuple[Tensor, Tensor] | None,
-        alibi: Tensor | None,
-        spec: AttentionSpec,
-    ) -> None:
-        self.q, self.k, self.v, self.alibi, self.spec = q, k, v, alibi, spec
-        self.memory_k, self.memory_v = memory if memory is not None else (k, v)
-        self.capacity = self.memory_k.shape[2] if memory is not None else 0
+    def __init__(self, inputs: Inputs) -> None:
+        q, k, v, memory, spec = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec
+        self.q, self.k, self.v, self.alibi, self.spec = q, k, v, inputs.alibi, spec
+        self.memory_k, self.memory_v = (k, v) if memory is None else (memory.k, memory.v)
+        self.capacity = 0 if memory is None else memory.capacity
         self.group = q.shape[1] // k.shape[1]
         self.shift = k.shape[2] - q.shape[2]
         # CPUs multiply float16 slowly, and bfloat16 on accelerators needs no help: only float16 on CPU is widened.
@@ -72,7 +65,7 @@ class Products:
         # Multiplying by a power of two is exact, so then the queries, the smaller tensor, are scaled instead.
         self.fold = math.frexp(spec.scale)[0] == 0.5
         # The order of keys matters to these alone; without them a full ring is read from end to end.
-        self.in_order = alibi is not None or spec.visibility == "sliding"
+        self.in_order = inputs.alibi is not None or spec.visibility == "sliding"
 
     def cuts(self, run: Run) -> list[tuple[int, int]]:
         """A run's queries, cut so that a head's scores fit a tile."""
