@@ -1,12 +1,13 @@
 """`dsmr demo`: what a memory is good for, shown from nothing in a few minutes on a laptop.
 
-Pieces are composed whose refrain returns long after it was first played. Two models of the same size learn from them
-side by side, a core each: one with a two-scale memory, one that knows only the segment in which it is. Where the
-refrain returns, only the first can know what comes. Then it continues a piece that it has never seen.
+Pieces are composed whose refrain returns long after it was first played. Two models of the same size learn from the
+same tokens side by side, a core each: one with a two-scale memory, one that knows only the segment in which it is.
+Where the refrain returns, only the first can know what comes. Then it continues a piece that it has never seen.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -18,7 +19,7 @@ import numpy as np
 
 from dsmr.errors import UserError
 from dsmr.files import atomic_path, write_json, write_text
-from dsmr.side_by_side import AT_ONCE, last_record, train_side_by_side
+from dsmr.side_by_side import AT_ONCE, last_record, steps_a_second, train_side_by_side
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dsmr.settings import TrainConfig
 
 WITH, WITHOUT = "two-scale memory", "no memory"
+SHARED = 0.85  # of the speed that a model has alone, when two train at once on two cores
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class DemoSize:
     n_heads: int = 4
     segment_length: int = 256
     batch_size: int = 2
-    lr: float = 3e-3
+    lr: float = 1.5e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     prompt_seconds: float = 15.0
@@ -115,7 +117,8 @@ def run_demo(
     reserve = 8.0 + 0.1 * (size.pieces / 10) * 2 + 0.15 * size.seconds
     seconds = max(1.0, timer.left - reserve)
     seconds = seconds if AT_ONCE else seconds / 2
-    train_side_by_side(training_configs(folder, corpus.path, size, seed, seconds), seconds, console)
+    configs = training_configs(folder, corpus.path, size, seed, seconds)
+    train_side_by_side(same_steps(configs, corpus, seconds), seconds, console)
     timer.done("train")
     reports = evaluate_both(folder, corpus)
     timer.done("evaluate")
@@ -195,10 +198,7 @@ def run_folder(folder: Path, name: str) -> Path:
 
 
 def training_configs(folder: Path, corpus: Path, size: DemoSize, seed: int, seconds: float) -> dict[str, TrainConfig]:
-    """What the two models are trained with, for so many seconds: the same but for the schedule.
-
-    They get the same time and not the same number of tokens: the one without memory is faster and reads more.
-    """
+    """What the two models are trained with, for so many seconds at most: the same but for the schedule."""
     from dsmr.settings import TrainConfig
 
     return {
@@ -224,6 +224,18 @@ def training_configs(folder: Path, corpus: Path, size: DemoSize, seed: int, seco
         )
         for name, schedule in size.schedules.items()
     }
+
+
+def same_steps(configs: dict[str, TrainConfig], corpus: Corpus, seconds: float) -> dict[str, TrainConfig]:
+    """Give all models as many steps as the slowest, the one with memory, can do in the time: all read the same tokens.
+
+    Its speed is measured while it has the machine for itself, so a part is taken off for what they share at once.
+    """
+    measuring = min(4.0, 0.1 * seconds)
+    speed = steps_a_second(configs[WITH], corpus, measuring)
+    steps = max(1, int(SHARED * speed * (seconds - measuring)))
+    left = max(1.0, seconds - measuring) / 60
+    return {name: dataclasses.replace(config, steps=steps, minutes=left) for name, config in configs.items()}
 
 
 # --- evaluation, continuation, pictures ---------------------------------------------------------------------------
@@ -323,7 +335,7 @@ def table(result: DemoResult) -> Table:
     from rich.table import Table
 
     header, body = rows(result)
-    drawn = Table(title="same size, same time, with and without memory")
+    drawn = Table(title="same size, same training, with and without memory")
     for number, name in enumerate(header):
         drawn.add_column(name, justify="right" if number else "left")
     for row in body:

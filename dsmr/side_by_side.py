@@ -18,6 +18,7 @@ from dsmr.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dsmr.data.corpus import Corpus
     from dsmr.settings import TrainConfig
 
 AT_ONCE = (os.cpu_count() or 1) > 1
@@ -59,6 +60,40 @@ def train_side_by_side(configs: Mapping[str, TrainConfig], seconds: float, conso
             raise UserError(
                 f"training the model with {name} failed: {' '.join(last) or f'exit code {worker.exitcode}'}"
             )
+
+
+def steps_a_second(config: TrainConfig, corpus: Corpus, seconds: float = 4.0) -> float:
+    """Training steps a second of `config` on one core, measured for about so many seconds with full memories."""
+    import torch
+
+    from dsmr.loader import StreamLoader
+    from dsmr.model import DSMRModel
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = DSMRModel(config.model_config(corpus.vocabulary.size))
+        length = config.segments_per_step * config.segment_length
+        loader = StreamLoader(corpus, "train", config.batch_size, length, config.seed)
+        state = model.new_state(config.batch_size, aligned=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        began, steps = time.monotonic(), 0
+        measured_from, measured = began, 0
+        while time.monotonic() - began < seconds or not measured:
+            batch = next(loader)
+            optimizer.zero_grad()
+            output = model(batch.tokens, state, targets=batch.targets, piece_start=batch.piece_start)
+            assert output.loss is not None
+            output.loss.backward()
+            optimizer.step()
+            steps += 1
+            if time.monotonic() - began < seconds / 2:  # memories fill, caches warm
+                measured_from = time.monotonic()
+            else:
+                measured += 1
+        return measured / (time.monotonic() - measured_from)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def train_one(config: TrainConfig) -> None:
