@@ -272,6 +272,8 @@ def draw(folder: Path, corpus: Corpus, reports: dict[str, EvaluationReport]) -> 
 
 def continue_one(folder: Path, corpus: Corpus, size: DemoSize, seed: int) -> dict[str, Path]:
     """Continue the beginning of a validation piece with the model that has a memory."""
+    import torch
+
     from dsmr.continuation import continue_piece
     from dsmr.data.tokenizer import decode
     from dsmr.generation import Sampling
@@ -280,6 +282,8 @@ def continue_one(folder: Path, corpus: Corpus, size: DemoSize, seed: int) -> dic
     prompt = folder / "prompt.mid"
     with atomic_path(prompt) as temporary:
         decode(corpus.piece(piece), corpus.vocabulary).dump_midi(temporary)
+    # A model this small is no faster on several threads, and much slower where they have to share their cores.
+    torch.set_num_threads(1)
     done = continue_piece(
         run_folder(folder, WITH),
         prompt,
