@@ -351,7 +351,14 @@ def conclusion(result: DemoResult) -> str:
     """What the table says, in a sentence that holds whichever way it came out."""
     saved = result.advantage
     returns, elsewhere = saved.get("refrain return", math.nan), saved.get("elsewhere", math.nan)
-    return f"Memory saves {returns:.2f} nats a token where the refrain returns, and {elsewhere:.2f} elsewhere."
+    return (
+        f"Against the model without memory, the one with memory {_better(returns)} where the refrain returns, "
+        f"and {_better(elsewhere)} elsewhere."
+    )
+
+
+def _better(saved: float) -> str:
+    return f"is {abs(saved):.2f} nats a token {'better' if saved >= 0 else 'worse'}"
 
 
 def summary(result: DemoResult) -> str:
