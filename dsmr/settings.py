@@ -49,6 +49,9 @@ class TrainConfig:
     position: str = "rope"
     ffn: str = "gelu"
     dropout: float = 0.1
+    rope_base: float = 10000.0
+    init_std: float = 0.02
+    recall: int = 0
     # The stream.
     batch_size: int = 4
     segments_per_step: int = 1
@@ -116,7 +119,10 @@ class TrainConfig:
         """The model's configuration; `UserError` for a schedule or shape that cannot be."""
         from dsmr.model import DSMRConfig
 
-        names = ("schedule", "d_model", "n_heads", "d_ff", "segment_length", "visibility", "position", "ffn", "dropout")
+        names = (
+            *("schedule", "d_model", "n_heads", "d_ff", "segment_length", "visibility", "position", "ffn", "dropout"),
+            *("rope_base", "init_std", "recall"),
+        )
         try:
             return DSMRConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
         except (ValueError, TypeError) as error:
