@@ -414,7 +414,7 @@ def test_different_layers_of_a_model_have_different_horizons_and_heads() -> None
 
 
 def test_recall_hears_nothing_of_an_earlier_piece() -> None:
-    model, tokens = tiny(recall=3), some_tokens(1, 12)
+    model, tokens = tiny(recall=3, segment_length=16), some_tokens(1, 12)
     starts = torch.tensor([[0] * 5 + [5] * 7], dtype=torch.int32)
     changed = tokens.clone()
     changed[0, :5] = (changed[0, :5] + 1) % VOCABULARY
