@@ -244,6 +244,8 @@ def generate(
         )
     played = done.played
     print_to = console()
+    for reason, count in done.left_out.items():
+        print_to.print(f"{prompt}: {count:,} notes left out: {reason}", soft_wrap=True)
     print_to.print(
         f"{done.whole}: {done.prompt_seconds:.1f} s of prompt ({done.prompt_notes:,} notes), "
         f"then {played.seconds:.1f} s ({played.notes:,} notes, {played.tokens:,} tokens)\n"

@@ -44,6 +44,22 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """`UserError` if no file can be written at `path`: to be asked before long work. Leaves nothing behind."""
+    target = Path(path)
+    try:
+        if target.is_dir():
+            raise UserError(f"cannot write {target}: it is a folder, not a file name")
+        folder = target.parent
+        while not folder.exists():  # missing folders are made when the file is written
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"?")
+            probe.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {describe(error)}") from error
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     with atomic_path(path) as temporary:
