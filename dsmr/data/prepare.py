@@ -177,14 +177,13 @@ def midi_task(path: Path, source: str, split: str | None) -> Task:
 
 
 def check_output(out: Path, vocabulary: Vocabulary, overwrite: bool) -> None:
-    """`UserError` if `out` holds what a prepare with this vocabulary must not replace; with `overwrite` clear it."""
+    """`UserError` if `out` holds what a prepare with this vocabulary must not replace (with `overwrite` anything may).
+
+    Nothing is deleted here: a former corpus stays until `write_corpus` has the new pieces.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write a corpus to {out}: it is a file")
-    if not out.exists():
-        return
-    if overwrite:
-        for name in FILES:
-            (out / name).unlink(missing_ok=True)
+    if overwrite or not out.exists():
         return
     foreign = sorted(path.name for path in out.iterdir() if path.name not in FILES and not path.name.startswith("."))
     if foreign:
