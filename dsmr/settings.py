@@ -84,14 +84,16 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, but it is {value}")
-        for name in ("epochs", "minutes", "lr", "save_minutes"):
+        for name in ("epochs", "minutes", "lr", "save_minutes", "rope_base"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be above 0, but it is {value}")
-        for name in ("min_lr", "warmup", "weight_decay", "clip", "seed"):
+        for name in ("min_lr", "warmup", "weight_decay", "clip", "init_std", "seed"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} must not be negative, but it is {value}")
+        if self.seed >= 2**63:
+            raise UserError(f"seed must be below 2**63, but it is {self.seed}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, but it is {self.dropout}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

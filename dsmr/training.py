@@ -83,6 +83,8 @@ def train(
     if resume and overwrite:
         raise ValueError("a run can be resumed or overwritten, not both")
     run = RunDirectory(config.out)
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"cannot train into {run.path}: it is a file, not a folder")
     if resume:
         load_settings(run)  # refuses a directory without a run
     elif run.holds_run and not overwrite:
