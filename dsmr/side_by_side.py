@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsmr.data.pool import cores
 from dsmr.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from dsmr.data.corpus import Corpus
     from dsmr.settings import TrainConfig
 
-AT_ONCE = (os.cpu_count() or 1) > 1
+AT_ONCE = cores() > 1
 """Whether there are cores to train at the same time; otherwise the models are trained one after another."""
 
 
@@ -102,6 +105,11 @@ def train_one(config: TrainConfig) -> None:
 
     from dsmr.training import train
 
+    if hasattr(os, "setpgrp"):
+        # A terminal sends Ctrl-C to its whole group: it would reach the run beside the parent's SIGTERM, and the second
+        # of two signals ends a run at once, unsaved.
+        os.setpgrp()
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     log = Path(config.out) / "train.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as file:
@@ -111,6 +119,14 @@ def train_one(config: TrainConfig) -> None:
             print(error, file=file)
             raise SystemExit(1) from error
     raise SystemExit(result.exit_code)
+
+
+def _stop_with_parent() -> None:
+    """Ask this process to save and end when its parent is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def status(name: str, run: Path) -> str | None:
