@@ -112,11 +112,14 @@ def prepare_maestro(
     from dsmr.data import maestro
 
     output = Path(out)
+    if source is None and not download:
+        raise UserError("name the folder or archive that holds MAESTRO")
+    if source is not None and Path(source).resolve() == output.resolve():
+        raise UserError(f"{source} is asked to be both the data set and the corpus made of it: choose another --out")
+    check_output(output, vocabulary_of(tokenizer), overwrite)  # before the download rather than after it
     if download:
         source = maestro.download(source or output.parent / maestro.ARCHIVE_NAME, progress=progress)
-    elif source is None:
-        raise UserError("name the folder or archive that holds MAESTRO")
-    check_output(output, vocabulary_of(tokenizer), overwrite)
+    assert source is not None
     try:
         root = maestro.locate(Path(source), output / WORK / "unpacked")
         listing = maestro.read_listing(root)
