@@ -175,7 +175,10 @@ def evaluate_run(
             raise UserError(f"{run} is not a trained run: it has no {needed}")
     check_writable(json_path)
     check_writable(png_path)
-    data = corpus_of_run(run) if data is None else data
+    if data is None:
+        data = corpus_of_run(run)
+        if not data.exists():  # train.json keeps the path as it was given, so it may be seen from another folder
+            raise UserError(f"{run} was trained on the corpus {data}, which is not there: name it with --data")
     corpus = Corpus.open(data)
     own = Vocabulary.load(run / "tokenizer.json")
     if own.hash != corpus.vocabulary.hash:
