@@ -111,6 +111,8 @@ def test_what_is_in_the_output_is_not_spoiled(tmp_path: Path) -> None:
     assert Corpus.open(out).digest == digest
     prepare_midi(folder, out, tokenizer="remi", overwrite=True, **quietly)
     assert Corpus.open(out).vocabulary.scheme == "REMI"
+    with pytest.raises(UserError, match="holds the corpus 'midi', not 'composed"):
+        prepare_composed(out, 3, **quietly)
     with pytest.raises(UserError, match="both the data set and the corpus"):  # said before anything is fetched
         prepare_maestro(out, out, download=True, **quietly)
     (tmp_path / "silent").mkdir()
