@@ -20,12 +20,13 @@ def _forward(
     plan: list[Group],
     alibi: Tensor | None,
     spec: AttentionSpec,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     with torch.autocast(q.device.type, enabled=False), torch.no_grad():
-        if fused.serves(q, k, memory, alibi, spec):
+        if fused.serves(q, alibi, spec):
             return fused.forward(q, k, v, memory, plan, spec)
         storage = None if memory is None else (memory.k, memory.v)
-        return Products(q, k, v, storage, alibi, spec).forward(plan)
+        return Products(q, k, v, storage, alibi, spec).forward(plan, with_lse)
 
 
 class _Once(torch.autograd.Function):
@@ -56,8 +57,9 @@ class _MemoryAttention(torch.autograd.Function):
         spec: AttentionSpec,
     ) -> tuple[Tensor, Tensor | None]:
         plan = plan_call(q, k, memory, piece_start, spec)
-        out, lse = _forward(q, k, v, memory, plan, alibi, spec)
-        if fused.serves_backward(q, k, memory, alibi, spec):
+        keep = fused.serves(q, alibi, spec)
+        out, lse = _forward(q, k, v, memory, plan, alibi, spec, spec.return_lse)
+        if keep:
             ctx.save_for_backward(q, k, v, out, lse)
         else:
             ctx.save_for_backward(q, k, v)
@@ -103,7 +105,8 @@ def memory_attention(
         return _compiled(q, k, v, memory, piece_start, alibi_slopes, spec)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _MemoryAttention.apply(q, k, v, memory, piece_start, alibi_slopes, spec)
-    return _forward(q, k, v, memory, plan_call(q, k, memory, piece_start, spec), alibi_slopes, spec)
+    plan = plan_call(q, k, memory, piece_start, spec)
+    return _forward(q, k, v, memory, plan, alibi_slopes, spec, spec.return_lse)
 
 
 # Operators for torch.compile: what a graph sees of a call. Eager calls do without them, which saves their dispatch.
@@ -129,7 +132,7 @@ def _unpack(arguments: tuple[Any, ...], return_lse: bool) -> tuple[Any, ...]:
 @torch.library.custom_op("dsmr_kernels::sdpa_forward", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
 def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     q, k, v, memory, piece_start, alibi, spec = _unpack(arguments, True)
-    out, lse = _forward(q, k, v, memory, plan_call(q, k, memory, piece_start, spec), alibi, spec)
+    out, lse = _forward(q, k, v, memory, plan_call(q, k, memory, piece_start, spec), alibi, spec, True)
     assert lse is not None
     return out.contiguous(), lse.contiguous()
 
