@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsmr.errors import UserError
-from dsmr.files import atomic_path, write_json, write_text
+from dsmr.files import write_json, write_text
 from dsmr.side_by_side import AT_ONCE, last_record, steps_a_second, train_side_by_side
 
 if TYPE_CHECKING:
@@ -283,13 +283,12 @@ def continue_one(folder: Path, corpus: Corpus, size: DemoSize, seed: int) -> dic
     import torch
 
     from dsmr.continuation import continue_piece
-    from dsmr.data.tokenizer import decode
+    from dsmr.data.tokenizer import decode, write_midi
     from dsmr.generation import Sampling
 
     piece = int(corpus.pieces_of("validation")[0])
     prompt = folder / "prompt.mid"
-    with atomic_path(prompt) as temporary:
-        decode(corpus.piece(piece), corpus.vocabulary).dump_midi(temporary)
+    write_midi(prompt, decode(corpus.piece(piece), corpus.vocabulary))
     # A model this small is no faster on several threads, and much slower where they have to share their cores.
     torch.set_num_threads(1)
     done = continue_piece(
@@ -326,7 +325,7 @@ def model_result(folder: Path, name: str, size: DemoSize, report: EvaluationRepo
 
 def rows(result: DemoResult) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the one table: each kind of passage, both models, and what memory saves."""
-    from dsmr.progress import size as human
+    from dsmr_kernels.cost import human_bytes as human
 
     header = ["validation loss", *result.models, "memory saves"]
     body = []

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from dsmr.attention import DSMRAttention
 from dsmr.errors import UserError
-from dsmr.files import atomic_path, read_json, write_json
+from dsmr.files import read_json, save_tensors, write_json
+from dsmr.loader import IGNORE
 from dsmr.positions import POSITIONS, token_positions
 from dsmr.schedule import MemorySchedule
 from dsmr.state import DSMRState
 from dsmr_kernels.visibility import VISIBILITIES
 
 FEED_FORWARDS = ("gelu", "swiglu")
-IGNORED = -100  # a target that counts for nothing
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ class DSMRConfig:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         if isinstance(self.recall, bool) or not isinstance(self.recall, int) or self.recall < 0:
             raise ValueError(f"recall must be an integer >= 0, got {self.recall!r}")
+        if not self.rope_base > 0:
+            raise ValueError(f"rope_base must be above 0, got {self.rope_base}")
+        if not self.init_std >= 0:
+            raise ValueError(f"init_std must not be negative, got {self.init_std}")
         if self.d_ff is not None and self.d_ff < 1:
             raise ValueError(f"d_ff must be >= 1, got {self.d_ff}")
         if not 0 <= self.dropout < 1:
@@ -285,7 +289,6 @@ class DSMRModel(nn.Module):
         place = blocks[0].attention.place(positions)
         x = self.embedding(tokens)
         before, labels = state.recent, None
-        state.recent = torch.cat([before, tokens], 1)[:, tokens.shape[1] :]
         if self.recall is not None:
             labels = self.recall(torch.cat([self.embedding(before), x], 1), positions)
         x = self.dropout(x)
@@ -302,12 +305,13 @@ class DSMRModel(nn.Module):
             x = x + block.dropout(y)
             x = x + block.dropout(block.ffn(block.ffn_norm(x)))
             new.append((k, v))
+        state.recent = torch.cat([before, tokens], 1)[:, tokens.shape[1] :]
         state.take(new, piece_start, self.config.segment_length, later=torch.is_grad_enabled())
         logits = self.head(self.norm(x))
         loss = None
         if targets is not None:
             loss = F.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction
+                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction=reduction
             )
             loss = loss.view(targets.shape) if reduction == "none" else loss
         return DSMROutput(logits, loss, state)
@@ -320,13 +324,10 @@ class DSMRModel(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors, each whole or not at all."""
-        from safetensors.torch import save_file
-
         weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_embeddings:
             del weights["head.weight"]
-        with atomic_path(Path(directory) / "model.safetensors") as temporary:
-            save_file(weights, temporary, {"format": "pt"})
+        save_tensors(Path(directory) / "model.safetensors", weights, {"format": "pt"})
         write_json(Path(directory) / "config.json", self.config.to_dict())
 
     @classmethod

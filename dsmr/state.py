@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsmr.errors import UserError
-from dsmr.files import atomic_path
+from dsmr.files import save_tensors
 from dsmr_kernels import KVMemory
 
 _FIELDS = ("k", "v", "length", "position")
@@ -131,8 +131,6 @@ class DSMRState:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to one file (safetensors), whole or not at all."""
-        from safetensors.torch import save_file
-
         tensors = {
             f"{layer}.{name}": getattr(memory, name).contiguous()
             for layer, memory in enumerate(self.memories)
@@ -140,8 +138,7 @@ class DSMRState:
         }
         tensors["recent"] = self.recent.contiguous()
         metadata = {"offset": str(self.offset), "aligned": str(int(self.aligned)), "layers": str(len(self._memories))}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata)
+        save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "DSMRState":

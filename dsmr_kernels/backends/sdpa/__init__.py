@@ -1,9 +1,9 @@
 """Fast attention over memory and segment in plain PyTorch: the default on CPU, and it runs on any device.
 
 `plan` cuts each row into runs that share segment and piece, so that under segment visibility nothing needs a mask but
-the run's own causal edge. Two ways then serve the plan: `fused` (float32 forward without bias) by PyTorch's flash
-kernel over each source apart, merged by log-sum-exp; `products` (everything else, and every backward) by blocked
-matrix products. Keys and values are never concatenated and grouped heads never expanded.
+the run's own causal edge. Two ways then serve the plan: `fused`, where no mask or bias is needed, by PyTorch's flash
+kernel over each source apart, merged by log-sum-exp; `products`, for everything else, by blocked matrix products. Keys
+and values are never concatenated and grouped heads never expanded.
 """
 
 import torch
