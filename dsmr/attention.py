@@ -106,6 +106,13 @@ class DSMRAttention(nn.Module):
             device=device or weight.device,
         )
 
+    @torch.no_grad()
+    def match_equal_inputs(self) -> None:
+        """Begin with equal projections for keys and for the first query head of each group."""
+        q_size, kv_size = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        q = self.qkv.weight[:q_size].unflatten(0, (self.n_kv_heads, -1, self.head_dim))
+        self.qkv.weight[q_size : q_size + kv_size] = q[:, 0].flatten(0, 1)
+
     def place(self, positions: Tensor) -> Rotary | Tensor | None:
         """What this layer's position scheme needs to know of the tokens at `positions` (B, T)."""
         if self.position == "rope":
@@ -118,17 +125,22 @@ class DSMRAttention(nn.Module):
         memory: KVMemory,
         place: Rotary | Tensor | None,
         *,
+        labels: tuple[Tensor, Tensor] | None = None,
         piece_start: Tensor | None = None,
         segment_offset: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The layer without the append: x (B, T, d_model) -> y (B, T, d_model) and the new k and v.
 
-        `place` is what `self.place` gave for these tokens; a model computes it once for all its layers.
+        `place` is what `self.place` gave for these tokens; a model computes it once for all its layers. `labels`,
+        (B, T, d_model) each, are added to the inputs of the Q and of the K projection.
         """
         q_size, kv_size = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        if isinstance(place, Tensor):
-            placed = F.linear(x + place.to(x.dtype), self.qkv.weight[: q_size + kv_size])
-            qkv = torch.cat([placed, F.linear(x, self.qkv.weight[q_size + kv_size :])], -1)
+        if isinstance(place, Tensor) or labels is not None:
+            q_input = k_input = x + place.to(x.dtype) if isinstance(place, Tensor) else x
+            if labels is not None:
+                q_input, k_input = q_input + labels[0].to(x.dtype), k_input + labels[1].to(x.dtype)
+            weights = self.qkv.weight.split([q_size, kv_size, kv_size])
+            qkv = torch.cat([F.linear(y, w) for y, w in zip((q_input, k_input, x), weights, strict=True)], -1)
         else:
             qkv = self.qkv(x)
         q, k, v = (

@@ -20,6 +20,8 @@ from dsmr.errors import UserError
 from dsmr.files import atomic_path, describe, read_json, write_text
 
 FORMAT = 1
+SETTINGS = ("train", "model", "dtype", "corpus", "tokenizer_hash")
+"""What `train.json` holds, besides versions (see `dsmr.settings.run_settings`)."""
 
 
 def one_line(error: Exception) -> str:
@@ -143,6 +145,8 @@ def load_settings(run: RunDirectory) -> dict[str, Any]:
     settings = read_json(run.settings)
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         raise UserError(f"{run.settings} was not written by this version of dsmr")
+    if missing := [name for name in SETTINGS if name not in settings]:
+        raise UserError(f"{run.settings} is damaged: it lacks {', '.join(missing)}")
     return settings
 
 

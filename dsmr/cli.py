@@ -120,10 +120,10 @@ def pack(
 ) -> None:
     """Pack a prepared corpus into one compressed file; every command opens it like the directory."""
     from dsmr.data.pack import pack as work
-    from dsmr.progress import size
+    from dsmr_kernels.cost import human_bytes
 
     work(corpus, file)
-    console().print(f"{file}: {size(file.stat().st_size)}")
+    console().print(f"{file}: {human_bytes(file.stat().st_size)}")
 
 
 app.command()(train)
@@ -217,7 +217,8 @@ def generate(
     """Continue the beginning of a piece: MIDI of the whole, MIDI of the continuation alone, and a piano roll."""
     from dsmr.continuation import Played, continue_piece
     from dsmr.generation import Sampling
-    from dsmr.progress import ProgressLine, duration, size
+    from dsmr.progress import ProgressLine, duration
+    from dsmr_kernels.cost import human_bytes
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     with ProgressLine() as line:
@@ -244,12 +245,14 @@ def generate(
         )
     played = done.played
     print_to = console()
+    for reason, count in done.left_out.items():
+        print_to.print(f"{prompt}: {count:,} notes left out: {reason}", soft_wrap=True)
     print_to.print(
         f"{done.whole}: {done.prompt_seconds:.1f} s of prompt ({done.prompt_notes:,} notes), "
         f"then {played.seconds:.1f} s ({played.notes:,} notes, {played.tokens:,} tokens)\n"
         f"{done.continuation}: the continuation alone\n{done.picture}: piano roll\n"
         f"{played.tokens_a_second:,.0f} tokens/s, {played.times_real_time:.1f} × real time, "
-        f"memory {size(done.state_bytes)}",
+        f"memory {human_bytes(done.state_bytes)}",
         soft_wrap=True,
     )
     if done.interrupted:

@@ -16,7 +16,7 @@ import numpy as np
 
 from dsmr.devices import resolve_device
 from dsmr.errors import UserError
-from dsmr.files import atomic_path
+from dsmr.files import check_writable
 from dsmr.generation import Sampling, may_stop, stream
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Continuation:
     picture: Path
     prompt_seconds: float
     prompt_notes: int
+    left_out: dict[str, int]  # reason -> notes of the prompt's file that the model cannot be told
     played: Played
     state_bytes: int
     interrupted: bool  # Ctrl-C ended it before the asked length
@@ -81,7 +82,7 @@ def continue_piece(
     whichever comes first; 60 seconds where none is given. Raises `UserError` if the run or the prompt cannot be used,
     or if the prompt is shorter than asked for.
     """
-    from dsmr.data.tokenizer import encode_score, read_midi, rebuild
+    from dsmr.data.tokenizer import encode_midi
 
     out = Path(out)
     if seconds is None and notes is None and tokens is None:
@@ -89,12 +90,11 @@ def continue_piece(
     for name, value in (("prompt seconds", prompt_seconds), ("seconds", seconds), ("notes", notes), ("tokens", tokens)):
         if value is not None and not value > 0:
             raise UserError(f"{name} must be more than 0, got {value}")
-    _check_writable(out)
+    _check_output(out, Path(prompt_midi))
     model, vocabulary = load_run(run_dir, device)
-    score = read_midi(prompt_midi)
-    encoded, _ = encode_score(score, rebuild(vocabulary))
+    encoded, report = encode_midi(prompt_midi, vocabulary)
     piece = np.concatenate([[vocabulary.bos_id], np.asarray(encoded, dtype=np.int64)])
-    prompt = cut_prompt(piece, vocabulary, prompt_seconds, score_seconds(score), prompt_midi)
+    prompt = cut_prompt(piece, vocabulary, prompt_seconds, report.seconds, prompt_midi)
 
     state = model.new_state(1)
     made, played, trouble = _play(
@@ -118,7 +118,13 @@ def continue_piece(
     result = write_pieces(out, prompt, whole_notes(made, vocabulary), vocabulary)
     if isinstance(trouble, UserError):
         raise UserError(f"{trouble}; the {played.seconds:.1f} s played until then are in {out}") from trouble
-    return Continuation(*result, played=played, state_bytes=state.nbytes, interrupted=trouble is not None)
+    return Continuation(
+        *result,
+        left_out=report.dropped,
+        played=played,
+        state_bytes=state.nbytes,
+        interrupted=trouble is not None,
+    )
 
 
 def load_run(run_dir: str | os.PathLike[str], device: str = "auto") -> tuple[DSMRModel, Vocabulary]:
@@ -140,12 +146,6 @@ def load_run(run_dir: str | os.PathLike[str], device: str = "auto") -> tuple[DSM
             "they belong to different runs"
         )
     return model.to(resolve_device(device)).eval(), vocabulary
-
-
-def score_seconds(score: Any) -> float:
-    """Seconds until the last note of a score (at 120 quarters a minute) ends."""
-    ends = [note.time + note.duration for track in score.tracks for note in track.notes]
-    return max(ends, default=0) / (score.ticks_per_quarter * 2)
 
 
 def cut_prompt(
@@ -215,7 +215,7 @@ def write_pieces(
     out: Path, prompt: np.ndarray, made: np.ndarray, vocabulary: Vocabulary
 ) -> tuple[Path, Path, Path, float, int]:
     """Write the whole, the continuation alone, and the picture; their paths, the prompt's seconds and its notes."""
-    from dsmr.data.tokenizer import decode
+    from dsmr.data.tokenizer import decode, write_midi
     from dsmr.pianoroll import draw_pianoroll, score_notes
 
     beginning = decode(prompt, vocabulary)
@@ -226,8 +226,7 @@ def write_pieces(
     alone = without(whole, beginning, round(join * whole.ticks_per_quarter * 2))
     paths = output_paths(out)
     for score, path in ((whole, paths[0]), (alone, paths[1])):
-        with atomic_path(path) as temporary:
-            score.dump_midi(temporary)
+        write_midi(path, score)
     # Durations come from the whole: with MIDILike a note of the prompt may end in the continuation.
     everything, given = score_notes(whole), score_notes(beginning)
     starts = {(note["onset"], note["pitch"]) for note in given}
@@ -270,13 +269,13 @@ def without(whole: Any, beginning: Any, join: int) -> Any:
     return alone
 
 
-def _check_writable(out: Path) -> None:
-    """Fail before the work rather than after it: `out` must be a file name in a folder that can be written."""
+def _check_output(out: Path, prompt: Path) -> None:
+    """Fail before the work rather than after it: `out` can be written, and nothing overwrites the prompt."""
     if out.is_dir():
         raise UserError(f"cannot write {out}: it is a folder, not a file name")
     if out.suffix.lower() not in (".mid", ".midi"):
         raise UserError(f"{out} must end in .mid, as the music is written as MIDI")
-    probe = out.with_name(f".{out.name}.probe")
-    with atomic_path(probe):
-        pass
-    probe.unlink(missing_ok=True)
+    for path in output_paths(out):
+        check_writable(path)
+        if path.exists() and prompt.exists() and path.samefile(prompt):
+            raise UserError(f"{path} is the prompt itself, which would be overwritten: choose another --out")

@@ -6,7 +6,7 @@ import torch
 
 from dsmr.errors import UserError
 
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "cuda:N")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -18,8 +18,12 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"unknown device '{name}': use one of {', '.join(DEVICES)}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"unknown device '{name}': use one of {', '.join(DEVICES)}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device '{name}' was asked for, but PyTorch finds no GPU here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device '{name}' was asked for, but the last GPU here is cuda:{torch.cuda.device_count() - 1}")
     return device
 
 

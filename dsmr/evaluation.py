@@ -17,7 +17,7 @@ import torch
 from dsmr.checkpoint import RunDirectory, load_settings
 from dsmr.devices import autocast, resolve_device, resolve_dtype
 from dsmr.errors import UserError
-from dsmr.files import write_json
+from dsmr.files import check_writable, write_json
 from dsmr.loader import IGNORE
 
 if TYPE_CHECKING:
@@ -159,18 +159,26 @@ def evaluate_run(
 ) -> EvaluationReport:
     """Evaluate the best weights of a run directory and write `eval-SPLIT.json` and `.png` into `out` (the run itself).
 
-    `data` is the corpus; by default the one that the run was trained on. `UserError` if it was prepared with a
-    tokeniser other than the run's.
+    Without Matplotlib there is no picture. `data` is the corpus; by default the one that the run was trained on.
+    `UserError` if it was prepared with a tokeniser other than the run's.
     """
     from dsmr.data.corpus import Corpus
     from dsmr.data.vocabulary import Vocabulary
     from dsmr.model import DSMRModel
+    from dsmr.plots import available
 
     run = Path(run)
+    folder = run if out is None else Path(out)
+    json_path, png_path = folder / f"eval-{split}.json", folder / f"eval-{split}.png"
     for needed in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (run / needed).is_file():
             raise UserError(f"{run} is not a trained run: it has no {needed}")
-    data = corpus_of_run(run) if data is None else data
+    check_writable(json_path)
+    check_writable(png_path)
+    if data is None:
+        data = corpus_of_run(run)
+        if not data.exists():  # train.json keeps the path as it was given, so it may be seen from another folder
+            raise UserError(f"{run} was trained on the corpus {data}, which is not there: name it with --data")
     corpus = Corpus.open(data)
     own = Vocabulary.load(run / "tokenizer.json")
     if own.hash != corpus.vocabulary.hash:
@@ -190,8 +198,7 @@ def evaluate_run(
         name=run.name,
         progress=progress,
     )
-    folder = run if out is None else Path(out)
-    report.write(folder / f"eval-{split}.json", folder / f"eval-{split}.png")
+    report.write(json_path, png_path if available() else None)
     return report
 
 

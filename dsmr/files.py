@@ -6,9 +6,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsmr.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def describe(error: OSError) -> str:
@@ -44,6 +47,22 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """`UserError` if no file can be written at `path`: to be asked before long work. Leaves nothing behind."""
+    target = Path(path)
+    try:
+        if target.is_dir():
+            raise UserError(f"cannot write {target}: it is a folder, not a file name")
+        folder = target.parent
+        while not folder.exists():  # missing folders are made when the file is written
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"?")
+            probe.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {describe(error)}") from error
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     with atomic_path(path) as temporary:
@@ -63,3 +82,15 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"cannot read {path}: {describe(error)}") from error
     except ValueError as error:
         raise UserError(f"{path} is not a JSON file: {error}") from error
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> None:
+    """Write tensors to `path` (safetensors), whole or not at all; `UserError` if the disk is full."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # its own kind of error, also for a full disk
+            raise UserError(f"cannot write {path}: {error}") from error

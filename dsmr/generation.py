@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dsmr.data.vocabulary import TIME_TYPES
 from dsmr.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 # A model that never moves on in time would play one endless chord, and a length in seconds would never be reached:
 # after this many tokens on one instant the only tokens drawn are those that move time, where the grammar has them.
 TOKENS_ON_ONE_INSTANT = 512
-TIME_TYPES = ("TimeShift", "Bar", "Position")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1 (which keeps every token), got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must lie between 0 (which keeps every token) and 1, got {self.min_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2**63, got {self.seed}")
 
     def generator(self) -> torch.Generator:
         """A fresh random generator of this seed, on the CPU, so that a seed means the same on every device."""

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from dsmr.attention import DSMRAttention
 from dsmr.errors import UserError
-from dsmr.files import atomic_path, read_json, write_json
+from dsmr.files import read_json, save_tensors, write_json
+from dsmr.loader import IGNORE
 from dsmr.positions import POSITIONS, token_positions
 from dsmr.schedule import MemorySchedule
 from dsmr.state import DSMRState
 from dsmr_kernels.visibility import VISIBILITIES
 
 FEED_FORWARDS = ("gelu", "swiglu")
-IGNORED = -100  # a target that counts for nothing
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class DSMRConfig:
         tie_embeddings: use the embedding as the output projection.
         rope_base: base of the rotary frequencies.
         init_std: standard deviation of the initial weights.
+        recall: label every key with the `recall` tokens heard just before it, and every query with those heard just
+            now, see `Recall`. 0 = the paper's model.
     """
 
     vocab_size: int
@@ -59,6 +61,7 @@ class DSMRConfig:
     tie_embeddings: bool = True
     rope_base: float = 10000.0
     init_std: float = 0.02
+    recall: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", MemorySchedule.parse(self.schedule))
@@ -66,6 +69,12 @@ class DSMRConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if isinstance(self.recall, bool) or not isinstance(self.recall, int) or self.recall < 0:
+            raise ValueError(f"recall must be an integer >= 0, got {self.recall!r}")
+        if not self.rope_base > 0:
+            raise ValueError(f"rope_base must be above 0, got {self.rope_base}")
+        if not self.init_std >= 0:
+            raise ValueError(f"init_std must not be negative, got {self.init_std}")
         if self.d_ff is not None and self.d_ff < 1:
             raise ValueError(f"d_ff must be >= 1, got {self.d_ff}")
         if not 0 <= self.dropout < 1:
@@ -124,6 +133,41 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(x))
 
 
+class Recall(nn.Module):
+    """Labels that let a layer find what followed when the same was heard before.
+
+    The label of a moment is a projection of the last few tokens. A query carries the label of its own moment, a key
+    that of the moment before its token came; both are added to the normed inputs of the Q and K projections, not V.
+    What a query matches is then a past like its own, and what it reads there is the token that followed. Without
+    labels two layers have to learn to work together for this (induction heads; Olsson et al., 2022), which takes much
+    longer. This is ours, not the paper's.
+    """
+
+    def __init__(self, config: DSMRConfig) -> None:
+        super().__init__()
+        self.tokens = config.recall
+        self.project = nn.Linear(config.recall * config.d_model, config.d_model, bias=False)
+        self.norm = nn.LayerNorm(config.d_model, bias=False)
+
+    def forward(self, embedded: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (B, T, d_model) of queries and of keys.
+
+        Args:
+            embedded: (B, recall + T, d_model), the embeddings of the call's tokens and of those just before it.
+            positions: (B, T), positions in the piece; tokens of an earlier piece count as nothing.
+        """
+        count = positions.shape[1]
+        if count == 0:
+            return embedded[:, :0], embedded[:, :0]
+        moments = torch.cat([positions[:, :1] - 1, positions], 1)  # (B, 1 + T): from the token before the call on
+        heard = [
+            embedded[:, self.tokens - 1 - back : self.tokens + count - back] * (moments >= back).unsqueeze(-1)
+            for back in range(self.tokens)
+        ]
+        labels = self.norm(self.project(torch.cat(heard, -1)))
+        return labels[:, 1:], labels[:, :-1] * (positions > 0).unsqueeze(-1)
+
+
 class Block(nn.Module):
     """One layer: attention over memory and segment, then the feed-forward layer, each normed before and added after."""
 
@@ -152,6 +196,7 @@ class DSMRModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.recall = Recall(config) if config.recall else None
         self.dropout = nn.Dropout(config.dropout)
         layers = zip(config.schedule.horizons, config.schedule.heads(config.n_heads), strict=True)
         self.blocks = nn.ModuleList(Block(config, horizon, kv_heads) for horizon, kv_heads in layers)
@@ -168,6 +213,9 @@ class DSMRModel(nn.Module):
             if parameter.dim() >= 2:
                 residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
                 nn.init.normal_(parameter, std=std / (2 * len(self.blocks)) ** 0.5 if residual else std)
+        if self.recall is not None:  # equal labels should match from the start
+            for block in self._blocks():
+                block.attention.match_equal_inputs()
 
     def new_state(
         self,
@@ -184,7 +232,9 @@ class DSMRModel(nn.Module):
                 otherwise each has room for the segment in progress too, and calls of any size give the same outputs.
         """
         memories = [block.attention.new_memory(batch, device, dtype, aligned) for block in self._blocks()]
-        return DSMRState(memories, aligned=aligned)
+        shape = (batch, self.config.recall)
+        recent = torch.zeros(shape, dtype=torch.int64, device=device or self.embedding.weight.device)
+        return DSMRState(memories, recent, aligned=aligned)
 
     def _blocks(self) -> Iterator[Block]:
         for block in self.blocks:
@@ -237,21 +287,31 @@ class DSMRModel(nn.Module):
         positions = token_positions(state.position, tokens.shape[1], piece_start)
         blocks = list(self._blocks())
         place = blocks[0].attention.place(positions)
-        x = self.dropout(self.embedding(tokens))
+        x = self.embedding(tokens)
+        before, labels = state.recent, None
+        if self.recall is not None:
+            labels = self.recall(torch.cat([self.embedding(before), x], 1), positions)
+        x = self.dropout(x)
         new = []
         for block, memory in zip(blocks, memories, strict=True):
             y, k, v = block.attention.attend(
-                block.attention_norm(x), memory, place, piece_start=piece_start, segment_offset=state.offset
+                block.attention_norm(x),
+                memory,
+                place,
+                labels=labels,
+                piece_start=piece_start,
+                segment_offset=state.offset,
             )
             x = x + block.dropout(y)
             x = x + block.dropout(block.ffn(block.ffn_norm(x)))
             new.append((k, v))
+        state.recent = torch.cat([before, tokens], 1)[:, tokens.shape[1] :]
         state.take(new, piece_start, self.config.segment_length, later=torch.is_grad_enabled())
         logits = self.head(self.norm(x))
         loss = None
         if targets is not None:
             loss = F.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction
+                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction=reduction
             )
             loss = loss.view(targets.shape) if reduction == "none" else loss
         return DSMROutput(logits, loss, state)
@@ -264,13 +324,10 @@ class DSMRModel(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors, each whole or not at all."""
-        from safetensors.torch import save_file
-
         weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         if self.config.tie_embeddings:
             del weights["head.weight"]
-        with atomic_path(Path(directory) / "model.safetensors") as temporary:
-            save_file(weights, temporary, {"format": "pt"})
+        save_tensors(Path(directory) / "model.safetensors", weights, {"format": "pt"})
         write_json(Path(directory) / "config.json", self.config.to_dict())
 
     @classmethod

@@ -16,9 +16,15 @@ from dsmr_kernels.cost import attention_flops, human_bytes, memory_bytes, steady
 KVHeads = int | Sequence[int | None] | None
 
 
+MOST_LAYERS = 10_000
+MOST_TOKENS = 2**40  # a horizon beyond any memory, so that its bytes still fit in 64 bits
+
+
 def _check_layers(layers: int) -> None:
     if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
         raise ValueError(f"a schedule needs at least 1 layer, got layers={layers!r}")
+    if layers > MOST_LAYERS:
+        raise ValueError(f"a schedule has at most {MOST_LAYERS:,} layers, got layers={layers!r}")
 
 
 def _check_count(name: str, value: int, layers: int) -> None:
@@ -54,6 +60,8 @@ class MemorySchedule:
         for layer, horizon in enumerate(self.horizons):
             if isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 0:
                 raise ValueError(f"a horizon must be an integer >= 0, but layer {layer} has {horizon!r}")
+            if horizon > MOST_TOKENS:
+                raise ValueError(f"a horizon must be at most {MOST_TOKENS:,} tokens, but layer {layer} has {horizon}")
         for layer, heads in enumerate(self.kv_heads):
             if heads is not None and (isinstance(heads, bool) or not isinstance(heads, int) or heads < 1):
                 raise ValueError(f"kv_heads must be an integer >= 1 or None, but layer {layer} has {heads!r}")

@@ -49,6 +49,9 @@ class TrainConfig:
     position: str = "rope"
     ffn: str = "gelu"
     dropout: float = 0.1
+    rope_base: float = 10000.0
+    init_std: float = 0.02
+    recall: int = 0
     # The stream.
     batch_size: int = 4
     segments_per_step: int = 1
@@ -81,14 +84,16 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, but it is {value}")
-        for name in ("epochs", "minutes", "lr", "save_minutes"):
+        for name in ("epochs", "minutes", "lr", "save_minutes", "rope_base"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be above 0, but it is {value}")
-        for name in ("min_lr", "warmup", "weight_decay", "clip", "seed"):
+        for name in ("min_lr", "warmup", "weight_decay", "clip", "init_std", "seed"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} must not be negative, but it is {value}")
+        if self.seed >= 2**63:
+            raise UserError(f"seed must be below 2**63, but it is {self.seed}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, but it is {self.dropout}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -116,7 +121,10 @@ class TrainConfig:
         """The model's configuration; `UserError` for a schedule or shape that cannot be."""
         from dsmr.model import DSMRConfig
 
-        names = ("schedule", "d_model", "n_heads", "d_ff", "segment_length", "visibility", "position", "ffn", "dropout")
+        names = (
+            *("schedule", "d_model", "n_heads", "d_ff", "segment_length", "visibility", "position", "ffn", "dropout"),
+            *("rope_base", "init_std", "recall"),
+        )
         try:
             return DSMRConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
         except (ValueError, TypeError) as error:

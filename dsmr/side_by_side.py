@@ -8,19 +8,23 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsmr.data.pool import cores
 from dsmr.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dsmr.data.corpus import Corpus
     from dsmr.settings import TrainConfig
 
-AT_ONCE = (os.cpu_count() or 1) > 1
+AT_ONCE = cores() > 1
 """Whether there are cores to train at the same time; otherwise the models are trained one after another."""
 
 
@@ -61,12 +65,51 @@ def train_side_by_side(configs: Mapping[str, TrainConfig], seconds: float, conso
             )
 
 
+def steps_a_second(config: TrainConfig, corpus: Corpus, seconds: float = 4.0) -> float:
+    """Training steps a second of `config` on one core, measured for about so many seconds with full memories."""
+    import torch
+
+    from dsmr.loader import StreamLoader
+    from dsmr.model import DSMRModel
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = DSMRModel(config.model_config(corpus.vocabulary.size))
+        length = config.segments_per_step * config.segment_length
+        loader = StreamLoader(corpus, "train", config.batch_size, length, config.seed)
+        state = model.new_state(config.batch_size, aligned=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        began, steps = time.monotonic(), 0
+        measured_from, measured = began, 0
+        while time.monotonic() - began < seconds or not measured:
+            batch = next(loader)
+            optimizer.zero_grad()
+            output = model(batch.tokens, state, targets=batch.targets, piece_start=batch.piece_start)
+            assert output.loss is not None
+            output.loss.backward()
+            optimizer.step()
+            steps += 1
+            if time.monotonic() - began < seconds / 2:  # memories fill, caches warm
+                measured_from = time.monotonic()
+            else:
+                measured += 1
+        return measured / (time.monotonic() - measured_from)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def train_one(config: TrainConfig) -> None:
     """One worker: train, with everything that is said written to the run's train.log."""
     from rich.console import Console
 
     from dsmr.training import train
 
+    if hasattr(os, "setpgrp"):
+        # A terminal sends Ctrl-C to its whole group: it would reach the run beside the parent's SIGTERM, and the second
+        # of two signals ends a run at once, unsaved.
+        os.setpgrp()
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     log = Path(config.out) / "train.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as file:
@@ -76,6 +119,14 @@ def train_one(config: TrainConfig) -> None:
             print(error, file=file)
             raise SystemExit(1) from error
     raise SystemExit(result.exit_code)
+
+
+def _stop_with_parent() -> None:
+    """Ask this process to save and end when its parent is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def status(name: str, run: Path) -> str | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsmr.errors import UserError
-from dsmr.files import atomic_path
+from dsmr.files import save_tensors
 from dsmr_kernels import KVMemory
 
 _FIELDS = ("k", "v", "length", "position")
@@ -22,12 +22,14 @@ class DSMRState:
 
     Args:
         memories: one `KVMemory` a layer.
+        recent: (B, n) int64, the newest tokens of each row, for a model whose embedding looks back; n may be 0.
         offset: tokens since the current segment began.
         aligned: the memories hold no more than their horizons, so calls must begin with a segment.
     """
 
-    def __init__(self, memories: list[KVMemory], *, offset: int = 0, aligned: bool = False) -> None:
+    def __init__(self, memories: list[KVMemory], recent: Tensor, *, offset: int = 0, aligned: bool = False) -> None:
         self._memories = memories
+        self.recent = recent
         self.offset = offset
         self.aligned = aligned
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -82,18 +84,20 @@ class DSMRState:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "DSMRState":
         """The same state on another device or in another dtype: a copy, or the state itself if nothing changes."""
         moved = [memory.to(device, dtype) for memory in self.memories]
-        if all(one is other for one, other in zip(moved, self._memories, strict=True)):
+        recent = self.recent.to(device)
+        if recent is self.recent and all(one is other for one, other in zip(moved, self._memories, strict=True)):
             return self
-        return DSMRState(moved, offset=self.offset, aligned=self.aligned)
+        return DSMRState(moved, recent, offset=self.offset, aligned=self.aligned)
 
     def clone(self) -> "DSMRState":
         """An independent copy."""
-        return DSMRState([memory.clone() for memory in self.memories], offset=self.offset, aligned=self.aligned)
+        copies = [memory.clone() for memory in self.memories]
+        return DSMRState(copies, self.recent.clone(), offset=self.offset, aligned=self.aligned)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and integers only; the tensors are the state's own, not copies."""
         layers = [{name: getattr(memory, name) for name in _FIELDS} for memory in self.memories]
-        return {"layers": layers, "offset": self.offset, "aligned": self.aligned}
+        return {"layers": layers, "recent": self.recent, "offset": self.offset, "aligned": self.aligned}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, in place.
@@ -113,6 +117,12 @@ class DSMRState:
                         f"layer {layer} of the saved state holds {name} as {found.dtype} {tuple(found.shape)}, "
                         f"this one {wanted.dtype} {tuple(wanted.shape)}"
                     )
+        if state["recent"].shape != self.recent.shape:
+            raise ValueError(
+                f"the saved state holds recent tokens of shape {tuple(state['recent'].shape)}, "
+                f"this one {tuple(self.recent.shape)}"
+            )
+        self.recent = state["recent"].to(self.recent.device, copy=True)
         for saved, memory in zip(layers, memories, strict=True):
             for name in _FIELDS:
                 current = getattr(memory, name)
@@ -121,16 +131,14 @@ class DSMRState:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to one file (safetensors), whole or not at all."""
-        from safetensors.torch import save_file
-
         tensors = {
             f"{layer}.{name}": getattr(memory, name).contiguous()
             for layer, memory in enumerate(self.memories)
             for name in _FIELDS
         }
+        tensors["recent"] = self.recent.contiguous()
         metadata = {"offset": str(self.offset), "aligned": str(int(self.aligned)), "layers": str(len(self._memories))}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata)
+        save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "DSMRState":
@@ -150,6 +158,9 @@ class DSMRState:
                     rows = {x.shape for x in (memory.length, memory.position)} | {memory.k.shape[:1]}
                     if memory.k.dim() != 4 or memory.v.shape != memory.k.shape or rows != {memories[0].k.shape[:1]}:
                         raise ValueError(f"the tensors of layer {layer} do not fit together")
-                return cls(memories, offset=int(metadata["offset"]), aligned=metadata["aligned"] == "1")
+                recent = file.get_tensor("recent")
+                if recent.dim() != 2 or recent.shape[0] != memories[0].batch or recent.dtype != torch.int64:
+                    raise ValueError("its recent tokens do not fit its memories")
+                return cls(memories, recent, offset=int(metadata["offset"]), aligned=metadata["aligned"] == "1")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path} is not a saved state: {error}") from error

@@ -4,6 +4,7 @@
 shows the traceback instead of the sentence.
 """
 
+import errno
 import functools
 import os
 import sys
@@ -27,6 +28,14 @@ def fail(sentence: str, code: int = 1) -> NoReturn:
     raise SystemExit(code)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch says, by a `RuntimeError` of any kind, that it could not get the memory that it needs."""
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in said for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
 def command(function: Callable[P, R]) -> Callable[P, R]:
     """Make a command end in a sentence and an exit code where it fails for a reason that the user can mend."""
 
@@ -34,8 +43,12 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except (UserError, ValueError, OSError, KeyboardInterrupt) as error:
+        except (UserError, ValueError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
             if os.environ.get("DSMR_DEBUG", "0") not in ("", "0"):
+                raise
+            if isinstance(error, MemoryError) or (not isinstance(error, UserError) and out_of_memory(error)):
+                fail("not enough memory: a smaller batch, model, segment or memory schedule needs less")
+            if isinstance(error, RuntimeError) and not isinstance(error, UserError):
                 raise
             if isinstance(error, KeyboardInterrupt):
                 fail("interrupted", 130)
@@ -44,6 +57,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
                 raise SystemExit(141) from None
             if isinstance(error, OSError) and error.filename is not None:
                 fail(f"{error.filename}: {(error.strerror or str(error)).lower()}")
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO):
+                fail(f"cannot write the output: {(error.strerror or str(error)).lower()}")
             fail(str(error) or type(error).__name__)
 
     return guarded
@@ -63,4 +78,5 @@ def parse_schedule(text: str) -> "MemorySchedule":
     try:
         return MemorySchedule.parse(text)
     except (ValueError, TypeError) as error:
-        raise UserError(f"schedule {text!r}: {error}") from error
+        said = str(error)
+        raise UserError(said if repr(text) in said else f"schedule {text!r}: {said}") from error

@@ -33,9 +33,10 @@ from dsmr.evaluation import evaluate
 from dsmr.files import write_json
 from dsmr.loader import Augment, Batch, StreamLoader
 from dsmr.pacing import Pace
-from dsmr.progress import ProgressLine, duration, size
+from dsmr.progress import ProgressLine, duration
 from dsmr.settings import TrainConfig, run_settings, validation_pieces
 from dsmr.stopping import Stop, StoppedError, graceful_stop
+from dsmr_kernels.cost import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,6 +84,8 @@ def train(
     if resume and overwrite:
         raise ValueError("a run can be resumed or overwritten, not both")
     run = RunDirectory(config.out)
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"cannot train into {run.path}: it is a file, not a folder")
     if resume:
         load_settings(run)  # refuses a directory without a run
     elif run.holds_run and not overwrite:
@@ -289,12 +292,7 @@ class _Training:
 
     def _keep_weights(self) -> None:
         """Make the present weights the ones that the run directory is loaded with."""
-        from safetensors import SafetensorError
-
-        try:
-            self.model.save_pretrained(self.directory.path)
-        except SafetensorError as error:  # its own kind of error, also for a full disk
-            raise UserError(f"cannot write {self.directory.weights}: {one_line(error)}") from error
+        self.model.save_pretrained(self.directory.path)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         try:
@@ -324,7 +322,7 @@ class _Training:
             f"{self.pace.total_steps:,} steps" if self.pace.total_steps is not None else f"{config.minutes:g} minutes"
         )
         return (
-            f"{parameters / 1e6:.1f} M parameters, memory {size(self.state.nbytes)}, {config.schedule}; "
+            f"{parameters / 1e6:.1f} M parameters, memory {human_bytes(self.state.nbytes)}, {config.schedule}; "
             f"{len(self.loader.pieces):,} pieces, {self.loader.epoch_tokens:,} tokens; "
             f"{length} of {config.batch_size} × {self.loader.tokens_per_step:,} tokens "
             f"on {self.device} in {str(self.dtype).removeprefix('torch.')}"
@@ -337,7 +335,7 @@ class _Training:
         return (
             f"step {self.pace.step:,}{of_all} · {'?' if left is None else duration(left)} left · "
             f"loss {self.smooth_loss or 0:.3f} nats a token · {self.pace.speed or 0:,.0f} tokens/s · "
-            f"memory {size(self.state.nbytes)} · lr {self.optimizer.param_groups[0]['lr']:.1e}"
+            f"memory {human_bytes(self.state.nbytes)} · lr {self.optimizer.param_groups[0]['lr']:.1e}"
         )
 
     def _not_finite(self, what: str, value: float, batch: Batch, logits: torch.Tensor) -> UserError:

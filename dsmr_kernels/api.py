@@ -94,6 +94,14 @@ def _check_piece_start(piece_start: Tensor, k: Tensor) -> None:
         raise ValueError("piece_start must not decrease along a row: a piece cannot go on after the next one has begun")
 
 
+def _scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    return float(scale)
+
+
 def memory_attention(
     q: Tensor,
     k: Tensor,
@@ -173,7 +181,7 @@ def memory_attention(
         segment_offset=segment_offset,
         visibility=visibility,
         detach_segments=detach_segments,
-        scale=dim**-0.5 if scale is None else float(scale),
+        scale=_scale(scale, dim),
         return_lse=return_lse,
     )
     out, lse = choose(q, backend).memory_attention(q, k, v, memory, piece_start, alibi_slopes, spec)
@@ -225,5 +233,5 @@ def decode_attention(
     if not torch.compiler.is_compiling() and visible.device.type == "cpu" and (few := visible < q.shape[2]).any():
         row = int(few.nonzero()[0])  # its first query would see nothing, not even itself
         raise ValueError(f"each of the {q.shape[2]} new tokens must see itself, but row {row} sees {int(visible[row])}")
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return choose(q, backend).decode_attention(q, memory, visible, alibi_slopes, scale)
+    module = choose(q, backend, "decode_attention")
+    return module.decode_attention(q, memory, visible, alibi_slopes, _scale(scale, q.shape[3]))

@@ -346,7 +346,8 @@ def test_any_arguments_agree_with_oracle(backend: str, data: st.DataObject) -> N
         ({"piece_start": pieces([0] * 5, [0, 0, 4, 4, 4])}, ValueError, "row 1 token 2 has piece_start 4"),
         ({"piece_start": pieces([0] * 5, [0, 1, 0, 3, 3])}, ValueError, "must not decrease"),
         ({"alibi_slopes": torch.zeros(3)}, ValueError, r"alibi_slopes must be a floating tensor of shape \(4,\)"),
-        ({"backend": "cudnn"}, ValueError, "backend must be one of sdpa, reference, got 'cudnn'"),
+        ({"scale": "small"}, TypeError, "scale must be a number or None, got 'small'"),
+        ({"backend": "cudnn"}, ValueError, "backend must be one of triton, sdpa, reference, got 'cudnn'"),
     ],
 )
 def test_bad_arguments_are_named_with_what_was_expected(backend: str, change: dict, kind: type, message: str) -> None:

@@ -142,6 +142,9 @@ def test_a_run_may_go_on_longer_and_slower(tmp_path: Path) -> None:
 def test_settings_of_a_directory_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no training run"):
         load_settings(RunDirectory(tmp_path))
+    write_json(tmp_path / "train.json", {"format": 1, "train": {}})
+    with pytest.raises(UserError, match=r"train\.json is damaged: it lacks model, dtype, corpus, tokenizer_hash"):
+        load_settings(RunDirectory(tmp_path))
     write_json(tmp_path / "train.json", {"format": 99})
     with pytest.raises(UserError, match="not written by this version"):
         load_settings(RunDirectory(tmp_path))

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from dsmr.cli import app
 from dsmr.cli_train import TRAIN_DEFAULTS
+from dsmr.devices import resolve_device
+from dsmr.errors import UserError
 from dsmr.terminal import command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +83,18 @@ def test_a_bad_schedule_is_a_sentence(schedule, words, tmp_path):
     assert says(dsmr("budget", "--schedule", schedule), *words)
     assert says(dsmr("train", "--data", tmp_path, "--schedule", schedule, "--out", tmp_path / "run"), *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_want_of_memory_and_devices_that_are_none_are_sentences(tmp_path, capsys):
+    def starve():
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate much")
+
+    with pytest.raises(SystemExit):
+        command(starve)()
+    assert "not enough memory" in capsys.readouterr().err
+    for device in ("meta", "abacus", "cuda:99"):
+        with pytest.raises(UserError, match=device):
+            resolve_device(device)
 
 
 def test_paths_that_are_not_there_are_sentences(tmp_path):

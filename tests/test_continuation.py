@@ -154,6 +154,30 @@ def test_a_prompt_that_cannot_be_is_a_sentence_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_prompt_is_never_overwritten(run_directory, piece, tmp_path):
+    for prompt, out in (("on.mid", "on.mid"), ("on-continuation.mid", "on.mid")):
+        shutil.copy(piece, tmp_path / prompt)
+        with pytest.raises(UserError, match=rf"{prompt} is the prompt itself"):
+            continue_piece(run_directory, tmp_path / prompt, tmp_path / out, tokens=5)
+        assert (tmp_path / prompt).read_bytes() == piece.read_bytes()
+        (tmp_path / prompt).unlink()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_notes_that_the_model_cannot_be_told_are_counted_and_a_silent_prompt_is_named(run_directory, tmp_path):
+    from small_scores import score_of
+
+    from dsmr.data.tokenizer import write_midi
+
+    write_midi(tmp_path / "deep.mid", score_of([(0.0, 1.0, 60), (1.0, 1.0, 5), (2.0, 1.0, 64)]))
+    done = continue_piece(run_directory, tmp_path / "deep.mid", tmp_path / "on.mid", tokens=5)
+    assert done.left_out == {"pitch outside 21 to 108": 1}
+    write_midi(tmp_path / "silent.mid", score_of([]))
+    with pytest.raises(UserError, match=r"silent\.mid has no notes"):
+        continue_piece(run_directory, tmp_path / "silent.mid", tmp_path / "new" / "on.mid", tokens=5)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_run_of_another_tokeniser_is_refused(run_directory, piece, tmp_path):
     from dsmr.data.tokenizer import vocabulary_of
 

@@ -201,6 +201,21 @@ def test_what_is_no_pack_is_named(tmp_path: Path) -> None:
         pack(tmp_path / "c", text / "c.dsmr")
 
 
+def test_an_archive_that_another_program_damaged_or_locked_is_named(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path / "c")
+    with zipfile.ZipFile(tmp_path / "c.dsmr", "w", zipfile.ZIP_DEFLATED) as file:
+        file.write(tmp_path / "c" / "manifest.json", "manifest.json")
+    content = bytearray((tmp_path / "c.dsmr").read_bytes())
+    start = len("manifest.json") + 30  # behind the member's local header
+    for name, damaged in {
+        "deflated": content[:start] + b"\xff" * 20 + content[start + 20 :],
+        "locked": content[:6] + b"\1" + content[7:].replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1"),
+    }.items():
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            Corpus.open(tmp_path / name)
+
+
 def test_a_pack_cannot_swell_beyond_its_manifest(tmp_path: Path) -> None:
     tiny_corpus(tmp_path / "c")
     packed = pack(tmp_path / "c", tmp_path / "c.dsmr")

@@ -169,9 +169,16 @@ def saved_run(path: Path, corpus: Corpus) -> Path:
     return path
 
 
-def test_a_run_is_evaluated_from_its_directory(tmp_path: Path) -> None:
+def test_a_run_is_evaluated_from_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = tiny_corpus(tmp_path / "corpus")
     run = saved_run(tmp_path / "run", corpus)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*eval-validation\.json"):
+        evaluate_run(run, tmp_path / "corpus", out=tmp_path / "file" / "x")
+    with monkeypatch.context() as patch:
+        patch.setattr("dsmr.plots.available", lambda: False)
+        evaluate_run(run, tmp_path / "corpus", out=tmp_path / "bare", device="cpu")
+    assert [path.name for path in (tmp_path / "bare").iterdir()] == ["eval-validation.json"]
     report = evaluate_run(run, tmp_path / "corpus", device="cpu")
     assert report.nats_per_note == pytest.approx(evaluate(real_model(), corpus).nats_per_note, abs=1e-5)
     assert json.loads((run / "eval-validation.json").read_text())["model"] == "run"

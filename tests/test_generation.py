@@ -25,6 +25,8 @@ LOGITS = torch.tensor([3.0, 1.0, 2.0, -1.0, 2.5])
         ({"top_p": 0.0}, "top_p must be above 0"),
         ({"top_p": 1.5}, "top_p must be above 0"),
         ({"min_p": -0.5}, "min_p must lie between"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": 2**63}, "seed must be at least 0"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(arguments, sentence):

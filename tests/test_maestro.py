@@ -287,6 +287,14 @@ def test_a_wrong_checksum_is_told_and_the_part_removed(server: Server, tmp_path:
     assert not list(tmp_path.glob("m.zip*"))
 
 
+def test_another_file_of_that_name_is_not_overwritten(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "m.zip").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"m\.zip is not the file at http.*move it"):
+        get(server, tmp_path / "m.zip")
+    assert (tmp_path / "m.zip").read_bytes() == b"mine"
+    assert server.asked == []
+
+
 def test_what_the_server_refuses_is_told(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "ATTEMPTS", 2)
     server.status = 404

@@ -56,12 +56,20 @@ def assert_same_memories(state: Any, other: Any) -> None:
 
 
 @visibilities
-@pytest.mark.parametrize(("position", "heads"), [*((name, "grouped") for name in POSITIONS), ("rope", "multi-head")])
+@pytest.mark.parametrize(
+    ("position", "heads", "recall"),
+    [
+        *((name, "grouped", 0) for name in POSITIONS),
+        ("rope", "multi-head", 0),
+        ("rope", "grouped", 4),
+        ("sinusoidal", "multi-head", 1),
+    ],
+)
 def test_any_way_of_cutting_a_stream_gives_the_same_logits(
-    backend: str, visibility: str, position: str, heads: str
+    backend: str, visibility: str, position: str, heads: str, recall: int
 ) -> None:
     """Past several turns of every ring, token by token included; with pieces that begin anywhere."""
-    model = tiny(position=position, visibility=visibility, schedule=HEADS[heads])
+    model = tiny(position=position, visibility=visibility, schedule=HEADS[heads], recall=recall)
     tokens = some_tokens(2, 61)
     starts = torch.tensor([[-1] * 61, [-1] * 10 + [10] * 4 + [14] * 47], dtype=torch.int32)
     with torch.no_grad():
@@ -400,3 +408,38 @@ def test_what_does_not_fit_is_refused_before_the_state_moves(arguments: dict, me
 def test_different_layers_of_a_model_have_different_horizons_and_heads() -> None:
     shapes = [(m.capacity, m.kv_heads) for m in tiny().new_state(1, aligned=True).memories]
     assert shapes == [(11, 2), (0, 4), (5, 1)]
+
+
+# Recall
+
+
+def test_recall_hears_nothing_of_an_earlier_piece() -> None:
+    model, tokens = tiny(recall=3, segment_length=16), some_tokens(1, 12)
+    starts = torch.tensor([[0] * 5 + [5] * 7], dtype=torch.int32)
+    changed = tokens.clone()
+    changed[0, :5] = (changed[0, :5] + 1) % VOCABULARY
+    with torch.no_grad():
+        one, other = (model(x, piece_start=starts).logits[:, 5:] for x in (tokens, changed))
+        alone = model(tokens[:, 5:]).logits
+    assert torch.equal(one, other)
+    assert error(one, alone) < 1e-10
+
+
+def test_recall_matches_what_followed_the_same_past_from_the_start() -> None:
+    """Untrained, a query's label is most like the keys' that came after the same tokens."""
+    model = tiny(recall=2, schedule="none(layers=1)", segment_length=64)
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 3]])
+    assert model.recall is not None
+    with torch.no_grad():
+        embedded = model.embedding(torch.cat([torch.zeros(1, 2, dtype=torch.int64), tokens], 1))
+        queries, keys = model.recall(embedded, torch.arange(11)[None])
+        q, k = (part[0] for part in (queries, keys))
+        attention = model.blocks[0].attention
+        q, k = q @ attention.qkv.weight[:6].T, k @ attention.qkv.weight[24:30].T  # of the first head
+    assert int((q[-1] @ k.T).argmax()) == 3  # the token after the first 2, 3
+
+
+@pytest.mark.parametrize("recall", [-1, 1.5, True])
+def test_recall_must_be_a_count(recall: Any) -> None:
+    with pytest.raises(ValueError, match="recall must be an integer >= 0"):
+        tiny(recall=recall)

@@ -15,7 +15,7 @@ from rich.console import Console
 from small_scores import random_score, score_of, write_folder
 
 from dsmr.data import Corpus, pool, prepare
-from dsmr.data.prepare import assign_splits, prepare_composed, prepare_midi
+from dsmr.data.prepare import assign_splits, prepare_composed, prepare_maestro, prepare_midi
 from dsmr.data.report import PrepareReport
 from dsmr.errors import UserError
 
@@ -111,6 +111,18 @@ def test_what_is_in_the_output_is_not_spoiled(tmp_path: Path) -> None:
     assert Corpus.open(out).digest == digest
     prepare_midi(folder, out, tokenizer="remi", overwrite=True, **quietly)
     assert Corpus.open(out).vocabulary.scheme == "REMI"
+    with pytest.raises(UserError, match="holds the corpus 'midi', not 'composed"):
+        prepare_composed(out, 3, **quietly)
+    with pytest.raises(UserError, match="both the data set and the corpus"):  # said before anything is fetched
+        prepare_maestro(out, out, download=True, **quietly)
+    (tmp_path / "silent").mkdir()
+    score_of([]).dump_midi(str(tmp_path / "silent" / "silent.mid"))
+    digest = Corpus.open(out).digest
+    with pytest.raises(UserError, match="no notes"):  # what is overwritten stays until there is something better
+        prepare_midi(tmp_path / "silent", out, overwrite=True, **quietly)
+    with pytest.raises(UserError, match="there is no folder or archive"):
+        prepare_maestro(tmp_path / "typo.zip", out, overwrite=True, **quietly)
+    assert Corpus.open(out).digest == digest
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "thesis.txt").write_text("do not lose me")
     with pytest.raises(UserError, match=r"thesis\.txt"):

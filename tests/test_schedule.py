@@ -200,6 +200,8 @@ def test_description_tells_text_depth_and_budget() -> None:
         ("binary(layers=2, horizon=3, carriers=1)", "has an argument of the wrong kind for binary"),
         ("uniform(layers=2, horizon=3, kv_heads=0)", "kv_heads must be an integer >= 1 or None, but layer 0 has 0"),
         ("uniform(layers=2, horizon=3, kv_heads=[1])", "kv_heads must have one entry for each of the 2 layers, got 1"),
+        ("none(layers=9000000000000)", "at most 10,000 layers, got layers=9000000000000"),
+        ("uniform(layers=2, horizon=100000000000000)", "at most 1,099,511,627,776 tokens, but layer 0 has 1000000"),
         ("uniform(layers=2, horizon=3, kv_heads=1.5)", "has an argument of the wrong kind for uniform"),
     ],
 )

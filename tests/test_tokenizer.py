@@ -17,9 +17,11 @@ from dsmr.data.tokenizer import (
     decode,
     encode_midi,
     encode_score,
+    load_midi,
     read_midi,
     rebuild,
     vocabulary_of,
+    write_midi,
 )
 from dsmr.data.vocabulary import Vocabulary
 from dsmr.errors import UserError
@@ -215,6 +217,20 @@ def test_a_score_without_notes_says_so(tmp_path: Path) -> None:
     score_of([]).dump_midi(str(tmp_path / "silent.mid"))
     with pytest.raises(UserError, match=r"silent\.mid has no notes"):
         encode_midi(tmp_path / "silent.mid", vocabulary_of())
+
+
+def test_a_midi_file_on_a_full_disk_is_an_error_and_not_half_a_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    score, limits = random_score(0, 500), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*piece\.mid: file too large"):
+            write_midi(tmp_path / "piece.mid", score)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+    write_midi(tmp_path / "piece.mid", score)
+    assert len(load_midi(tmp_path / "piece.mid").tracks[0].notes) == 500
 
 
 def test_a_file_that_claims_to_last_for_days_is_refused() -> None:

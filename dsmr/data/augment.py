@@ -9,9 +9,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from dsmr.data.vocabulary import PITCH_TYPES, Vocabulary
-
-TIME_TYPES = ("TimeShift", "Bar", "Position")
+from dsmr.data.vocabulary import PITCH_TYPES, TIME_TYPES, Vocabulary
 
 
 class Augmenter:

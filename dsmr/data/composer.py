@@ -20,7 +20,6 @@ from dsmr.data.harmony import Key, Passage
 from dsmr.data.melody import invented, own_theme
 from dsmr.data.performance import Clock, Played, Touch, held, ornamented, pedalled, play, settled
 from dsmr.data.themes import METRES, THEMES
-from dsmr.files import atomic_path
 
 FORMS = ("rondo", "variations")
 NOTE = np.dtype([("onset", "f8"), ("duration", "f8"), ("pitch", "i8"), ("velocity", "i8")])
@@ -78,8 +77,9 @@ class Composition:
 
     def write_midi(self, path: str | os.PathLike[str]) -> None:
         """Write a MIDI file, whole or not at all."""
-        with atomic_path(path) as temporary:
-            to_score(self).dump_midi(str(temporary))
+        from dsmr.data.tokenizer import write_midi
+
+        write_midi(path, to_score(self))
 
 
 def to_score(composition: Composition) -> Any:

@@ -190,7 +190,7 @@ def _view(content: Any) -> Any:
 
 def _members_of(manifest: Any, where: Path) -> dict[str, Any]:
     """The files that a manifest lists; `UserError` if it is not a manifest that this version reads."""
-    if not isinstance(manifest, dict) or "files" not in manifest or "digest" not in manifest:
+    if not isinstance(manifest, dict) or not {"name", "digest", "vocabulary", "files"} <= manifest.keys():
         raise UserError(f"{where} is not a prepared corpus: its {MANIFEST} is of another kind")
     if manifest.get("format") != FORMAT:
         raise UserError(f"{where} has corpus format {manifest.get('format')}, this version of dsmr reads {FORMAT}")

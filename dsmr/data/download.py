@@ -24,10 +24,12 @@ def fetch(url: str, target: Path, sha256: str, progress: bool = True) -> Path:
 
     Bytes are collected in `target` + ".part". A connection that breaks is taken up again at the byte where it broke,
     now and in a later call. A `target` with the right digest is kept as it is. Raises `UserError` if the server cannot
-    be reached (the part stays), or if the digest is wrong (the part is removed).
+    be reached (the part stays), if the digest is wrong (the part is removed), or if `target` is another file.
     """
-    if target.is_file() and _digest(target) == sha256:
-        return target
+    if target.is_file():
+        if _digest(target) == sha256:
+            return target
+        raise UserError(f"{target} is not the file at {url}, which would overwrite it: move it, or name another")
     part = target.with_name(target.name + ".part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)

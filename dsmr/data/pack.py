@@ -73,7 +73,9 @@ def unpack(path: Path) -> dict[str, Any]:
                     members[name] = np.frombuffer(_expand(archive, f"{name}.xz", limit), dtype=COMPRESSED[name])
                 elif name in names and name != MANIFEST:
                     members[name] = archive.read(name)
-    except (zipfile.BadZipFile, lzma.LZMAError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the archive modules raise many kinds, zlib.error and RuntimeError among them
         raise UserError(f"{path} is damaged: {str(error) or type(error).__name__}") from error
     return members
 

@@ -35,7 +35,11 @@ def run_all(
             work(task)
             advance()
         return
-    suspects = _run_pool(work, tasks, jobs, advance)
+    try:
+        suspects = _run_pool(work, tasks, jobs, advance)
+    except _NoWorkersError:  # say, in a script without `if __name__ == "__main__"`: then here, one after another
+        run_all(work, tasks, 1, advance, crashed)
+        return
     while suspects:
         # One of the tasks in flight killed its process: each of them gets a process of its own.
         for task in suspects[:jobs]:
@@ -43,6 +47,10 @@ def run_all(
                 crashed(task)
                 advance()
         suspects = _run_pool(work, suspects[jobs:], jobs, advance)
+
+
+class _NoWorkersError(Exception):
+    """Not even an idle process can be started."""
 
 
 def _run_pool(
@@ -57,6 +65,11 @@ def _run_pool(
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_settle_in)
     finished = False
+    try:
+        executor.submit(os.getpid).result()
+    except BrokenProcessPool:
+        executor.shutdown(wait=False, cancel_futures=True)
+        raise _NoWorkersError from None
     try:
         while waiting or running:
             # No more than one task to a process: after a crash exactly the tasks in flight are suspects.

@@ -29,6 +29,7 @@ from dsmr.files import atomic_path, describe
 
 WORK = ".prepare"
 MIDI_SUFFIXES = (".mid", ".midi")
+MAESTRO = "MAESTRO"
 FRACTIONS = (0.9, 0.05, 0.05)
 COMPOSED_FRACTIONS = (0.8, 0.1, 0.1)
 
@@ -112,11 +113,14 @@ def prepare_maestro(
     from dsmr.data import maestro
 
     output = Path(out)
+    if source is None and not download:
+        raise UserError("name the folder or archive that holds MAESTRO")
+    if source is not None and Path(source).resolve() == output.resolve():
+        raise UserError(f"{source} is asked to be both the data set and the corpus made of it: choose another --out")
+    check_output(output, vocabulary_of(tokenizer), MAESTRO, overwrite)  # before the download rather than after it
     if download:
         source = maestro.download(source or output.parent / maestro.ARCHIVE_NAME, progress=progress)
-    elif source is None:
-        raise UserError("name the folder or archive that holds MAESTRO")
-    check_output(output, vocabulary_of(tokenizer), overwrite)
+    assert source is not None
     try:
         root = maestro.locate(Path(source), output / WORK / "unpacked")
         listing = maestro.read_listing(root)
@@ -133,7 +137,7 @@ def prepare_maestro(
     if not tasks:
         raise UserError(f"{source} holds none of the {len(listing.entries):,} files that its {listing.name} names")
     judge = partial(maestro.compare, listing)
-    return run(tasks, output, tokenizer, jobs, "MAESTRO", FRACTIONS, overwrite, progress, missing, judge)
+    return run(tasks, output, tokenizer, jobs, MAESTRO, FRACTIONS, overwrite, progress, missing, judge)
 
 
 def prepare_composed(
@@ -176,22 +180,26 @@ def midi_task(path: Path, source: str, split: str | None) -> Task:
     return Task(source, split, path=str(path.resolve()), stamp=stamp)
 
 
-def check_output(out: Path, vocabulary: Vocabulary, overwrite: bool) -> None:
-    """`UserError` if `out` holds what a prepare with this vocabulary must not replace; with `overwrite` clear it."""
+def check_output(out: Path, vocabulary: Vocabulary, name: str, overwrite: bool) -> None:
+    """`UserError` if `out` holds anything but the corpus `name` of this vocabulary (with `overwrite` it may).
+
+    Nothing is deleted here: a former corpus stays until `write_corpus` has the new pieces.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write a corpus to {out}: it is a file")
-    if not out.exists():
-        return
-    if overwrite:
-        for name in FILES:
-            (out / name).unlink(missing_ok=True)
+    if overwrite or not out.exists():
         return
     foreign = sorted(path.name for path in out.iterdir() if path.name not in FILES and not path.name.startswith("."))
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(f"{out} holds other files ({foreign[0]}{more}): choose an empty folder for the corpus")
     if (out / MANIFEST).exists():
-        earlier = Corpus.open(out, verify=False).vocabulary
+        corpus = Corpus.open(out, verify=False)
+        earlier = corpus.vocabulary
+        if corpus.name != name:
+            raise UserError(
+                f"{out} holds the corpus {corpus.name!r}, not {name!r}: choose another folder or overwrite it"
+            )
         if earlier != vocabulary:
             raise UserError(
                 f"{out} holds a corpus of another tokeniser ({earlier.scheme}, {earlier.hash[:16]}, not "
@@ -215,7 +223,7 @@ def run(
     if jobs is not None and jobs < 1:
         raise UserError(f"the number of jobs must be at least 1, got {jobs}")
     vocabulary = vocabulary_of(tokenizer)
-    check_output(out, vocabulary, overwrite)
+    check_output(out, vocabulary, name, overwrite)
     results = out / WORK / "results"
     try:
         results.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from dsmr.data.vocabulary import BEATS_PER_SECOND, Vocabulary
 from dsmr.errors import UserError
-from dsmr.files import describe
+from dsmr.files import atomic_path, describe
 
 QUARTERS_PER_MINUTE = 60 * BEATS_PER_SECOND
 FINE_TICKS_PER_QUARTER = 5000  # 0.1 ms at 120 qpm, so that rounding to the tokeniser's 10 ms happens once
@@ -248,15 +248,24 @@ def _changes(notes: dict[str, npt.NDArray[Any]], kept: npt.NDArray[np.bool_], to
     return {what: count for what, count in found.items() if count}
 
 
-def encode_midi(path: str | os.PathLike[str], vocabulary: Vocabulary) -> npt.NDArray[np.uint16]:
-    """The tokens of a MIDI file for a model of this vocabulary, without BOS and EOS: a prompt.
+def encode_midi(path: str | os.PathLike[str], vocabulary: Vocabulary) -> tuple[npt.NDArray[np.uint16], ScoreReport]:
+    """The tokens of a MIDI file for a model of this vocabulary, without BOS and EOS: a prompt; and what was left out.
 
     `UserError` naming the file if it cannot be read, or if it has no notes.
     """
     try:
-        return encode_score(path, rebuild(vocabulary))[0]
+        return encode_score(path, rebuild(vocabulary))
     except ValueError as error:
         raise UserError(f"{path} has {error}" if isinstance(error, EmptyScoreError) else f"{path}: {error}") from error
+
+
+def write_midi(path: str | os.PathLike[str], score: Any) -> None:
+    """Write a `symusic.Score` as a MIDI file, whole or not at all; `UserError` if it cannot be written.
+
+    Not by symusic's own `dump_midi`, which cuts the file short on a full disk and says nothing.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(score.dumps_midi())
 
 
 def decode(tokens: npt.ArrayLike, vocabulary: Vocabulary) -> Any:

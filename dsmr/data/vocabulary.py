@@ -22,6 +22,7 @@ from dsmr.files import read_json, write_json
 
 FORMAT = 1
 TICK_TYPES = ("TimeShift", "Duration", "Position")
+TIME_TYPES = ("TimeShift", "Bar", "Position")  # what moves time on
 NOTE_TYPES = ("Pitch", "NoteOn")
 PITCH_TYPES = ("Pitch", "NoteOn", "NoteOff")
 BEATS_PER_BAR = 4

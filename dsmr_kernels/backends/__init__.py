@@ -1,25 +1,44 @@
 """The backends, in order of preference, and the choice between them.
 
-A backend is a module with `unsupported(q)`, `memory_attention` and `decode_attention`. Backends know the contract, not
-each other.
+A backend is a module with `unsupported(q)`, `memory_attention` and, where it has one, `decode_attention`. Backends know
+the contract, not each other. The Triton backend is imported only where Triton and something to run it on exist.
 """
 
+import functools
+import importlib.util
 import os
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from dsmr_kernels.backends import reference, sdpa
 
-BACKENDS: dict[str, ModuleType] = {"sdpa": sdpa, "reference": reference}
+_ALWAYS: dict[str, ModuleType] = {"sdpa": sdpa, "reference": reference}
+NAMES = ("triton", *_ALWAYS)
+# What is chosen unasked. The Triton kernels are tested on CPU only, through Triton's interpreter: until their tests
+# have passed on a GPU they serve those who ask for them.
+UNASKED = ("sdpa", "reference")
+
+
+@functools.cache
+def _triton() -> ModuleType | str:
+    """The Triton backend, or why there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "there is no GPU (TRITON_INTERPRET=1, set before Python starts, runs it on CPU tensors, slowly)"
+    from dsmr_kernels.backends import triton
+
+    return triton
 
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that this installation can run, the fastest first."""
-    return tuple(BACKENDS)
+    return tuple(name for name in NAMES if name in _ALWAYS or not isinstance(_triton(), str))
 
 
-def choose(q: Tensor, backend: str | None) -> ModuleType:
+def choose(q: Tensor, backend: str | None, call: str = "memory_attention") -> ModuleType:
     """The backend asked for by argument or by the environment variable `DSMR_BACKEND`, or else the fastest that serves.
 
     Raises:
@@ -27,9 +46,14 @@ def choose(q: Tensor, backend: str | None) -> ModuleType:
     """
     asked = backend or os.environ.get("DSMR_BACKEND") or None
     if asked is None:
-        return next(module for module in BACKENDS.values() if module.unsupported(q) is None)
-    if asked not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {asked!r}")
-    if reason := BACKENDS[asked].unsupported(q):
+        return next(_ALWAYS[name] for name in UNASKED if _ALWAYS[name].unsupported(q) is None)
+    if asked not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {asked!r}")
+    module = _ALWAYS[asked] if asked in _ALWAYS else _triton()
+    if isinstance(module, str):
+        raise ValueError(f"backend {asked!r} cannot serve: {module}")
+    if not hasattr(module, call):
+        raise ValueError(f"backend {asked!r} has no {call}; the sdpa backend has")
+    if reason := module.unsupported(q):
         raise ValueError(f"backend {asked!r} cannot serve these inputs: {reason}")
-    return BACKENDS[asked]
+    return module

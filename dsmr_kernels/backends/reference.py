@@ -73,7 +73,7 @@ def memory_attention(
         out = (weights * own) @ vw + (weights * ~own) @ vw.detach()
     else:
         out = weights @ vw
-    lse = scores.logsumexp(-1).to(torch.float32) if spec.return_lse else None
+    lse = scores.detach().logsumexp(-1).to(torch.float32) if spec.return_lse else None
     return out.to(q.dtype), lse
 
 

@@ -1,9 +1,9 @@
 """Fast attention over memory and segment in plain PyTorch: the default on CPU, and it runs on any device.
 
 `plan` cuts each row into runs that share segment and piece, so that under segment visibility nothing needs a mask but
-the run's own causal edge. Two ways then serve the plan: `fused` by PyTorch's flash kernel over each source apart,
-merged by log-sum-exp; `products` by blocked matrix products. Keys and values are never concatenated and grouped heads
-never expanded.
+the run's own causal edge. Two ways then serve the plan: `fused`, where no mask or bias is needed, by PyTorch's flash
+kernel over each source apart, merged by log-sum-exp; `products`, for everything else, by blocked matrix products. Keys
+and values are never concatenated and grouped heads never expanded.
 """
 
 import torch
@@ -29,7 +29,7 @@ def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, list[Group]]:
     plan = plan_call(inputs)
     if fused.serves(inputs):
         return *fused.forward(inputs, plan), plan
-    return *Products(inputs).forward(plan), plan
+    return *Products(inputs).forward(plan, inputs.spec.return_lse), plan
 
 
 def _backward(
@@ -41,4 +41,4 @@ def _backward(
     return Products(inputs).backward(plan, grad)
 
 
-memory_attention = attention_by(Method("sdpa", _forward, _backward, fused.serves_backward))
+memory_attention = attention_by(Method("sdpa", _forward, _backward, fused.serves))

@@ -16,12 +16,16 @@ def decode_attention(q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes:
     younger = torch.arange(new, 0, -1, device=q.device)[:, None]  # [n, 1]: query i sees no slot younger than its own
     oldest = torch.minimum(visible, memory.length)
     seen = (age[:, None] >= younger) & (age <= oldest[:, None])[:, None]  # [B, n, C]
-    grouped = q.to(work).reshape(batch, kv_heads, -1, dim)  # [B, Hkv, G * n, D]
-    scores = torch.matmul(grouped, memory.k.to(work).mT).mul_(scale).view(batch, kv_heads, -1, new, capacity)
+    wide = torch.promote_types(work, torch.float32)
+    bias = torch.zeros(seen.shape, dtype=wide, device=q.device).masked_fill_(~seen, -torch.inf)[:, None, None]
+    group = heads // kv_heads
     if alibi_slopes is not None:
         distance = age[:, None] - younger  # [B, n, C]
-        slopes = alibi_slopes.to(torch.promote_types(work, torch.float32)).view(kv_heads, -1, 1, 1)
-        scores = scores - slopes * distance[:, None, None]
-    scores = scores.masked_fill_(~seen[:, None, None], -torch.inf)
-    weights = scores.softmax(-1).to(work).flatten(2, 3)
-    return torch.matmul(weights, memory.v.to(work)).view(batch, heads, new, dim).to(q.dtype)
+        bias = bias - alibi_slopes.to(wide).view(kv_heads, group, 1, 1) * distance[:, None, None]
+    # Grouped heads share their keys: a group's queries are stacked, [B, Hkv, G * n, D]. PyTorch's kernel keeps the
+    # scores in float32 whatever the dtype of q.
+    bias = bias.expand(-1, -1, group, -1, -1).flatten(2, 3)
+    grouped = q.to(work).reshape(batch, kv_heads, group * new, dim)
+    k, v = memory.k.to(work), memory.v.to(work)
+    out = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=bias, scale=scale)
+    return out.reshape(batch, heads, new, dim).to(q.dtype)

@@ -4,40 +4,36 @@ The forward merges the parts by log-sum-exp. Since the backward of a part depend
 log-sum-exp and output, it runs part by part too; a part that takes no gradient needs only its share of dQ.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from dsmr_kernels.backends.autograd import Inputs
 from dsmr_kernels.backends.sdpa.plan import Group, Source, sources_of
+from dsmr_kernels.backends.sdpa.workers import in_parallel
 from dsmr_kernels.visibility import Run
 
 # Private to PyTorch, but the only way to the log-sum-exp; without them, `products` serves.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-# A head with more scores than this is served faster by `products`: in bfloat16 always, in float32 in the backward.
-SMALL_ELEMENTS = 131_072
-
-
-def _small(inputs: Inputs) -> bool:
-    q, spec, memory = inputs.q, inputs.spec, inputs.memory
-    past = min(spec.horizon, memory.capacity if memory is not None else 0)
-    queries = min(q.shape[2], spec.segment_length or q.shape[2])
-    return queries * (queries + past) * (q.shape[1] // inputs.k.shape[1]) <= SMALL_ELEMENTS
+# A head with fewer scores than this is taken together with the others; larger ones are cut into blocks that a core's
+# second-level cache holds.
+BLOCKED_ELEMENTS = 196_608
+BLOCK_QUERIES, BLOCK_KEYS = 512, 1024
+LOG2E = math.log2(math.e)
 
 
 def serves(inputs: Inputs) -> bool:
-    """Whether this way can serve the forward, and is the faster one."""
-    q, spec = inputs.q, inputs.spec
-    if _FLASH is None or _FLASH_BACKWARD is None or q.device.type != "cpu":
-        return False
-    if inputs.alibi is not None or spec.visibility != "segment":
-        return False
-    return q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and _small(inputs))
-
-
-def serves_backward(inputs: Inputs) -> bool:
-    """Whether this way is the faster one for the backward too; it then wants the forward's output and log-sum-exp."""
-    return serves(inputs) and _small(inputs)
+    """Whether this way can serve the call; where it can, it is the faster one, and its backward wants out and lse."""
+    return (
+        _FLASH is not None
+        and _FLASH_BACKWARD is not None
+        and inputs.q.device.type == "cpu"
+        and inputs.q.dtype in (torch.float32, torch.bfloat16)
+        and inputs.alibi is None
+        and inputs.spec.visibility == "segment"
+    )
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -101,16 +97,46 @@ def _flash_backward(
 
 
 def _dq_alone(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, grad: Tensor, scale: float) -> Tensor:
-    """One part's dq in float32, where keys and values take no gradient: three of the five products."""
-    kv_heads, tokens, dim = k.shape[1:]
+    """One part's dq in float32, where keys and values take no gradient: three of the five products.
 
-    def stacked(x: Tensor) -> Tensor:
-        return x.float().reshape(x.shape[0] * kv_heads, -1, x.shape[-1])
+    In bfloat16 the log-sum-exp is split into what bfloat16 holds, which goes into the product, and the rest, which is a
+    factor of the row.
+    """
+    batch, kv_heads, keys, dim = k.shape
+    heads = batch * kv_heads
 
-    k, v = (x.float().reshape(-1, tokens, dim) for x in (k, v))
-    weights = torch.baddbmm(stacked(-lse.unsqueeze(-1)), stacked(q), k.mT, alpha=scale).exp_()
-    dweights = torch.baddbmm(stacked(-delta.unsqueeze(-1)), stacked(grad), v.mT)
-    return torch.bmm(weights.mul_(dweights), k).mul_(scale).view(q.shape)
+    def stacked(x: Tensor) -> Tensor:  # (b, Hq, n, ...) -> (b * Hkv, group * n, ...)
+        return x.reshape(heads, -1, x.shape[-1])
+
+    lse, delta = stacked(lse.unsqueeze(-1)) * LOG2E, stacked(delta.unsqueeze(-1))  # base 2: twice as fast
+    rows = lse.shape[1]
+    if rows * keys < BLOCKED_ELEMENTS:
+        k, v = (x.float().reshape(heads, keys, dim) for x in (k, v))
+        weights = torch.baddbmm(-lse, stacked(q).float(), k.mT, alpha=scale * LOG2E).exp2_()
+        dweights = torch.baddbmm(-delta, stacked(grad).float(), v.mT)
+        return torch.bmm(weights.mul_(dweights), k).mul_(scale).view(q.shape)
+    coarse = lse.to(q.dtype)
+    factor = (coarse.float() - lse).exp2_().mul_(scale)
+    offset, block, above = -coarse, stacked(q), stacked(grad)
+    dq = q.new_empty(block.shape, dtype=torch.float32)
+
+    def job(head: int) -> None:
+        side_k, side_v = k[head // kv_heads, head % kv_heads], v[head // kv_heads, head % kv_heads]
+        scratch = block.new_empty(2, min(rows, BLOCK_QUERIES), min(keys, BLOCK_KEYS))
+        for begin in range(0, rows, BLOCK_QUERIES):
+            some = slice(begin, min(begin + BLOCK_QUERIES, rows))
+            total = torch.zeros(some.stop - begin, dim)
+            for first in range(0, keys, BLOCK_KEYS):
+                ks, vs = side_k[first : first + BLOCK_KEYS], side_v[first : first + BLOCK_KEYS]
+                weights, dweights = scratch[:, : some.stop - begin, : ks.shape[0]]
+                torch.addmm(offset[head, some], block[head, some], ks.T, alpha=scale * LOG2E, out=weights)
+                weights.exp2_()
+                torch.mm(above[head, some], vs.T, out=dweights)
+                total += torch.mm(weights.mul_(dweights.sub_(delta[head, some])), ks)
+            torch.mul(total, factor[head, some], out=dq[head, some])
+
+    in_parallel(job, range(heads), worthwhile=True)
+    return dq.view(q.shape)
 
 
 def _parts(run: Run, group: Group, capacity: int, detach: bool) -> list[tuple[Source, bool]]:

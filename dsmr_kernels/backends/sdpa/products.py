@@ -20,9 +20,9 @@ from dsmr_kernels.backends.sdpa.workers import in_parallel
 from dsmr_kernels.visibility import Run
 
 # Elements of a tile's scores, over all its heads: the tiles of all cores should stay in the cache.
-TILE_ELEMENTS = 655_360
+TILE_ELEMENTS = 1_310_720
 # Queries of a tile: fewer starve the matrix product, more waste work on the causal edge.
-TILE_QUERIES = 128
+TILE_QUERIES = 256
 # A head whose scores have fewer elements is taken together with others: the calls would cost more than the arithmetic.
 SMALL_ELEMENTS = 65_536
 # A call with fewer scores than this is over before other threads have begun.
@@ -94,11 +94,11 @@ class Products:
         on_cpu = self.q.device.type == "cpu"
         in_parallel(job, jobs, worthwhile=on_cpu and elements * self.group >= PARALLEL_ELEMENTS)
 
-    def forward(self, plan: list[Group]) -> tuple[Tensor, Tensor | None]:
-        """(out, lse) of the whole call; lse only if the call asks for it."""
+    def forward(self, plan: list[Group], with_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """(out, lse) of the whole call; lse only if it is asked for."""
         q = self.q
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if self.spec.return_lse else None
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if with_lse else None
         self.for_each_job(plan, lambda job: job.forward(out, lse))
         return out, lse
 

@@ -1,1 +1,42 @@
-"""Fused Triton kernels."""
+"""Fused Triton kernels: one online softmax over ring memory and current keys, forward and backward.
+
+`primitives` holds the visibility rule for a tile, `forward` and `backward` the kernels, `configs` their tile sizes by
+architecture, `launch` the way from tensors to launches. Under TRITON_INTERPRET=1 they run on CPU tensors, for tests.
+"""
+
+import torch
+from torch import Tensor
+
+from dsmr_kernels.backends.autograd import Inputs, Method, attention_by
+from dsmr_kernels.backends.triton.configs import DTYPES, HEAD_DIMS
+from dsmr_kernels.backends.triton.launch import INTERPRETED, Call
+
+__all__ = ["memory_attention", "unsupported"]
+
+
+def unsupported(q: Tensor) -> str | None:
+    """Why this backend cannot serve `q`; None if it can."""
+    if q.device.type != ("cpu" if INTERPRETED else "cuda"):
+        return f"it runs on {'CPU tensors under TRITON_INTERPRET=1' if INTERPRETED else 'GPUs'}, not on {q.device}"
+    dtypes = (torch.float16, torch.float32) if INTERPRETED else DTYPES  # the interpreter errs in bfloat16
+    if q.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"it computes in {names}, not {q.dtype}; the sdpa backend does"
+    least, most = HEAD_DIMS
+    if not least <= q.shape[3] <= most:
+        return f"it serves head_dim from {least} to {most}, not {q.shape[3]}; the sdpa backend does"
+    return None
+
+
+def _forward(inputs: Inputs) -> tuple[Tensor, Tensor, None]:
+    return *Call(inputs).forward(), None
+
+
+def _backward(
+    inputs: Inputs, plan: None, result: tuple[Tensor, Tensor] | None, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert result is not None
+    return Call(inputs).backward(result[0], result[1], grad)
+
+
+memory_attention = attention_by(Method("triton", _forward, _backward, lambda inputs: True))

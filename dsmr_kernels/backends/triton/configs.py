@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages by architecture, head dimension and dtype: fixed, so that runs reproduce.
 
-The first choice needs no tuning. Every entry compiles without spills for its targets (`python -m dsmr_kernels.aot` shows
-it, and a test insists on it); `python -m dsmr_kernels.tune` measures alternatives on the present GPU.
+The choice is deterministic and needs no tuning. `python -m dsmr_kernels.aot` compiles every entry for every target
+without a GPU and shows what it takes; an entry that spills registers is not kept.
 """
 
 from dataclasses import dataclass

@@ -5,15 +5,13 @@ import math
 import os
 
 import torch
+import triton
 from torch import Tensor
 
-import triton
-
-from dsmr_kernels.backends.spec import AttentionSpec
+from dsmr_kernels.backends.autograd import Inputs
 from dsmr_kernels.backends.triton.backward import delta_kernel, dkv_kernel, dq_kernel
 from dsmr_kernels.backends.triton.configs import choose, padded
 from dsmr_kernels.backends.triton.forward import forward_kernel
-from dsmr_kernels.memory import KVMemory
 
 LOG2E = math.log2(math.e)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,16 +39,9 @@ def _last_contiguous(x: Tensor) -> Tensor:
 class Call:
     """What the launches of one call share."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        memory: KVMemory | None,
-        piece_start: Tensor | None,
-        alibi: Tensor | None,
-        spec: AttentionSpec,
-    ) -> None:
+    def __init__(self, inputs: Inputs) -> None:
+        q, k, v, memory, spec = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec
+        piece_start, alibi = inputs.piece_start, inputs.alibi
         self.q, self.k, self.v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
         self.has_memory = memory is not None and memory.capacity > 0 and memory.batch > 0
         # A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
@@ -58,8 +49,6 @@ class Call:
         self.length = memory.length if memory is not None and self.has_memory else self.q
         self.position = memory.position if memory is not None and self.has_memory else self.q
         self.capacity = self.mk.shape[2] if self.has_memory else 1
-        self.piece_start = piece_start
-        self.alibi = alibi
         self.spec = spec
         self.batch, self.heads, self.queries, self.head_dim = q.shape
         self.kv_heads, self.tokens = k.shape[1], k.shape[2]
@@ -80,7 +69,7 @@ class Call:
         self.piece_stride = 0 if piece_start is None else piece_start.stride(0)
         self.slopes = self.q if alibi is None else alibi
 
-    def launch_options(self, kernel: str) -> tuple[dict[str, object], int, int]:
+    def launch_options(self, kernel: str) -> tuple[dict[str, int | str], int, int]:
         config = choose(kernel, self.architecture, self.head_dim, self.q.dtype)
         options = {**self.constants, "BM": config.bm, "BN": config.bn}
         options |= {"num_warps": config.warps, "num_stages": config.stages}

@@ -10,8 +10,17 @@ import triton.language as tl
 
 @triton.jit
 def lowest_visible(
-    p, PieceStart, piece_stride, b, held, in_range, horizon, segment_length, segment_offset,
-    SLIDING: tl.constexpr, HAS_PIECES: tl.constexpr,
+    p,
+    PieceStart,
+    piece_stride,
+    b,
+    held,
+    in_range,
+    horizon,
+    segment_length,
+    segment_offset,
+    SLIDING: tl.constexpr,
+    HAS_PIECES: tl.constexpr,
 ):
     """The first key that each query of a tile sees, given that the row's memory holds `held` tokens.
 
