@@ -9,7 +9,7 @@ registers.
 import triton
 import triton.language as tl
 
-from dsmr_kernels.backends.triton.primitives import load_rows, lowest_visible, memory_rows
+from dsmr_kernels.backends.triton.primitives import edge_block, key_blocks, load_rows, lowest_visible, memory_rows
 
 
 @triton.jit
@@ -44,32 +44,17 @@ def delta_kernel(
 
 @triton.jit
 def _dq_block(
-    q,
-    grad,
-    dq,
-    lse,
-    delta,
-    j,
-    rows,
-    K,
-    V,
-    k_stride,
-    v_stride,
-    d,
-    p,
-    low,
-    in_range,
-    head_dim,
-    scale_log2,
+    q, grad, dq, lse, delta, start, stop, K, V, k_stride, v_stride, d, p, low, position, capacity, head_dim, scale_log2,
     slope,
-    MASKED: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    WHOLE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    MASKED: tl.constexpr, RING: tl.constexpr, HAS_ALIBI: tl.constexpr, WHOLE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
     """One block of keys: adds its share to dq [BM, BD]; lse is in base 2."""
-    k = load_rows(K, rows, k_stride, d, in_range, head_dim, WHOLE_DIM)  # [BN, BD]
-    v = load_rows(V, rows, v_stride, d, in_range, head_dim, WHOLE_DIM)  # [BN, BD]
+    j = start + tl.arange(0, BN)
+    in_range = j < stop
+    rows = memory_rows(j, position, capacity) if RING else j
+    k = load_rows(K, rows, k_stride, d, in_range, head_dim, WHOLE_DIM, not MASKED)  # [BN, BD]
+    v = load_rows(V, rows, v_stride, d, in_range, head_dim, WHOLE_DIM, not MASKED)  # [BN, BD]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]  # [BM, BN]
     if HAS_ALIBI:
         s -= slope * (p[:, None] - j[None, :]).to(tl.float32)
@@ -79,6 +64,28 @@ def _dq_block(
     dw = tl.dot(grad, tl.trans(v), input_precision=PRECISION)  # [BM, BN]
     ds = w * (dw - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _dq_source(
+    q, grad, dq, lse, delta, begin, inner, outer, stop, K, V, k_stride, v_stride, d, p, low, position, capacity,
+    head_dim, scale_log2, slope,
+    RING: tl.constexpr, HAS_ALIBI: tl.constexpr, WHOLE_DIM: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """All keys of one source: first the blocks that every query sees, then those on the edges (see `key_blocks`)."""
+    for start in tl.range(inner, outer, BN):
+        dq = _dq_block(
+            q, grad, dq, lse, delta, start, outer, K, V, k_stride, v_stride, d, p, low, position, capacity, head_dim,
+            scale_log2, slope, False, RING, HAS_ALIBI, WHOLE_DIM, PRECISION, BN,
+        )  # fmt: skip
+    before = tl.cdiv(inner - begin, BN)
+    for i in tl.range(0, before + tl.cdiv(stop - outer, BN)):
+        start, end = edge_block(i, before, begin, inner, outer, stop, BN)
+        dq = _dq_block(
+            q, grad, dq, lse, delta, start, end, K, V, k_stride, v_stride, d, p, low, position, capacity, head_dim,
+            scale_log2, slope, True, RING, HAS_ALIBI, WHOLE_DIM, PRECISION, BN,
+        )  # fmt: skip
+    return dq
 
 
 @triton.jit(do_not_specialize=["queries", "tokens", "capacity", "horizon", "segment_length", "segment_offset"])
@@ -172,230 +179,61 @@ def dq_kernel(
 
     if HAS_MEMORY:
         mk, mv = MemoryK + b64 * mk_batch + kv64 * mk_head, MemoryV + b64 * mv_batch + kv64 * mv_head
-        begin = tl.minimum(first, 0)
-        unmasked = tl.minimum(begin + tl.cdiv(tl.minimum(full, 0) - begin, BN) * BN, 0)
-        whole = unmasked + (0 - unmasked) // BN * BN
-        for start in tl.range(begin, unmasked, BN):
-            j = start + tl.arange(0, BN)
-            dq = _dq_block(
-                q,
-                grad,
-                dq,
-                lse,
-                delta,
-                j,
-                memory_rows(j, position, capacity),
-                mk,
-                mv,
-                mk_token,
-                mv_token,
-                d,
-                p,
-                low,
-                j < unmasked,
-                head_dim,
-                scale_log2,
-                slope,
-                True,
-                HAS_ALIBI,
-                WHOLE_DIM,
-                PRECISION,
-            )
-        for start in tl.range(unmasked, whole, BN):
-            j = start + tl.arange(0, BN)
-            dq = _dq_block(
-                q,
-                grad,
-                dq,
-                lse,
-                delta,
-                j,
-                memory_rows(j, position, capacity),
-                mk,
-                mv,
-                mk_token,
-                mv_token,
-                d,
-                p,
-                low,
-                j < 0,
-                head_dim,
-                scale_log2,
-                slope,
-                False,
-                HAS_ALIBI,
-                WHOLE_DIM,
-                PRECISION,
-            )
-        for start in tl.range(whole, 0, BN):
-            j = start + tl.arange(0, BN)
-            dq = _dq_block(
-                q,
-                grad,
-                dq,
-                lse,
-                delta,
-                j,
-                memory_rows(j, position, capacity),
-                mk,
-                mv,
-                mk_token,
-                mv_token,
-                d,
-                p,
-                low,
-                j < 0,
-                head_dim,
-                scale_log2,
-                slope,
-                True,
-                HAS_ALIBI,
-                WHOLE_DIM,
-                PRECISION,
-            )
-
+        begin, inner, outer = key_blocks(first, full, p_first, first, 0, BN)
+        dq = _dq_source(
+            q, grad, dq, lse, delta, begin, inner, outer, 0, mk, mv, mk_token, mv_token, d, p, low, position, capacity,
+            head_dim, scale_log2, slope, True, HAS_ALIBI, WHOLE_DIM, PRECISION, BN,
+        )  # fmt: skip
     ck, cv = K + b64 * k_batch + kv64 * k_head, V + b64 * v_batch + kv64 * v_head
-    begin = tl.maximum(first, 0)
-    stop = p_last + 1
-    unmasked = tl.minimum(begin + tl.cdiv(tl.maximum(full, 0) - begin, BN) * BN, stop)
-    whole = unmasked + tl.maximum(p_first + 1 - unmasked, 0) // BN * BN
-    for start in tl.range(begin, unmasked, BN):
-        j = start + tl.arange(0, BN)
-        dq = _dq_block(
-            q,
-            grad,
-            dq,
-            lse,
-            delta,
-            j,
-            j,
-            ck,
-            cv,
-            k_token,
-            v_token,
-            d,
-            p,
-            low,
-            j < unmasked,
-            head_dim,
-            scale_log2,
-            slope,
-            True,
-            HAS_ALIBI,
-            WHOLE_DIM,
-            PRECISION,
-        )
-    for start in tl.range(unmasked, whole, BN):
-        j = start + tl.arange(0, BN)
-        dq = _dq_block(
-            q,
-            grad,
-            dq,
-            lse,
-            delta,
-            j,
-            j,
-            ck,
-            cv,
-            k_token,
-            v_token,
-            d,
-            p,
-            low,
-            j < stop,
-            head_dim,
-            scale_log2,
-            slope,
-            False,
-            HAS_ALIBI,
-            WHOLE_DIM,
-            PRECISION,
-        )
-    for start in tl.range(whole, stop, BN):
-        j = start + tl.arange(0, BN)
-        dq = _dq_block(
-            q,
-            grad,
-            dq,
-            lse,
-            delta,
-            j,
-            j,
-            ck,
-            cv,
-            k_token,
-            v_token,
-            d,
-            p,
-            low,
-            j < stop,
-            head_dim,
-            scale_log2,
-            slope,
-            True,
-            HAS_ALIBI,
-            WHOLE_DIM,
-            PRECISION,
-        )
+    begin, inner, outer = key_blocks(first, full, p_first, 0, p_last + 1, BN)
+    dq = _dq_source(
+        q, grad, dq, lse, delta, begin, inner, outer, p_last + 1, ck, cv, k_token, v_token, d, p, low, 0, 1,
+        head_dim, scale_log2, slope, False, HAS_ALIBI, WHOLE_DIM, PRECISION, BN,
+    )  # fmt: skip
     pointers = DQ + b64 * dq_batch + h64 * dq_head + row.to(tl.int64)[:, None] * dq_token + d[None, :]
     tl.store(pointers, (dq * scale).to(DQ.dtype.element_ty), mask=valid[:, None] & (d < head_dim)[None, :])
 
 
 @triton.jit
+def _blind_from(j, tokens, horizon, segment_length, segment_offset, SLIDING: tl.constexpr, DETACH: tl.constexpr):
+    """The first query after the key j >= 0 that does not take part in its gradient, whatever the pieces.
+
+    `lowest_visible` turned round: it never decreases along the keys either.
+    """
+    length = tl.maximum(segment_length, 1)
+    until = j * 0 + tokens
+    if SLIDING:
+        until = tl.minimum(until, j + horizon + 1)
+    else:
+        end = ((j + segment_offset + horizon) // length + 1) * length - segment_offset
+        until = tl.where(segment_length > 0, tl.minimum(until, end), until)
+    if DETACH:
+        end = ((j + segment_offset) // length + 1) * length - segment_offset
+        until = tl.where(segment_length > 0, tl.minimum(until, end), until)
+    return until
+
+
+@triton.jit
 def _dkv_block(
-    k,
-    v,
-    dk,
-    dv,
-    j,
-    start,
-    stop,
-    Q,
-    Grad,
-    Lse,
-    Delta,
-    q_stride,
-    g_stride,
-    PieceStart,
-    piece_stride,
-    b,
-    d,
-    shift,
-    held,
-    horizon,
-    segment_length,
-    segment_offset,
-    head_dim,
-    scale_log2,
+    k, v, dk, dv, j, until, start, stop, Q, Grad, Lse, Delta, Start, q_stride, g_stride, d, shift, head_dim, scale_log2,
     slope,
-    MASKED: tl.constexpr,
-    DETACH: tl.constexpr,
-    SLIDING: tl.constexpr,
-    HAS_PIECES: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    WHOLE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-):
+    MASKED: tl.constexpr, HAS_PIECES: tl.constexpr, HAS_ALIBI: tl.constexpr, WHOLE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
     """One block of queries start ... : adds its share to dk and dv [BN, BD]. Scores are transposed, [BN, BM]."""
     p = start + tl.arange(0, BM)
     valid = p < stop
-    q = load_rows(Q, p - shift, q_stride, d, valid, head_dim, WHOLE_DIM)  # [BM, BD]
-    grad = load_rows(Grad, p - shift, g_stride, d, valid, head_dim, WHOLE_DIM)  # [BM, BD]
+    q = load_rows(Q, p - shift, q_stride, d, valid, head_dim, WHOLE_DIM, not MASKED)  # [BM, BD]
+    grad = load_rows(Grad, p - shift, g_stride, d, valid, head_dim, WHOLE_DIM, not MASKED)  # [BM, BD]
     lse = tl.load(Lse + (p - shift), mask=valid, other=0.0) * 1.4426950408889634
     delta = tl.load(Delta + (p - shift), mask=valid, other=0.0)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :]  # [BN, BM]
     if HAS_ALIBI:
         s -= slope * (p[None, :] - j[:, None]).to(tl.float32)
     if MASKED:
-        low = lowest_visible(
-            p, PieceStart, piece_stride, b, held, valid, horizon, segment_length, segment_offset, SLIDING, HAS_PIECES
-        )
-        seen = (j[:, None] >= low[None, :]) & (j[:, None] <= p[None, :]) & valid[None, :]
-        if DETACH:
-            length = tl.maximum(segment_length, 1)
-            same = (j + segment_offset)[:, None] // length == (p + segment_offset)[None, :] // length
-            seen = seen & (same | (segment_length == 0))
+        seen = (j[:, None] <= p[None, :]) & (p[None, :] < until[:, None])
+        if HAS_PIECES:
+            seen = seen & (tl.load(Start + p, mask=valid, other=0)[None, :] <= j[:, None])
         s = tl.where(seen, s, -float("inf"))
     w = tl.exp2(s)
     dv = tl.dot(w.to(grad.dtype), grad, dv, input_precision=PRECISION)
@@ -405,12 +243,11 @@ def _dkv_block(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["queries", "tokens", "capacity", "horizon", "segment_length", "segment_offset"])
+@triton.jit(do_not_specialize=["queries", "tokens", "horizon", "segment_length", "segment_offset"])
 def dkv_kernel(
     Q,
     K,
     V,
-    Length,
     PieceStart,
     Slopes,
     Grad,
@@ -441,13 +278,11 @@ def dkv_kernel(
     scale,
     queries,
     tokens,
-    capacity,
     horizon,
     segment_length,
     segment_offset,
     SLIDING: tl.constexpr,
     DETACH: tl.constexpr,
-    HAS_MEMORY: tl.constexpr,
     HAS_PIECES: tl.constexpr,
     HAS_ALIBI: tl.constexpr,
     WHOLE_DIM: tl.constexpr,
@@ -464,36 +299,24 @@ def dkv_kernel(
     j_last = tl.minimum(j_first + BN, tokens) - 1
     d = tl.arange(0, BD)
     shift = tokens - queries
-    held = 0
-    if HAS_MEMORY:
-        held = tl.minimum(tl.load(Length + b), capacity)
-
-    # Queries begin ... stop - 1 may see one of the keys, `clear` ... `open` - 1 see them all whatever the pieces.
+    # Queries begin ... stop - 1 may see one of the keys; inner ... outer - 1 see them all, unless pieces differ.
+    until = _blind_from(j, tokens, horizon, segment_length, segment_offset, SLIDING, DETACH)
+    stop = _blind_from(j_last, tokens, horizon, segment_length, segment_offset, SLIDING, DETACH)
+    every = _blind_from(j_first, tokens, horizon, segment_length, segment_offset, SLIDING, DETACH)
     begin = tl.maximum(j_first, shift)
-    length = tl.maximum(segment_length, 1)
-    stop, open_stop = tokens, tokens
-    if DETACH and segment_length > 0:
-        stop = tl.minimum(stop, ((j_last + segment_offset) // length + 1) * length - segment_offset)
-        open_stop = tl.minimum(open_stop, ((j_first + segment_offset) // length + 1) * length - segment_offset)
-    if SLIDING:
-        stop = tl.minimum(stop, j_last + horizon + 1)
-        open_stop = tl.minimum(open_stop, j_first + horizon + 1)
-    elif segment_length > 0:
-        last = (j_last + segment_offset + horizon) // length
-        stop = tl.minimum(stop, (last + 1) * length - segment_offset)
-        last = (j_first + segment_offset + horizon) // length
-        open_stop = tl.minimum(open_stop, (last + 1) * length - segment_offset)
-    clear = tl.minimum(begin + tl.cdiv(tl.maximum(j_last - begin, 0), BM) * BM, tl.maximum(stop, begin))
-    open_stop = clear + tl.maximum(open_stop - clear, 0) // BM * BM
-    if HAS_PIECES:
-        open_stop = clear
     stop = tl.maximum(stop, begin)
-    open_stop = tl.minimum(open_stop, stop)
+    inner = tl.minimum(begin + tl.cdiv(tl.maximum(j_last - begin, 0), BM) * BM, stop)
+    outer = inner
+    if not HAS_PIECES:
+        outer = inner + tl.maximum(every - inner, 0) // BM * BM
+    before = tl.cdiv(inner - begin, BM)
+    edges = before + tl.cdiv(stop - outer, BM)
 
     k = load_rows(K + b64 * k_batch + kv64 * k_head, j, k_token, d, valid, head_dim, WHOLE_DIM)  # [BN, BD]
     v = load_rows(V + b64 * v_batch + kv64 * v_head, j, v_token, d, valid, head_dim, WHOLE_DIM)  # [BN, BD]
     dk = tl.zeros([BN, BD], dtype=tl.float32)
     dv = tl.zeros([BN, BD], dtype=tl.float32)
+    piece = PieceStart + b64 * piece_stride
     for g in range(group):
         h = kv * group + g
         h64 = h.to(tl.int64)
@@ -503,114 +326,18 @@ def dkv_kernel(
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
-        for start in tl.range(begin, clear, BM):
+        if not HAS_PIECES:
+            for start in tl.range(inner, outer, BM):
+                dk, dv = _dkv_block(
+                    k, v, dk, dv, j, until, start, stop, q_base, g_base, lse, delta, piece, q_token, g_token, d, shift,
+                    head_dim, scale_log2, slope, False, HAS_PIECES, HAS_ALIBI, WHOLE_DIM, PRECISION, BM,
+                )  # fmt: skip
+        for i in tl.range(0, edges):
+            start, _ = edge_block(i, before, begin, inner, outer, stop, BM)
             dk, dv = _dkv_block(
-                k,
-                v,
-                dk,
-                dv,
-                j,
-                start,
-                tl.minimum(clear, stop),
-                q_base,
-                g_base,
-                lse,
-                delta,
-                q_token,
-                g_token,
-                PieceStart,
-                piece_stride,
-                b,
-                d,
-                shift,
-                held,
-                horizon,
-                segment_length,
-                segment_offset,
-                head_dim,
-                scale_log2,
-                slope,
-                True,
-                DETACH,
-                SLIDING,
-                HAS_PIECES,
-                HAS_ALIBI,
-                WHOLE_DIM,
-                PRECISION,
-                BM,
-            )
-        for start in tl.range(clear, open_stop, BM):
-            dk, dv = _dkv_block(
-                k,
-                v,
-                dk,
-                dv,
-                j,
-                start,
-                stop,
-                q_base,
-                g_base,
-                lse,
-                delta,
-                q_token,
-                g_token,
-                PieceStart,
-                piece_stride,
-                b,
-                d,
-                shift,
-                held,
-                horizon,
-                segment_length,
-                segment_offset,
-                head_dim,
-                scale_log2,
-                slope,
-                False,
-                DETACH,
-                SLIDING,
-                HAS_PIECES,
-                HAS_ALIBI,
-                WHOLE_DIM,
-                PRECISION,
-                BM,
-            )
-        for start in tl.range(open_stop, stop, BM):
-            dk, dv = _dkv_block(
-                k,
-                v,
-                dk,
-                dv,
-                j,
-                start,
-                stop,
-                q_base,
-                g_base,
-                lse,
-                delta,
-                q_token,
-                g_token,
-                PieceStart,
-                piece_stride,
-                b,
-                d,
-                shift,
-                held,
-                horizon,
-                segment_length,
-                segment_offset,
-                head_dim,
-                scale_log2,
-                slope,
-                True,
-                DETACH,
-                SLIDING,
-                HAS_PIECES,
-                HAS_ALIBI,
-                WHOLE_DIM,
-                PRECISION,
-                BM,
-            )
+                k, v, dk, dv, j, until, start, stop, q_base, g_base, lse, delta, piece, q_token, g_token, d, shift,
+                head_dim, scale_log2, slope, True, HAS_PIECES, HAS_ALIBI, WHOLE_DIM, PRECISION, BM,
+            )  # fmt: skip
     pointers = b64 * dk_batch + kv64 * dk_head + j.to(tl.int64)[:, None] * dk_token + d[None, :]
     keep = valid[:, None] & (d < head_dim)[None, :]
     tl.store(DK + pointers, (dk * scale).to(DK.dtype.element_ty), mask=keep)

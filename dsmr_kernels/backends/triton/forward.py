@@ -7,35 +7,21 @@ lies in the ring. Blocks that all queries see are computed without a mask; only 
 import triton
 import triton.language as tl
 
-from dsmr_kernels.backends.triton.primitives import load_rows, lowest_visible, memory_rows
+from dsmr_kernels.backends.triton.primitives import edge_block, key_blocks, load_rows, lowest_visible, memory_rows
 
 
 @triton.jit
 def _block(
-    q,
-    acc,
-    top,
-    total,
-    j,
-    rows,
-    K,
-    V,
-    k_stride,
-    v_stride,
-    d,
-    p,
-    low,
-    in_range,
-    head_dim,
-    scale_log2,
+    q, acc, top, total, start, stop, K, V, k_stride, v_stride, d, p, low, position, capacity, head_dim, scale_log2,
     slope,
-    MASKED: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    WHOLE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    MASKED: tl.constexpr, RING: tl.constexpr, HAS_ALIBI: tl.constexpr, WHOLE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
     """One block of keys: updates acc [BM, BD], the running maximum and sum [BM] of base-2 exponentials."""
-    k = load_rows(K, rows, k_stride, d, in_range, head_dim, WHOLE_DIM)  # [BN, BD]
+    j = start + tl.arange(0, BN)
+    in_range = j < stop
+    rows = memory_rows(j, position, capacity) if RING else j
+    k = load_rows(K, rows, k_stride, d, in_range, head_dim, WHOLE_DIM, not MASKED)  # [BN, BD]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [BM, BN]
     if HAS_ALIBI:
         s -= slope * (p[:, None] - j[None, :]).to(tl.float32)
@@ -45,10 +31,32 @@ def _block(
     shrink = tl.exp2(top - new_top)
     w = tl.exp2(s - new_top[:, None])  # [BM, BN]
     total = total * shrink + tl.sum(w, 1)
-    v = load_rows(V, rows, v_stride, d, in_range, head_dim, WHOLE_DIM)  # [BN, BD]
+    v = load_rows(V, rows, v_stride, d, in_range, head_dim, WHOLE_DIM, not MASKED)  # [BN, BD]
     acc = acc * shrink[:, None]
     acc = tl.dot(w.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, new_top, total
+
+
+@triton.jit
+def _source(
+    q, acc, top, total, begin, inner, outer, stop, K, V, k_stride, v_stride, d, p, low, position, capacity, head_dim,
+    scale_log2, slope,
+    RING: tl.constexpr, HAS_ALIBI: tl.constexpr, WHOLE_DIM: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """All keys of one source: first the blocks that every query sees, then those on the edges (see `key_blocks`)."""
+    for start in tl.range(inner, outer, BN):
+        acc, top, total = _block(
+            q, acc, top, total, start, outer, K, V, k_stride, v_stride, d, p, low, position, capacity, head_dim,
+            scale_log2, slope, False, RING, HAS_ALIBI, WHOLE_DIM, PRECISION, BN,
+        )  # fmt: skip
+    before = tl.cdiv(inner - begin, BN)
+    for i in tl.range(0, before + tl.cdiv(stop - outer, BN)):
+        start, end = edge_block(i, before, begin, inner, outer, stop, BN)
+        acc, top, total = _block(
+            q, acc, top, total, start, end, K, V, k_stride, v_stride, d, p, low, position, capacity, head_dim,
+            scale_log2, slope, True, RING, HAS_ALIBI, WHOLE_DIM, PRECISION, BN,
+        )  # fmt: skip
+    return acc, top, total
 
 
 @triton.jit(do_not_specialize=["queries", "tokens", "capacity", "horizon", "segment_length", "segment_offset"])
@@ -136,169 +144,18 @@ def forward_kernel(
     if HAS_MEMORY:
         mk = MemoryK + b64 * mk_batch + kv.to(tl.int64) * mk_head
         mv = MemoryV + b64 * mv_batch + kv.to(tl.int64) * mv_head
-        begin = tl.minimum(first, 0)
-        # [begin, unmasked) is seen by some queries, [unmasked, whole) in whole blocks by all, [whole, 0) is the rest.
-        unmasked = begin + tl.cdiv(tl.minimum(full, 0) - begin, BN) * BN
-        unmasked = tl.minimum(unmasked, 0)
-        whole = unmasked + (0 - unmasked) // BN * BN
-        for start in tl.range(begin, unmasked, BN):
-            j = start + tl.arange(0, BN)
-            acc, top, total = _block(
-                q,
-                acc,
-                top,
-                total,
-                j,
-                memory_rows(j, position, capacity),
-                mk,
-                mv,
-                mk_token,
-                mv_token,
-                d,
-                p,
-                low,
-                j < unmasked,
-                head_dim,
-                scale_log2,
-                slope,
-                True,
-                HAS_ALIBI,
-                WHOLE_DIM,
-                PRECISION,
-            )
-        for start in tl.range(unmasked, whole, BN):
-            j = start + tl.arange(0, BN)
-            acc, top, total = _block(
-                q,
-                acc,
-                top,
-                total,
-                j,
-                memory_rows(j, position, capacity),
-                mk,
-                mv,
-                mk_token,
-                mv_token,
-                d,
-                p,
-                low,
-                j < 0,
-                head_dim,
-                scale_log2,
-                slope,
-                False,
-                HAS_ALIBI,
-                WHOLE_DIM,
-                PRECISION,
-            )
-        for start in tl.range(whole, 0, BN):
-            j = start + tl.arange(0, BN)
-            acc, top, total = _block(
-                q,
-                acc,
-                top,
-                total,
-                j,
-                memory_rows(j, position, capacity),
-                mk,
-                mv,
-                mk_token,
-                mv_token,
-                d,
-                p,
-                low,
-                j < 0,
-                head_dim,
-                scale_log2,
-                slope,
-                True,
-                HAS_ALIBI,
-                WHOLE_DIM,
-                PRECISION,
-            )
-
+        begin, inner, outer = key_blocks(first, full, p_first, first, 0, BN)
+        acc, top, total = _source(
+            q, acc, top, total, begin, inner, outer, 0, mk, mv, mk_token, mv_token, d, p, low, position, capacity,
+            head_dim, scale_log2, slope, True, HAS_ALIBI, WHOLE_DIM, PRECISION, BN,
+        )  # fmt: skip
     ck = K + b64 * k_batch + kv.to(tl.int64) * k_head
     cv = V + b64 * v_batch + kv.to(tl.int64) * v_head
-    begin = tl.maximum(first, 0)
-    stop = p_last + 1
-    unmasked = begin + tl.cdiv(tl.maximum(full, 0) - begin, BN) * BN
-    unmasked = tl.minimum(unmasked, stop)
-    whole = unmasked + tl.maximum(p_first + 1 - unmasked, 0) // BN * BN
-    for start in tl.range(begin, unmasked, BN):
-        j = start + tl.arange(0, BN)
-        acc, top, total = _block(
-            q,
-            acc,
-            top,
-            total,
-            j,
-            j,
-            ck,
-            cv,
-            k_token,
-            v_token,
-            d,
-            p,
-            low,
-            j < unmasked,
-            head_dim,
-            scale_log2,
-            slope,
-            True,
-            HAS_ALIBI,
-            WHOLE_DIM,
-            PRECISION,
-        )
-    for start in tl.range(unmasked, whole, BN):
-        j = start + tl.arange(0, BN)
-        acc, top, total = _block(
-            q,
-            acc,
-            top,
-            total,
-            j,
-            j,
-            ck,
-            cv,
-            k_token,
-            v_token,
-            d,
-            p,
-            low,
-            j < stop,
-            head_dim,
-            scale_log2,
-            slope,
-            False,
-            HAS_ALIBI,
-            WHOLE_DIM,
-            PRECISION,
-        )
-    for start in tl.range(whole, stop, BN):
-        j = start + tl.arange(0, BN)
-        acc, top, total = _block(
-            q,
-            acc,
-            top,
-            total,
-            j,
-            j,
-            ck,
-            cv,
-            k_token,
-            v_token,
-            d,
-            p,
-            low,
-            j < stop,
-            head_dim,
-            scale_log2,
-            slope,
-            True,
-            HAS_ALIBI,
-            WHOLE_DIM,
-            PRECISION,
-        )
+    begin, inner, outer = key_blocks(first, full, p_first, 0, p_last + 1, BN)
+    acc, top, total = _source(
+        q, acc, top, total, begin, inner, outer, p_last + 1, ck, cv, k_token, v_token, d, p, low, 0, 1,
+        head_dim, scale_log2, slope, False, HAS_ALIBI, WHOLE_DIM, PRECISION, BN,
+    )  # fmt: skip
 
     out = acc / total[:, None]
     pointers = Out + b64 * o_batch + h.to(tl.int64) * o_head + row.to(tl.int64)[:, None] * o_token + d[None, :]

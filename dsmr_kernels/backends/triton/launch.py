@@ -65,6 +65,7 @@ class Call:
         }
         length = spec.segment_length or 0
         self.sizes = (self.queries, self.tokens, self.capacity, spec.horizon, length, spec.segment_offset)
+        self.key_sizes = (self.queries, self.tokens, spec.horizon, length, spec.segment_offset)
         self.pieces = self.q if piece_start is None else piece_start
         self.piece_stride = 0 if piece_start is None else piece_start.stride(0)
         self.slopes = self.q if alibi is None else alibi
@@ -114,10 +115,11 @@ class Call:
             *self.sizes, **options,
         )  # fmt: skip
         options, _, bn = self.launch_options("dkv")
+        del options["HAS_MEMORY"]  # nothing is computed for memory
         dkv_kernel[(triton.cdiv(self.tokens, bn), self.batch * self.kv_heads)](
-            q, k, v, self.length, self.pieces, self.slopes, grad, lse, delta, dk, dv,
+            q, k, v, self.pieces, self.slopes, grad, lse, delta, dk, dv,
             *_strides(q), *_strides(k), *_strides(v), *_strides(grad), *_strides(dk),
             self.piece_stride, self.kv_heads, group, self.head_dim, scale * LOG2E, scale,
-            *self.sizes, DETACH=self.spec.detach_segments, **options,
+            *self.key_sizes, DETACH=self.spec.detach_segments, **options,
         )  # fmt: skip
         return dq, dk, dv

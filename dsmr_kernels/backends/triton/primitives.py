@@ -46,9 +46,34 @@ def memory_rows(j, position, capacity):
 
 
 @triton.jit
-def load_rows(Base, rows, stride, d, in_range, head_dim, WHOLE_DIM: tl.constexpr):
-    """Rows of a (tokens, head_dim) matrix: [N] -> [N, BD]; zeros where out of range."""
+def load_rows(Base, rows, stride, d, in_range, head_dim, WHOLE_DIM: tl.constexpr, WHOLE_ROWS: tl.constexpr = False):
+    """Rows of a (tokens, head_dim) matrix: [N] -> [N, BD]; zeros where out of range. WHOLE_ROWS: none is."""
     pointers = Base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    if WHOLE_ROWS:
+        if WHOLE_DIM:
+            return tl.load(pointers)
+        return tl.load(pointers, mask=(d < head_dim)[None, :], other=0.0)
     if WHOLE_DIM:
         return tl.load(pointers, mask=in_range[:, None], other=0.0)
     return tl.load(pointers, mask=in_range[:, None] & (d < head_dim)[None, :], other=0.0)
+
+
+@triton.jit
+def key_blocks(first, full, p_first, low_end, high_end, BN: tl.constexpr):
+    """How the keys low_end ... high_end - 1 of one source fall into blocks of BN.
+
+    Some queries see keys from `first` on, all see them from `full` on, and all of them see up to `p_first`. Returns
+    begin, inner, outer: [begin, inner) and [outer, high_end) need a mask, [inner, outer) is whole blocks that do not.
+    """
+    begin = tl.minimum(tl.maximum(first, low_end), high_end)
+    inner = begin + tl.cdiv(tl.maximum(tl.minimum(full, high_end) - begin, 0), BN) * BN
+    inner = tl.minimum(inner, high_end)
+    outer = inner + tl.maximum(tl.minimum(p_first + 1, high_end) - inner, 0) // BN * BN
+    return begin, inner, outer
+
+
+@triton.jit
+def edge_block(i, before, begin, inner, outer, high_end, B: tl.constexpr):
+    """Start and end of the i-th masked block: `before` of them lie in [begin, inner), the others in [outer, ...)."""
+    start = tl.where(i < before, begin + i * B, outer + (i - before) * B)
+    return start, tl.where(i < before, inner, high_end)
