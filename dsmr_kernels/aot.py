@@ -102,7 +102,7 @@ def compile_kernel(kernel: str, target: Target, head_dim: int, dtype: str, optio
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if name.endswith(("_batch", "_head", "_token")):
+            if name.endswith(("_batch", "_head", "_token")) or (name == "head_dim" and head_dim % 16 == 0):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(function.arg_names.index(name),): constants[name] for name in signature if name in constants}
     source = ASTSource(function, signature, constexprs, attributes)

@@ -27,37 +27,36 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# architecture -> (padded head_dim, bytes of an element) -> kernel -> Config; "default" serves what is not named.
-# Hopper takes wide tiles with 8 warps (two warpgroups of matrix instructions); parts with less shared memory or fewer
-# registers take narrower ones. Float32 runs in exact arithmetic, for checking: its tiles are small everywhere.
-_HALF = {
-    64: {"forward": Config(128, 64, 4, 3), "dq": Config(64, 64, 4, 2), "dkv": Config(64, 64, 4, 2)},
-    128: {"forward": Config(64, 64, 4, 2), "dq": Config(64, 32, 4, 2), "dkv": Config(32, 64, 4, 2)},
-    256: {"forward": Config(64, 32, 8, 2), "dq": Config(64, 32, 8, 1), "dkv": Config(32, 64, 8, 1)},
+# architecture -> padded head_dim -> kernel -> Config; "default" and "gfx" serve parts that are not named. Each entry is
+# the largest tile tried that is clean with every option compiled in. Hopper takes two warpgroups of matrix instructions;
+# parts with less shared memory or fewer registers take narrower tiles. Float32 runs in exact arithmetic, for checking:
+# its tiles are small everywhere.
+_AMPERE = {
+    64: {"forward": Config(128, 64, 4, 2), "dq": Config(128, 64, 8, 2), "dkv": Config(32, 128, 8, 2)},
+    128: {"forward": Config(64, 64, 8, 2), "dq": Config(64, 64, 8, 2), "dkv": Config(32, 64, 8, 2)},
+    256: {"forward": Config(64, 32, 8, 2), "dq": Config(64, 32, 8, 2), "dkv": Config(32, 64, 8, 1)},
+}
+_ADA = {  # as Ampere, with less shared memory
+    64: _AMPERE[64],
+    128: _AMPERE[128],
+    256: {"forward": Config(64, 32, 8, 2), "dq": Config(64, 32, 8, 1), "dkv": Config(32, 32, 8, 2)},
 }
 _HOPPER = {
     64: {"forward": Config(128, 128, 8, 2), "dq": Config(128, 64, 8, 2), "dkv": Config(64, 128, 8, 2)},
-    128: {"forward": Config(128, 64, 8, 3), "dq": Config(128, 64, 8, 2), "dkv": Config(64, 128, 8, 2)},
-    256: {"forward": Config(64, 64, 8, 2), "dq": Config(64, 32, 8, 2), "dkv": Config(32, 64, 8, 2)},
+    128: {"forward": Config(128, 64, 8, 3), "dq": Config(128, 64, 8, 2), "dkv": Config(32, 128, 8, 2)},
+    256: {"forward": Config(128, 32, 8, 2), "dq": Config(64, 32, 8, 2), "dkv": Config(16, 64, 8, 2)},
+}
+_CDNA = {
+    64: {"forward": Config(128, 64, 4, 1), "dq": Config(64, 64, 4, 1), "dkv": Config(64, 64, 4, 1)},
+    128: {"forward": Config(128, 64, 4, 1), "dq": Config(64, 64, 4, 1), "dkv": Config(32, 64, 4, 1)},
+    256: {"forward": Config(64, 32, 4, 1), "dq": Config(32, 16, 4, 1), "dkv": Config(32, 32, 4, 1)},
 }
 _FLOAT32 = {
     64: {"forward": Config(32, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
     128: {"forward": Config(32, 32, 8, 1), "dq": Config(32, 32, 8, 1), "dkv": Config(32, 32, 8, 1)},
     256: {"forward": Config(16, 32, 8, 1), "dq": Config(16, 16, 8, 1), "dkv": Config(16, 16, 8, 1)},
 }
-_CDNA = {
-    64: {"forward": Config(64, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
-    128: {"forward": Config(64, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
-    256: {"forward": Config(32, 32, 4, 1), "dq": Config(32, 16, 4, 1), "dkv": Config(16, 32, 4, 1)},
-}
-TABLE = {
-    "sm_80": _HALF,
-    "sm_89": _HALF,
-    "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
-    "gfx942": _CDNA,
-    "default": _HALF,
-}
+TABLE = {"sm_80": _AMPERE, "sm_89": _ADA, "sm_90": _HOPPER, "gfx942": _CDNA, "default": _ADA, "gfx": _CDNA}
 _INTERPRETER = Config(16, 16, 4, 1)  # small, so that tests of few tokens have several blocks
 
 
@@ -65,5 +64,6 @@ def choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) ->
     """The configuration of a kernel: "forward", "dq" or "dkv"."""
     if architecture == "interpreter":
         return _INTERPRETER
-    sizes = _FLOAT32 if dtype == torch.float32 else TABLE.get(architecture, TABLE["default"])
+    other = TABLE["gfx" if architecture.startswith("gfx") else "default"]
+    sizes = _FLOAT32 if dtype == torch.float32 else TABLE.get(architecture, other)
     return sizes[max(64, padded(head_dim))][kernel]
