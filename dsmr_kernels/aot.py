@@ -160,6 +160,7 @@ def main() -> int:
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this one (may be given again)")
     parser.add_argument("--dim", type=int, action="append", help="only this head_dim (may be given again)")
     parser.add_argument("--dtype", choices=_ELEMENTS, action="append", help="only this dtype (may be given again)")
+    parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one (may be given again)")
     parser.add_argument("--full", action="store_true", help="with ALiBi and sliding visibility compiled in")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -170,7 +171,7 @@ def main() -> int:
     for name in arguments.target or TARGETS:
         for head_dim in arguments.dim or (64, 80, 128, 256):
             for dtype in arguments.dtype or ("bfloat16", "float32"):
-                for kernel in KERNELS:
+                for kernel in arguments.kernel or KERNELS:
                     options = FULL if arguments.full else PLAIN
                     found = compile_kernel(kernel, TARGETS[name], head_dim, dtype, options)
                     c = found.config

@@ -28,9 +28,9 @@ def padded(head_dim: int) -> int:
 
 
 # architecture -> padded head_dim -> kernel -> Config; "default" and "gfx" serve parts that are not named. Each entry is
-# the largest tile tried that is clean with every option compiled in. Hopper takes two warpgroups of matrix instructions;
-# parts with less shared memory or fewer registers take narrower tiles. Float32 runs in exact arithmetic, for checking:
-# its tiles are small everywhere.
+# the largest tile tried that is clean with every option compiled in. Hopper takes two warpgroups of matrix instructions,
+# parts with less shared memory or fewer registers narrower tiles. Float32 runs in exact arithmetic, for checking: its
+# tiles are small everywhere.
 _AMPERE = {
     64: {"forward": Config(128, 64, 4, 2), "dq": Config(128, 64, 8, 2), "dkv": Config(32, 128, 8, 2)},
     128: {"forward": Config(64, 64, 8, 2), "dq": Config(64, 64, 8, 2), "dkv": Config(32, 64, 8, 2)},
