@@ -42,8 +42,8 @@ def test_kernels_agree_with_oracle(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_head_dims_and_half_precision(head_dim: int, dtype: torch.dtype) -> None:
     case = random_case(
-        batch=1, heads=2, kv_heads=1, queries=19, seen=[30], capacity=24, head_dim=head_dim, horizon=20, segment_length=8,
-        dtype=dtype,
+        batch=1, heads=2, kv_heads=1, queries=19, seen=[30], capacity=24, head_dim=head_dim, horizon=20,
+        segment_length=8, dtype=dtype,
     )  # fmt: skip
     assert_agrees_with_oracle(case, "triton")
 

@@ -28,7 +28,7 @@ def padded(head_dim: int) -> int:
 
 
 # architecture -> padded head_dim -> kernel -> Config; "default" and "gfx" serve parts that are not named. Each entry is
-# the largest tile tried that is clean with every option compiled in. Hopper takes two warpgroups of matrix instructions,
+# the largest tile tried that is clean with every option compiled in. Hopper takes two warpgroups of matrix units,
 # parts with less shared memory or fewer registers narrower tiles. Float32 runs in exact arithmetic, for checking: its
 # tiles are small everywhere.
 _AMPERE = {
