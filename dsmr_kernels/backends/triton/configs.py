@@ -52,9 +52,14 @@ _CDNA = {
     256: {"forward": Config(64, 32, 4, 1), "dq": Config(32, 16, 4, 1), "dkv": Config(32, 32, 4, 1)},
 }
 _FLOAT32 = {
-    64: {"forward": Config(32, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
-    128: {"forward": Config(32, 32, 8, 1), "dq": Config(32, 32, 8, 1), "dkv": Config(32, 32, 8, 1)},
+    64: {"forward": Config(16, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
+    128: {"forward": Config(32, 16, 8, 1), "dq": Config(16, 32, 4, 1), "dkv": Config(32, 32, 8, 1)},
     256: {"forward": Config(16, 32, 8, 1), "dq": Config(16, 16, 8, 1), "dkv": Config(16, 16, 8, 1)},
+}
+_CDNA_FLOAT32 = {
+    64: {"forward": Config(32, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
+    128: {"forward": Config(16, 32, 4, 1), "dq": Config(16, 32, 4, 1), "dkv": Config(16, 32, 4, 1)},
+    256: {"forward": Config(16, 16, 4, 1), "dq": Config(16, 16, 4, 1), "dkv": Config(16, 16, 4, 1)},
 }
 TABLE = {"sm_80": _AMPERE, "sm_89": _ADA, "sm_90": _HOPPER, "gfx942": _CDNA, "default": _ADA, "gfx": _CDNA}
 _INTERPRETER = Config(16, 16, 4, 1)  # small, so that tests of few tokens have several blocks
@@ -64,6 +69,9 @@ def choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) ->
     """The configuration of a kernel: "forward", "dq" or "dkv"."""
     if architecture == "interpreter":
         return _INTERPRETER
-    other = TABLE["gfx" if architecture.startswith("gfx") else "default"]
-    sizes = _FLOAT32 if dtype == torch.float32 else TABLE.get(architecture, other)
+    amd = architecture.startswith("gfx")
+    if dtype == torch.float32:
+        sizes = _CDNA_FLOAT32 if amd else _FLOAT32
+    else:
+        sizes = TABLE.get(architecture, TABLE["gfx" if amd else "default"])
     return sizes[max(64, padded(head_dim))][kernel]
