@@ -56,6 +56,7 @@ _FLOAT32 = {
     128: {"forward": Config(32, 16, 8, 1), "dq": Config(16, 16, 4, 1), "dkv": Config(32, 32, 8, 1)},
     256: {"forward": Config(16, 32, 8, 1), "dq": Config(16, 16, 8, 1), "dkv": Config(16, 16, 4, 1)},
 }
+_ADA_FLOAT32 = {**_FLOAT32, 64: {**_FLOAT32[64], "forward": Config(16, 16, 4, 1)}}
 _CDNA_FLOAT32 = {
     64: {"forward": Config(32, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
     128: {"forward": Config(16, 32, 4, 1), "dq": Config(16, 32, 4, 1), "dkv": Config(16, 32, 4, 1)},
@@ -71,7 +72,7 @@ def choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) ->
         return _INTERPRETER
     amd = architecture.startswith("gfx")
     if dtype == torch.float32:
-        sizes = _CDNA_FLOAT32 if amd else _FLOAT32
+        sizes = _CDNA_FLOAT32 if amd else _ADA_FLOAT32 if architecture == "sm_89" else _FLOAT32
     else:
         sizes = TABLE.get(architecture, TABLE["gfx" if amd else "default"])
     return sizes[max(64, padded(head_dim))][kernel]
