@@ -56,7 +56,11 @@ _FLOAT32 = {
     128: {"forward": Config(32, 16, 8, 1), "dq": Config(16, 16, 4, 1), "dkv": Config(32, 32, 8, 1)},
     256: {"forward": Config(16, 32, 8, 1), "dq": Config(16, 16, 8, 1), "dkv": Config(16, 16, 4, 1)},
 }
-_ADA_FLOAT32 = {**_FLOAT32, 64: {**_FLOAT32[64], "forward": Config(16, 16, 4, 1)}}
+_ADA_FLOAT32 = {
+    64: {**_FLOAT32[64], "forward": Config(16, 16, 4, 1)},
+    128: {**_FLOAT32[128], "forward": Config(16, 16, 8, 1)},
+    256: _FLOAT32[256],
+}
 _CDNA_FLOAT32 = {
     64: {"forward": Config(32, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
     128: {"forward": Config(16, 32, 4, 1), "dq": Config(16, 32, 4, 1), "dkv": Config(16, 32, 4, 1)},
