@@ -70,10 +70,11 @@ def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor]:
                 rows = (group.rows, slice(None), slice(source.start, source.stop))
                 past_o, past_l = _flash(block, sides[0][rows], sides[1][rows], False, spec.scale)
                 # Each softmax is over one source: weigh the two by their shares of the common sum of exponentials.
-                o = torch.lerp(o, past_o, torch.sigmoid(past_l - l).unsqueeze(-1).to(o.dtype))
+                share = torch.sigmoid(past_l - l).unsqueeze(-1)
+                o = torch.lerp(o.float(), past_o.float(), share)  # rounded once, at the end
                 l = torch.logaddexp(l, past_l)
             if whole:
-                return o, l
+                return o.to(q.dtype), l
             out[here], lse[here] = o, l
     return out, lse
 
