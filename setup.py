@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+TRITON = ['triton>=3.6; sys_platform == "linux"']
 BENCH = ["pytest>=8", "pytest-benchmark>=5"]
 
 setup(
@@ -21,7 +22,7 @@ setup(
     extras_require={
         # MidiTok reads and writes MIDI, matplotlib draws; training on a prepared corpus needs neither.
         "music": ["miditok>=3.1", "matplotlib>=3.8"],
-        "triton": ['triton>=3.6; sys_platform == "linux"'],
+        "triton": TRITON,
         "bench": BENCH,
         "dev": [
             *BENCH,
@@ -31,7 +32,7 @@ setup(
             "mypy>=1.15",
             "miditok>=3.1",
             "matplotlib>=3.8",
-        ],
+        , *TRITON],
     },
     entry_points={"console_scripts": ["dsmr = dsmr.cli:main"]},
     zip_safe=False,
