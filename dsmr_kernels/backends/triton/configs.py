@@ -1,7 +1,8 @@
 """Tile sizes, warps and pipeline stages by architecture, head dimension and dtype: fixed, so that runs reproduce.
 
 The choice is deterministic and needs no tuning. `python -m dsmr_kernels.aot` compiles every entry for every target
-without a GPU and shows what it takes; an entry that spills registers is not kept.
+without a GPU and shows what it takes; an entry that spills registers is not kept, but for one: the forward in float32
+at head_dim 256 on sm_89 spills 16 bytes whatever the tile.
 """
 
 from dataclasses import dataclass
