@@ -190,10 +190,10 @@ def _view(content: Any) -> Any:
 
 def _members_of(manifest: Any, where: Path) -> dict[str, Any]:
     """The files that a manifest lists; `UserError` if it is not a manifest that this version reads."""
-    if not isinstance(manifest, dict) or not {"name", "digest", "vocabulary", "files"} <= manifest.keys():
+    if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:  # its fields may be others too
+        raise UserError(f"{where} has corpus format {manifest['format']}, this version of dsmr reads {FORMAT}")
+    if not isinstance(manifest, dict) or not {"name", "digest", "vocabulary", "files", "format"} <= manifest.keys():
         raise UserError(f"{where} is not a prepared corpus: its {MANIFEST} is of another kind")
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{where} has corpus format {manifest.get('format')}, this version of dsmr reads {FORMAT}")
     files: dict[str, Any] = manifest["files"]
     if not {TOKENS, INDEX, SOURCES, TOKENIZER} <= files.keys() <= set(FILES):
         raise UserError(f"{where} is damaged: its {MANIFEST} does not list the files of a corpus")
