@@ -1,0 +1,309 @@
+"""What this device does at best: copy bandwidth, matrix rate, exponential rate, the cost of a call. Measured once.
+
+    python -m dsmr_kernels.ceilings             # the table; measures if nothing is cached for this device
+    python -m dsmr_kernels.ceilings --check     # predicted beside measured attention, over shapes and dtypes
+
+The figures are kept in the user's cache directory (`DSMR_CACHE_DIR`, else `XDG_CACHE_HOME`/dsmr, else ~/.cache/dsmr),
+under the device, its threads, the version of PyTorch and a digest of the kernels. Each is the best of several rounds:
+what else the machine does can only make a round slower.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmr_kernels.api import memory_attention
+from dsmr_kernels.cost import Call
+from dsmr_kernels.memory import KVMemory
+from dsmr_kernels.predict import PARTS, Ceilings, bound_seconds, with_edge
+from dsmr_kernels.timing import seconds_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROUNDS = 7
+# Sizes by kind of device: elements copied, side of the matrices, and the attention calls that shares are taken from:
+# a short and a long segment without memory, and one behind a long memory.
+COPIED = {"cpu": 2**25, "cuda": 2**28}
+SIDE = {"cpu": 2048, "cuda": 8192}
+REFERENCE = {
+    "cpu": (
+        Call(256, 0, heads=8, kv_heads=8),
+        Call(1024, 0, heads=8, kv_heads=8),
+        Call(512, 4096, held=4096, heads=8, kv_heads=8),
+    ),
+    "cuda": (
+        Call(512, 0, batch=16, heads=16, kv_heads=16),
+        Call(4096, 0, batch=16, heads=16, kv_heads=16),
+        Call(1024, 8192, held=8192, batch=16, heads=16, kv_heads=16),
+    ),
+}
+
+
+def device_name(device: torch.device) -> str:
+    """The device as its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@functools.cache
+def kernels_digest() -> str:
+    """Changes whenever the code of a backend does, and with it what the kernels attain."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(__file__).parent / "backends").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+# --- The cache ----------------------------------------------------------------------------------------------------
+
+
+def cache_file() -> Path:
+    """Where the figures of all devices are kept."""
+    if folder := os.environ.get("DSMR_CACHE_DIR"):
+        return Path(folder) / "ceilings.json"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "dsmr" / "ceilings.json"
+
+
+def _key(device: torch.device) -> str:
+    backend = os.environ.get("DSMR_BACKEND") or "default"
+    return (
+        f"{device.type}: {device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{backend} kernels {kernels_digest()}"
+    )
+
+
+def _read() -> dict[str, Any]:
+    """All that is cached; nothing if the file is missing or damaged."""
+    try:
+        values = json.loads(cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def load(device: torch.device) -> Ceilings | None:
+    """The cached figures of this device and these versions, or None."""
+    try:
+        return Ceilings.from_json(_read()[_key(device)])
+    except (KeyError, TypeError):
+        return None
+
+
+def save(ceilings: Ceilings, device: torch.device) -> None:
+    """Keep the figures, in one step, beside those of other devices; `OSError` or `RuntimeError` if that cannot be."""
+    file = cache_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_read() | {_key(device): ceilings.to_json()}, indent=1)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".ceilings-")
+    try:
+        with open(handle, "w", encoding="utf-8") as temporary:
+            temporary.write(text)
+        os.replace(name, file)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def ceilings_of(
+    device: torch.device, *, refresh: bool = False, say: Callable[[str], None] = lambda sentence: None
+) -> Ceilings:
+    """The device's figures: those cached, or else measured now (seconds) and cached.
+
+    Args:
+        refresh: measure also where figures are cached.
+        say: told in one sentence where the figures could not be kept; they are returned all the same.
+    """
+    found = None if refresh else load(device)
+    if found is None:
+        found = measure(device)
+        try:
+            save(found, device)
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            say(f"the measured ceilings were not kept, because {cache_file().parent} cannot be written: {reason}")
+    return found
+
+
+# --- Measuring ----------------------------------------------------------------------------------------------------
+
+
+def measure(device: torch.device) -> Ceilings:
+    """Measure everything; some ten seconds on two CPU cores."""
+
+    def best(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
+        return min(seconds_of(call, device, rounds=rounds))
+
+    source = torch.ones(COPIED[device.type], device=device)
+    target = torch.empty_like(source)
+    copy_bytes = 2 * source.nbytes / best(lambda: target.copy_(source))
+    cached = torch.zeros(256 * 1024, device=device) if device.type == "cpu" else target
+    exponentials = cached.numel() / best(lambda: torch.exp2(cached, out=cached), 50)
+    small = torch.zeros(16, device=device)
+    operator_seconds = best(lambda: _many(small), 20) / 100
+    matrix: dict[str, float] = {}
+    for name, dtype in DTYPES.items():
+        side = SIDE[device.type]
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        product = torch.empty_like(a)
+        matrix[name] = 2 * side**3 / best(functools.partial(torch.mm, a, b, out=product))
+    bare = Ceilings(
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        kernels=kernels_digest(),
+        copy_bytes=copy_bytes,
+        matrix_flops=matrix,
+        exponentials=exponentials,
+        operator_seconds=operator_seconds,
+    )
+    start = _start_seconds(device)
+    found = {name: _attained(bare, start, device, name) for name in DTYPES}
+    attained, edge = ({name: pair[i] for name, pair in found.items()} for i in range(2))
+    return replace(bare, attention_seconds=start, attained=attained, edge=edge)
+
+
+def _many(small: Tensor) -> None:
+    for _ in range(100):
+        small.add_(1.0)
+
+
+def timed_attention(call: Call, device: torch.device, dtype: torch.dtype, rounds: int) -> tuple[float, float]:
+    """Fastest seconds of a `memory_attention` call of these sizes: of its forward, and of its backward."""
+    q, grad = (_normal(call, call.heads, call.queries, device, dtype) for _ in range(2))
+    k, v = (_normal(call, call.kv_heads, call.size, device, dtype) for _ in range(2))
+    memory = None
+    if call.held:
+        memory = KVMemory.empty(call.batch, call.kv_heads, call.held, call.head_dim, dtype=dtype, device=device)
+        memory.append(*(_normal(call, call.kv_heads, call.held, device, dtype) for _ in range(2)))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    options: dict[str, Any] = {
+        name: getattr(call, name)
+        for name in ("horizon", "segment_length", "segment_offset", "visibility", "detach_segments")
+    }
+
+    def forward() -> Tensor:
+        out = memory_attention(q, k, v, memory, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    out = forward()
+    backward = min(seconds_of(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), device, rounds=rounds))
+    with torch.no_grad():
+        return min(seconds_of(forward, device, rounds=rounds)), backward
+
+
+def _normal(call: Call, heads: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randn(call.batch, heads, tokens, call.head_dim, device=device).to(dtype)
+
+
+def _start_seconds(device: torch.device) -> dict[str, float]:
+    """Of a part of a call with next to no work: one segment behind a memory, two parts."""
+    call = Call(8, 8, held=8, head_dim=8)
+    forward, backward = timed_attention(call, device, torch.float32, 30)
+    parts = sum(work.calls for work in PARTS["forward"](call).values())
+    return {"forward": forward / parts, "backward": backward / parts}
+
+
+def _attained(
+    bare: Ceilings, start: dict[str, float], device: torch.device, dtype: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares of the bound, and edges.
+
+    m queries without a memory take a * (m * (m + 1) / 2 + edge * m) seconds: two sizes give a and the edge. What a
+    call behind a memory takes beyond that is the memory's.
+    """
+    calls = REFERENCE[device.type]
+    measured = [timed_attention(call, device, DTYPES[dtype], ROUNDS) for call in calls]
+    shares, edges = {}, {}
+    for number, direction in enumerate(PARTS):
+        seconds = [max(times[number] - start[direction], 0.1 * times[number]) for times in measured]
+        short, long, behind = calls
+        m, n = short.queries, long.queries
+        slope = 2 * (seconds[1] / n - seconds[0] / m) / (n - m)
+        edge = seconds[1] / n / slope - (n + 1) / 2 if slope > 0 else m
+        edges[direction] = edge = min(max(edge, 0.0), float(m))
+        own = with_edge(long, PARTS[direction](long)["own"], edge)
+        shares[f"{direction} own"] = share = bound_seconds(own, bare, dtype) / seconds[1]
+        parts = PARTS[direction](behind)
+        left = seconds[2] - bound_seconds(with_edge(behind, parts["own"], edge), bare, dtype) / share
+        past = max(left - start[direction], 0.1 * seconds[2])
+        shares[f"{direction} past"] = bound_seconds(parts["past"], bare, dtype) / past
+    return shares, edges
+
+
+# --- The program --------------------------------------------------------------------------------------------------
+
+
+def table(found: Ceilings) -> str:
+    """The figures as lines of text."""
+    lines = [
+        f"{found.device}, {found.threads} threads, torch {found.torch}, kernels {found.kernels}",
+        f"  copy, read and written   {found.copy_bytes / 1e9:10.1f} GB/s",
+        *(f"  matrix product, {name:9s}{rate / 1e9:10.1f} GFLOP/s" for name, rate in found.matrix_flops.items()),
+        f"  exponentials             {found.exponentials / 1e9:10.2f} G/s",
+        f"  one small operator       {1e6 * found.operator_seconds:10.1f} µs",
+        *(f"  a part of an attention {pass_:9s}{1e6 * s:8.1f} µs" for pass_, s in found.attention_seconds.items()),
+        "  the attention kernels attain, of the time that products, exponentials and bytes need:",
+        *(
+            f"    {dtype:9s} " + ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares.items())
+            for dtype, shares in found.attained.items()
+        ),
+        "  and on the causal edge each query costs so many keys more than it sees:",
+        *(
+            f"    {dtype:9s} " + ", ".join(f"{direction} {edge:.0f}" for direction, edge in edges.items())
+            for dtype, edges in found.edge.items()
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m dsmr_kernels.ceilings", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--refresh", action="store_true", help="measure again, whatever is cached")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--check", action="store_true", help="measure again, and compare predictions with calls")
+    options = parser.parse_args(arguments)
+    try:
+        device = torch.device(options.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        print(f"device {options.device!r} cannot be used: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    if device.type not in SIDE:
+        print(f"device must be one of {', '.join(SIDE)}, got {options.device!r}", file=sys.stderr)
+        return 1
+    found = ceilings_of(
+        device, refresh=options.refresh or options.check, say=lambda sentence: print(sentence, file=sys.stderr)
+    )
+    if options.check:
+        from dsmr_kernels.prediction_check import check, check_table
+
+        rows = check(found, device, progress=lambda line: print(line, file=sys.stderr, flush=True))
+        print(json.dumps(rows, indent=1) if options.json else table(found) + "\n" + check_table(rows))
+    else:
+        print(json.dumps(found.to_json(), indent=1) if options.json else table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
