@@ -28,26 +28,18 @@ from dsmr_kernels.api import memory_attention
 from dsmr_kernels.cost import Call
 from dsmr_kernels.memory import KVMemory
 from dsmr_kernels.predict import PARTS, Ceilings, bound_seconds, with_edge
-from dsmr_kernels.timing import seconds_of
+from dsmr_kernels.timing import Yardstick, seconds_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROUNDS = 7
-# Sizes by kind of device: elements copied, side of the matrices, and the attention calls that shares are taken from:
-# a short and a long segment without memory, and one behind a long memory.
+# Sizes by kind of device: elements copied, side of the matrices, and the attention calls that shares are taken from.
 COPIED = {"cpu": 2**25, "cuda": 2**28}
 SIDE = {"cpu": 2048, "cuda": 8192}
 REFERENCE = {
-    "cpu": (
-        Call(256, 0, heads=8, kv_heads=8),
-        Call(1024, 0, heads=8, kv_heads=8),
-        Call(512, 4096, held=4096, heads=8, kv_heads=8),
-    ),
-    "cuda": (
-        Call(512, 0, batch=16, heads=16, kv_heads=16),
-        Call(4096, 0, batch=16, heads=16, kv_heads=16),
-        Call(1024, 8192, held=8192, batch=16, heads=16, kv_heads=16),
-    ),
+    "cpu": {"batch": 1, "heads": 8, "queries": 512, "held": 4096},
+    "cuda": {"batch": 16, "heads": 16, "queries": 1024, "held": 8192},
 }
+NARROW, WIDE = 32, 128
 
 
 def device_name(device: torch.device) -> str:
@@ -146,10 +138,11 @@ def ceilings_of(
 
 
 def measure(device: torch.device) -> Ceilings:
-    """Measure everything; some ten seconds on two CPU cores."""
+    """Measure everything; some ten seconds on two quiet CPU cores, longer where others use them too."""
+    yardstick = Yardstick(device)
 
     def best(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
-        return min(seconds_of(call, device, rounds=rounds))
+        return yardstick.fastest(lambda: (min(seconds_of(call, device, rounds=rounds)),))[0][0]
 
     source = torch.ones(COPIED[device.type], device=device)
     target = torch.empty_like(source)
@@ -174,10 +167,9 @@ def measure(device: torch.device) -> Ceilings:
         exponentials=exponentials,
         operator_seconds=operator_seconds,
     )
-    start = _start_seconds(device)
-    found = {name: _attained(bare, start, device, name) for name in DTYPES}
-    attained, edge = ({name: pair[i] for name, pair in found.items()} for i in range(2))
-    return replace(bare, attention_seconds=start, attained=attained, edge=edge)
+    start = _start_seconds(device, yardstick)
+    attained = {name: _attained(bare, start, yardstick, name) for name in DTYPES}
+    return replace(bare, attention_seconds=start, attained=attained)
 
 
 def _many(small: Tensor) -> None:
@@ -214,39 +206,57 @@ def _normal(call: Call, heads: int, tokens: int, device: torch.device, dtype: to
     return torch.randn(call.batch, heads, tokens, call.head_dim, device=device).to(dtype)
 
 
-def _start_seconds(device: torch.device) -> dict[str, float]:
+def _start_seconds(device: torch.device, yardstick: Yardstick) -> dict[str, float]:
     """Of a part of a call with next to no work: one segment behind a memory, two parts."""
     call = Call(8, 8, held=8, head_dim=8)
-    forward, backward = timed_attention(call, device, torch.float32, 30)
+    (forward, backward), _ = yardstick.fastest(lambda: timed_attention(call, device, torch.float32, 30))
     parts = sum(work.calls for work in PARTS["forward"](call).values())
     return {"forward": forward / parts, "backward": backward / parts}
 
 
-def _attained(
-    bare: Ceilings, start: dict[str, float], device: torch.device, dtype: str
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Shares of the bound, and edges.
+def _attained(bare: Ceilings, start: dict[str, float], device: torch.device, dtype: str) -> dict[str, dict[str, float]]:
+    """The shares of `Ceilings.attained`.
 
-    m queries without a memory take a * (m * (m + 1) / 2 + edge * m) seconds: two sizes give a and the edge. What a
-    call behind a memory takes beyond that is the memory's.
+    A pair behind a memory takes a + b * head_dim seconds: two widths tell what products and what exponentials take. Of
+    m queries without a memory, the pairs m * (m + 1) / 2 + edge * m: two lengths tell the edge.
     """
-    calls = REFERENCE[device.type]
-    measured = [timed_attention(call, device, DTYPES[dtype], ROUNDS) for call in calls]
-    shares, edges = {}, {}
+    device = yardstick.device
+    sizes = REFERENCE[device.type]
+    batch, heads, queries, held = (sizes[name] for name in ("batch", "heads", "queries", "held"))
+
+    def timed(queries: int, held: int, head_dim: int) -> tuple[Call, list[float]]:
+        call = Call(queries, held, held=held, batch=batch, heads=heads, kv_heads=heads, head_dim=head_dim)
+        seconds, _ = yardstick.fastest(lambda: timed_attention(call, device, DTYPES[dtype], ROUNDS))
+        parts = [sum(work.calls for work in PARTS[direction](call).values()) for direction in PARTS]
+        return call, [
+            max(total - calls * start[direction], 0.1 * total)
+            for total, calls, direction in zip(seconds, parts, PARTS, strict=True)
+        ]
+
+    found = {}
+    behind = {dim: (timed(queries, 0, dim), timed(queries, held, dim)) for dim in (NARROW, WIDE)}
+    (short, brief), (long, lasting) = timed(queries // 2, 0, 64), timed(2 * queries, 0, 64)
     for number, direction in enumerate(PARTS):
-        seconds = [max(times[number] - start[direction], 0.1 * times[number]) for times in measured]
-        short, long, behind = calls
+        pair = {}  # seconds of a pair of a query and a key in the memory
+        for dim, ((_, alone), (call, more)) in behind.items():
+            past = PARTS[direction](call)["past"]
+            pair[dim] = max(more[number] - alone[number], 0.1 * more[number]) / past.exponentials
+        products = past.flops / past.exponentials / WIDE  # operations for each element of a head
+        slope = min(max((pair[WIDE] - pair[NARROW]) / (WIDE - NARROW), 0.01 * pair[WIDE] / WIDE), pair[NARROW] / NARROW)
+        rest = max(pair[NARROW] - NARROW * slope, 0.01 * pair[NARROW])
+        rates = (products / bare.matrix_flops[dtype] / slope, 1 / bare.exponentials / rest)
         m, n = short.queries, long.queries
-        slope = 2 * (seconds[1] / n - seconds[0] / m) / (n - m)
-        edge = seconds[1] / n / slope - (n + 1) / 2 if slope > 0 else m
-        edges[direction] = edge = min(max(edge, 0.0), float(m))
-        own = with_edge(long, PARTS[direction](long)["own"], edge)
-        shares[f"{direction} own"] = share = bound_seconds(own, bare, dtype) / seconds[1]
-        parts = PARTS[direction](behind)
-        left = seconds[2] - bound_seconds(with_edge(behind, parts["own"], edge), bare, dtype) / share
-        past = max(left - start[direction], 0.1 * seconds[2])
-        shares[f"{direction} past"] = bound_seconds(parts["past"], bare, dtype) / past
-    return shares, edges
+        rise = 2 * (lasting[number] / n - brief[number] / m) / (n - m)
+        edge = lasting[number] / n / rise - (n + 1) / 2 if rise > 0 else m
+        edge = min(max(edge, 0.0), float(m))
+        bound = bound_seconds(with_edge(long, PARTS[direction](long)["own"], edge), bare, dtype, *rates)
+        found[direction] = {
+            "products": rates[0],
+            "exponentials": rates[1],
+            "own": bound / lasting[number],
+            "edge": edge,
+        }
+    return found
 
 
 # --- The program --------------------------------------------------------------------------------------------------
@@ -261,15 +271,12 @@ def table(found: Ceilings) -> str:
         f"  exponentials             {found.exponentials / 1e9:10.2f} G/s",
         f"  one small operator       {1e6 * found.operator_seconds:10.1f} µs",
         *(f"  a part of an attention {pass_:9s}{1e6 * s:8.1f} µs" for pass_, s in found.attention_seconds.items()),
-        "  the attention kernels attain, of the time that products, exponentials and bytes need:",
+        "  the attention kernels attain, of these rates; the segment's own pairs; keys more a query on the edge:",
         *(
-            f"    {dtype:9s} " + ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares.items())
-            for dtype, shares in found.attained.items()
-        ),
-        "  and on the causal edge each query costs so many keys more than it sees:",
-        *(
-            f"    {dtype:9s} " + ", ".join(f"{direction} {edge:.0f}" for direction, edge in edges.items())
-            for dtype, edges in found.edge.items()
+            f"    {dtype:9s} {direction:9s} products {100 * share['products']:.0f} %, exponentials "
+            f"{100 * share['exponentials']:.0f} %; own {100 * share['own']:.0f} %; edge {share['edge']:.0f}"
+            for dtype, directions in found.attained.items()
+            for direction, share in directions.items()
         ),
     ]
     return "\n".join(lines)

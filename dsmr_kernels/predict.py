@@ -1,12 +1,13 @@
 """How long work should take: its counts from `cost`, divided by what the device was measured to do.
 
-    attention   (flops / matrix rate + exponentials / exponential rate, or the bytes if they take longer) / share
-                + calls * seconds to start one
-    the rest    flops / matrix rate, or the bytes if they take longer, + calls * seconds to start an operator
+    attention   flops / (matrix rate * share) + exponentials / (exponential rate * share), or the bytes if they take
+                longer; + calls * seconds to start one
+    the rest    flops / matrix rate, or the bytes if they take longer; + calls * seconds to start an operator
 
-The share is how much of that bound the kernels attain. `ceilings` measures it on the device, for each dtype, pass and
-kind of pair at one size, and it is used for all others. Kernels work in whole tiles, so on the causal edge they also
-compute pairs that nobody sees: some more keys for each query, the `edge`, measured too. The bound alone needs neither.
+The shares are how much of the two rates the kernels attain: they make thin products, and do more to a score than its
+exponential. `ceilings` measures them on the device, for each dtype and pass, at two widths of a head, and they hold for
+all other shapes. Kernels work in whole tiles, so on the causal edge they also compute pairs that nobody sees: some more
+keys for each query, the `edge`, measured too.
 """
 
 from dataclasses import dataclass, field, replace
@@ -26,8 +27,9 @@ class Ceilings:
         exponentials: a second, in float32, on data that lies in a cache.
         attention_seconds: to start a part of an attention call; forward, and backward.
         operator_seconds: to start one small PyTorch operator.
-        attained: share of the bound, by dtype and then by pass and kind of pair, such as "forward past".
-        edge: keys more than it sees that each query costs on the causal edge, by dtype and then by pass.
+        attained: by dtype and then by pass the shares of the rates that the kernels attain, "products" and
+            "exponentials", and by how much the segment's own pairs differ: "own", a factor, and "edge", the keys more
+            than it sees that each query costs on the causal edge.
     """
 
     device: str
@@ -39,8 +41,7 @@ class Ceilings:
     exponentials: float
     operator_seconds: float
     attention_seconds: dict[str, float] = field(default_factory=dict)
-    attained: dict[str, dict[str, float]] = field(default_factory=dict)
-    edge: dict[str, dict[str, float]] = field(default_factory=dict)
+    attained: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""
@@ -52,9 +53,13 @@ class Ceilings:
         return cls(**values)
 
 
-def bound_seconds(work: Work, ceilings: Ceilings, dtype: str) -> float:
-    """No less than the matrix products and exponentials take one after the other, and no less than the bytes take."""
-    arithmetic = work.flops / ceilings.matrix_flops[dtype] + work.exponentials / ceilings.exponentials
+def bound_seconds(
+    work: Work, ceilings: Ceilings, dtype: str, products: float = 1.0, exponentials: float = 1.0
+) -> float:
+    """No less than the matrix products and exponentials take one after the other, each at its share of its rate, and no
+    less than the bytes take."""
+    arithmetic = work.flops / (ceilings.matrix_flops[dtype] * products)
+    arithmetic += work.exponentials / (ceilings.exponentials * exponentials)
     return max(arithmetic, work.bytes / ceilings.copy_bytes)
 
 
@@ -70,18 +75,15 @@ def with_edge(call: Call, work: Work, edge: float) -> Work:
 
 def attention_seconds(call: Call, ceilings: Ceilings, dtype: str) -> tuple[float, float]:
     """Seconds of a `memory_attention` call's forward and of its backward."""
-    forward, backward = (
-        sum(
-            bound_seconds(
-                with_edge(call, work, ceilings.edge[dtype][direction]) if kind == "own" else work, ceilings, dtype
-            )
-            / ceilings.attained[dtype][f"{direction} {kind}"]
-            + work.calls * ceilings.attention_seconds[direction]
-            for kind, work in parts(call).items()
-        )
-        for direction, parts in PARTS.items()
-    )
-    return forward, backward
+    seconds = []
+    for direction, parts in PARTS.items():
+        found, share = parts(call), ceilings.attained[dtype][direction]
+        rates = (share["products"], share["exponentials"])
+        own = bound_seconds(with_edge(call, found["own"], share["edge"]), ceilings, dtype, *rates) / share["own"]
+        calls = sum(work.calls for work in found.values())
+        past = bound_seconds(found["past"], ceilings, dtype, *rates)
+        seconds.append(own + past + calls * ceilings.attention_seconds[direction])
+    return seconds[0], seconds[1]
 
 
 def plain_seconds(work: Work, ceilings: Ceilings, dtype: str) -> float:

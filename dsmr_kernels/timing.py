@@ -58,3 +58,39 @@ def seconds_of(
             call()
             seconds.append(time.perf_counter() - started)
     return seconds
+
+
+class Yardstick:
+    """Tells whether a machine that others use as well is quiet: a matrix product, against the fastest seen so far."""
+
+    SLOWER = 1.2
+    TRIES = 6
+
+    def __init__(self, device: torch.device) -> None:
+        side = 1024 if device.type == "cpu" else 4096
+        self.device, self.side = device, torch.randn(side, side, device=device)
+        self.best = min(seconds_of(self._product, device, rounds=5))
+
+    def _product(self) -> torch.Tensor:
+        return self.side @ self.side
+
+    def quiet(self) -> bool:
+        """Whether the product runs now about as fast as it ever did."""
+        now = min(seconds_of(self._product, self.device, rounds=2, warmup=0))
+        self.best = min(self.best, now)
+        return now <= self.SLOWER * self.best
+
+    def fastest(self, measure: Callable[[], tuple[float, ...]]) -> tuple[tuple[float, ...], bool]:
+        """The least of each of `measure`'s figures, measured again as long as the machine was not quiet before and
+        after, a few times at most; and whether it was quiet in the end."""
+        found: tuple[float, ...] | None = None
+        before = self.quiet()
+        for _ in range(self.TRIES):
+            figures = measure()
+            found = figures if found is None else tuple(map(min, found, figures))
+            after = self.quiet()
+            if before and after:
+                return found, True
+            before = after
+        assert found is not None
+        return found, False
