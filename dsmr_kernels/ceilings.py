@@ -214,7 +214,7 @@ def _start_seconds(device: torch.device, yardstick: Yardstick) -> dict[str, floa
     return {"forward": forward / parts, "backward": backward / parts}
 
 
-def _attained(bare: Ceilings, start: dict[str, float], device: torch.device, dtype: str) -> dict[str, dict[str, float]]:
+def _attained(bare: Ceilings, start: dict[str, float], yardstick: Yardstick, dtype: str) -> dict[str, dict[str, float]]:
     """The shares of `Ceilings.attained`.
 
     A pair behind a memory takes a + b * head_dim seconds: two widths tell what products and what exponentials take. Of
