@@ -141,6 +141,8 @@ def _run(
         raise UserError(
             f"--measure takes {', '.join(KINDS)}, separated by commas, got {', '.join(unknown) or 'nothing'}"
         )
+    if trace is not None and (not schedules or not {"train", "piece"} & set(kinds)):
+        raise UserError("--trace needs a schedule, and train or piece among what is measured")
     most = None if budget is None else parse_bytes(budget)
     for schedule in schedules:
         sizes.config(schedule)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from dsmr.errors import UserError
 from dsmr.files import write_json
 from dsmr.profiling_budget import Proposal
 from dsmr.profiling_cost import (
@@ -87,16 +86,14 @@ def profile(
 
     Args:
         json_path: written after each schedule, so that what was measured outlives an interruption.
-        trace: for a Chrome trace of the first schedule's training step (or, without one, of its whole piece).
+        trace: for a Chrome trace of the first row that is not decoding.
         progress: told what is being measured, and for how long it will go on.
     """
     for schedule in schedules:
         sizes.config(schedule)  # sizes that do not go together are refused before any work
     found = Profile(sizes, ceilings)
     jobs = [(schedule, kind) for schedule in schedules for kind in kinds]
-    traced = next((kind for kind in ("train", "piece") if kind in kinds), None)
-    if trace is not None and traced is None:
-        raise UserError("a trace needs the training step or the whole piece among what is measured")
+    traced = next((job for job in jobs if job[1] != "decode"), None)
     begun = time.monotonic()
     for number, (schedule, kind) in enumerate(jobs):
         left = (time.monotonic() - begun) / number * (len(jobs) - number) if number else None
@@ -104,12 +101,8 @@ def profile(
             f"row {number + 1} of {len(jobs)}: {schedule}, {kind}"
             + ("" if left is None else f"; about {left:.0f} s to go")
         )
-        job = Job(
-            str(schedule),
-            kind,
-            sizes,
-            str(trace) if trace and number == jobs.index((schedules[0], traced or "")) else None,
-        )
+        path = str(trace) if trace is not None and (schedule, kind) == traced else None
+        job = Job(str(schedule), kind, sizes, path)
         row = measured_row(job)
         if "error" not in row:
             row["predicted"] = predicted_row(sizes, schedule, kind, ceilings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dsmr.profiling import Profile, Row, attention_share, tokens_per_second
@@ -21,19 +21,30 @@ TITLES = {
 AGAINST = "predicted / measured"
 
 
+def labels(names: Collection[str]) -> dict[str, str]:
+    """A short name for each schedule: its family, numbered where there are several of one family."""
+    families = [name.partition("(")[0] for name in names]
+    return {
+        name: family if families.count(family) == 1 else f"{family} {families[: number + 1].count(family)}"
+        for number, (name, family) in enumerate(zip(names, families, strict=True))
+    }
+
+
 def tables(found: Profile) -> Iterator[Table]:
     """All that there is to show, in order."""
     sizes = found.sizes
+    if found.rows:
+        yield _legend(found)
     for kind in ("train", "piece"):
         rows = {name: rows[kind] for name, rows in found.rows.items() if kind in rows}
         if rows:
-            yield _steps(rows, TITLES[kind].format(**vars(sizes)))
+            yield _steps(rows, labels(found.rows), TITLES[kind].format(**vars(sizes)))
     for name, rows in found.rows.items():
         if "train" in rows and "error" not in rows["train"]:
             yield _layers(name, rows["train"])
     rows = {name: rows["decode"] for name, rows in found.rows.items() if "decode" in rows}
     if rows:
-        yield _decoding(rows, TITLES["decode"])
+        yield _decoding(rows, labels(found.rows), TITLES["decode"])
     if found.proposals:
         yield _proposals(found)
 
@@ -57,30 +68,28 @@ def _both(predicted: float, measured: float) -> str:
     return f"{milliseconds(predicted)} / {milliseconds(measured)}"
 
 
-def _steps(rows: dict[str, Row], title: str) -> Table:
-    names = ["forward, ms", "backward, ms", "update, ms", "all, ms"]
-    columns = {
-        "schedule": "left",
-        **dict.fromkeys(names, "right"),
-        "spread": "right",
-        "tokens/s": "right",
-        "attention": "right",
-        "KV": "right",
-        "kept for the backward": "right",
-        "peak": "right",
-    }
+def _legend(found: Profile) -> Table:
+    table = _table("Schedules", {"": "left", "layers from the bottom, horizons in tokens": "left"})
+    for name, label in labels(found.rows).items():
+        table.add_row(label, name)
+    return table
+
+
+def _steps(rows: dict[str, Row], short: dict[str, str], title: str) -> Table:
+    names = ["", "forward", "backward", "update", "all, ms", "spread", "tokens/s", "attention", "KV", "kept", "peak"]
+    columns = {name: "right" if name else "left" for name in names}
     caption = (
-        f"{AGAINST}; medians, spread = distance between the quartiles / median; peak: of a fresh process, beyond what "
-        "Python and PyTorch take (on CUDA: of the allocator)"
+        f"{AGAINST}; medians, spread: distance between the quartiles over the median; attention: its share; kept: for "
+        "the backward; peak: of a fresh process, beyond what Python and PyTorch take (on CUDA: of the allocator)"
     )
     table = _table(title, columns, caption)
     for name, row in rows.items():
         if "error" in row:
-            table.add_row(name, row["error"])
+            table.add_row(short[name], row["error"])
             continue
         predicted, timings = row["predicted"], row["timings"]
         table.add_row(
-            name,
+            short[name],
             *(
                 _both(predicted["seconds"][key], timings[key]["median"])
                 for key in ("forward", "backward", "step", "all")
@@ -104,9 +113,9 @@ def _layers(name: str, row: Row) -> Table:
     schedule = MemorySchedule.parse(name)
     columns = {"layer": "right", "horizon": "right", "KV": "right", "kept": "right"}
     for direction in DIRECTIONS:
-        columns |= {f"{part}, {direction}": "right" for part in LAYER_PARTS}
-    columns["layer, ms"] = "right"
-    table = _table(f"{name}: the layers of a training step", columns, f"{AGAINST}, ms")
+        columns |= {f"{part}\n{direction}": "right" for part in LAYER_PARTS}
+    columns["all"] = "right"
+    table = _table(f"{name}: the layers of a training step", columns)
     predicted, measured = (seconds_by_part(parts) for parts in (row["predicted"]["parts"], row["parts"]))
     keys = [(direction, part) for direction in DIRECTIONS for part in LAYER_PARTS]
     for layer, horizon in enumerate(schedule.horizons):
@@ -118,31 +127,37 @@ def _layers(name: str, row: Row) -> Table:
             *(_both(predicted[layer, *key], measured[layer, *key]) for key in keys),
             _both(*(sum(seconds[layer, *key] for key in keys) for seconds in (predicted, measured))),
         )
-    around = [(direction, part) for (layer, direction, part) in measured if layer == -1]
-    for direction, part in around:
-        where = "" if direction == "step" else f", {direction}"
-        cells = [f"{part}{where}", *[""] * (len(columns) - 2)]
-        table.add_row(*cells, _both(predicted[-1, direction, part], measured[-1, direction, part]))
+    around = [
+        f"{part}{'' if direction == 'step' else ' ' + direction} "
+        f"{_both(predicted[-1, direction, part], measured[-1, direction, part])}"
+        for (layer, direction, part) in measured
+        if layer == -1
+    ]
+    table.caption = f"{AGAINST}, ms; around the layers: {', '.join(around)}"
     return table
 
 
-def _decoding(rows: dict[str, Row], title: str) -> Table:
+def _decoding(rows: dict[str, Row], short: dict[str, str], title: str) -> Table:
     positions: list[Row] = next((row["positions"] for row in rows.values() if "positions" in row), [])
-    columns = {"schedule": "left", **{f"at {p['position']:,}": "right" for p in positions}}
-    columns |= {"of it attention": "right", "KV": "right", "peak": "right"}
-    table = _table(title, columns, f"{AGAINST}; one stream; KV as allocated, with room for the segment in progress")
+    columns = {"": "left", **{f"at {p['position']:,}": "right" for p in positions}}
+    columns |= {"attention": "right", "KV": "right", "peak": "right"}
+    caption = (
+        f"{AGAINST}; one stream; attention: its predicted share at the last position; KV as allocated, with room for "
+        "the segment in progress"
+    )
+    table = _table(title, columns, caption)
     for name, row in rows.items():
         if "error" in row:
-            table.add_row(name, row["error"])
+            table.add_row(short[name], row["error"])
             continue
         expected = row["predicted"]["positions"]
         table.add_row(
-            name,
+            short[name],
             *(
                 f"{1 / e['seconds']:,.0f} / {1 / m['timing']['median']:,.0f}"
                 for e, m in zip(expected, row["positions"], strict=True)
             ),
-            f"{100 * expected[-1]['attention_seconds'] / expected[-1]['seconds']:.0f} % (predicted, last column)",
+            f"{100 * expected[-1]['attention_seconds'] / expected[-1]['seconds']:.0f} %",
             human_bytes(sum(row["kv_bytes"])),
             human_bytes(row["peak_bytes"]),
         )

@@ -149,8 +149,9 @@ def measure(device: torch.device) -> Ceilings:
     copy_bytes = 2 * source.nbytes / best(lambda: target.copy_(source))
     cached = torch.zeros(256 * 1024, device=device) if device.type == "cpu" else target
     exponentials = cached.numel() / best(lambda: torch.exp2(cached, out=cached), 50)
-    small = torch.zeros(16, device=device)
-    operator_seconds = best(lambda: _many(small), 20) / 100
+    small, weight = torch.zeros(1, 16, device=device), torch.zeros(16, 16, device=device)
+    with torch.no_grad():
+        operator_seconds = best(lambda: _operators(small, weight), 50) / 24
     matrix: dict[str, float] = {}
     for name, dtype in DTYPES.items():
         side = SIDE[device.type]
@@ -172,9 +173,12 @@ def measure(device: torch.device) -> Ceilings:
     return replace(bare, attention_seconds=start, attained=attained)
 
 
-def _many(small: Tensor) -> None:
-    for _ in range(100):
-        small.add_(1.0)
+def _operators(x: Tensor, weight: Tensor) -> None:
+    """Twenty-four operators such as a model is made of, on next to nothing."""
+    for _ in range(4):
+        y = torch.nn.functional.linear(x, weight)
+        y = torch.nn.functional.layer_norm(y, y.shape[-1:])
+        y = torch.nn.functional.gelu(y.unflatten(-1, (2, -1)).transpose(0, 1).flatten())
 
 
 def timed_attention(call: Call, device: torch.device, dtype: torch.dtype, rounds: int) -> tuple[float, float]:
