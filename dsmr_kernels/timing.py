@@ -64,7 +64,7 @@ class Yardstick:
     """Tells whether a machine that others use as well is quiet: a matrix product, against the fastest seen so far."""
 
     SLOWER = 1.2
-    TRIES = 6
+    TRIES = 3
 
     def __init__(self, device: torch.device) -> None:
         side = 1024 if device.type == "cpu" else 4096

@@ -155,7 +155,7 @@ def test_timing_warms_up_and_stops_in_time() -> None:
 
 def test_a_disturbed_measurement_is_made_again() -> None:
     yardstick = Yardstick(CPU)
-    answers = iter([True, False, True, True])  # before; after the first, the second, the third measurement
+    answers = iter([True, False, True, True])  # before; after the first, the second and the third measurement
     yardstick.quiet = lambda: next(answers)
     figures = iter([(5.0, 1.0), (3.0, 2.0), (4.0, 4.0)])
     assert yardstick.fastest(lambda: next(figures)) == ((3.0, 1.0), True)
