@@ -99,7 +99,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     on_gpu = device.type == "cuda"
-    layers, long, short = (12, 8192, 1024) if on_gpu else (8, 4096, 256)
+    layers, long, short = (12, 8192, 1024) if on_gpu else (6, 8192, 512)
     sizes = Sizes(
         d_model=512 if on_gpu else 256,
         heads=8 if on_gpu else 4,
