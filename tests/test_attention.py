@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmr_kernels import KVMemory, available_backends, memory_attention
-from dsmr_kernels.testing import Case, assert_agrees_with_oracle, error, random_case, run
+from dsmr_kernels.testing import (
+    Case,
+    allowed_error,
+    assert_agrees_with_oracle,
+    error,
+    random_case,
+    run,
+    run_plain,
+)
 
 BACKENDS = [name for name in available_backends() if name != "triton"]
 fast = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
@@ -137,8 +145,11 @@ def test_scores_far_above_that_of_the_query_itself(dtype: torch.dtype, monkeypat
     _only("blocks", monkeypatch)
     case = random_case(queries=9, capacity=7, seen=[9, 4], heads=2, dtype=dtype, horizon=7)
     case.k[:, :, 2] *= 8  # as an attention sink has
-    case.q[:, :, 5:] = 15 * case.k[:, :, 2:3] / case.k[:, :, 2:3].norm(dim=-1, keepdim=True)
-    assert_agrees_with_oracle(case, "sdpa")
+    case.q[:, :, 5:] = 15 * case.k[:, :, 2:3] / case.k[:, :, 2:3].norm(dim=-1, keepdim=True)  # some 2 ** 170 above
+    found, plain, exact = run(case, "sdpa"), run_plain(case), run(case.to(torch.float64), "reference")
+    # In bfloat16, gradients of scores so large are differences of rounding errors, in flash attention as well.
+    for name in ("out", "dq", "dk", "dv") if dtype == torch.float32 else ("out",):
+        assert error(found[name], exact[name]) <= allowed_error(name, plain[name], exact[name], dtype), name
 
 
 @pytest.mark.parametrize("name", CASES)
