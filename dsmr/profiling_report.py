@@ -52,7 +52,7 @@ def tables(found: Profile) -> Iterator[Table]:
 def _table(title: str, columns: dict[str, str], caption: str | None = None) -> Table:
     from rich.table import Table
 
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", padding=(0, 0))
     for name, justify in columns.items():
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     return table
