@@ -219,6 +219,20 @@ def _start_seconds(device: torch.device, yardstick: Yardstick) -> dict[str, floa
     return {"forward": forward / parts, "backward": backward / parts}
 
 
+def split_pair(narrow: float, wide: float, least_slope: float, least_rest: float) -> tuple[float, float]:
+    """What a pair takes for each element of a head, and beside that, from the seconds of a pair at two widths; neither
+    below what the device's best rates allow, and then the other as fits both widths best."""
+    slope = (wide - narrow) / (WIDE - NARROW)
+    rest = narrow - NARROW * slope
+    if rest < least_rest:
+        rest = least_rest
+        slope = ((narrow - rest) / NARROW + (wide - rest) / WIDE) / 2
+    if slope < least_slope:
+        slope = least_slope
+        rest = ((narrow - NARROW * slope) + (wide - WIDE * slope)) / 2
+    return slope, max(rest, least_rest)
+
+
 def edges_of(short: tuple[int, float], long: tuple[int, float]) -> list[float]:
     """Keys more a query on the causal edge, from the (queries, seconds) of two calls without memory: those whose pairs,
     m * (m + 1) / 2 + m * min(edge, (m - 1) / 2), take as long in the one as in the other. One below the short call's
@@ -258,8 +272,7 @@ def _attained(bare: Ceilings, start: dict[str, float], yardstick: Yardstick, dty
             past = PARTS[direction](call)["past"]
             pair[dim] = max(more[number] - alone[number], 0.1 * more[number]) / past.exponentials
         products = past.flops / past.exponentials / WIDE  # operations for each element of a head
-        slope = min(max((pair[WIDE] - pair[NARROW]) / (WIDE - NARROW), 0.01 * pair[WIDE] / WIDE), pair[NARROW] / NARROW)
-        rest = max(pair[NARROW] - NARROW * slope, 0.01 * pair[NARROW])
+        slope, rest = split_pair(pair[NARROW], pair[WIDE], products / bare.matrix_flops[dtype], 1 / bare.exponentials)
         rates = (products / bare.matrix_flops[dtype] / slope, 1 / bare.exponentials / rest)
         m, n = short.queries, long.queries
         part, fits = PARTS[direction](long)["own"], []

@@ -135,6 +135,14 @@ def test_the_edge_is_found_from_two_lengths(edge: float) -> None:
     assert min(abs(candidate - edge) for candidate in found) < 1e-6
 
 
+def test_products_and_exponentials_are_told_apart_by_two_widths() -> None:
+    assert program.split_pair(3e-9 + 32e-11, 3e-9 + 128e-11, 1e-12, 1e-10) == pytest.approx((1e-11, 3e-9))
+    for narrow, wide in ((1e-9, 9e-9), (5e-9, 5.1e-9), (1e-12, 1e-12)):  # noise: still no faster than the device is
+        slope, rest = program.split_pair(narrow, wide, 1e-11, 2e-10)
+        assert slope >= 1e-11
+        assert rest >= 2e-10
+
+
 def test_work_that_moves_much_and_computes_little_is_bound_by_bytes() -> None:
     assert bound_seconds(Work(flops=1e6, bytes_read=6e9, bytes_written=1e9), KNOWN, "float32") == 7.0
     assert plain_seconds(Work(flops=3e9, bytes_read=1e9, calls=4), KNOWN, "float32") == pytest.approx(3.0 + 4e-6)
