@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsmr.devices import autocast
+from dsmr.files import atomic_path
 from dsmr.model import DSMRModel
 from dsmr.profiling_job import Job, Sizes
 from dsmr.profiling_record import Parts, Recorder
@@ -228,7 +229,8 @@ def write_trace(steps: Steps, path: str) -> None:
     with profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(2):
             steps()
-    profiler.export_chrome_trace(path)
+    with atomic_path(path) as temporary:
+        profiler.export_chrome_trace(str(temporary))
 
 
 def measure_decode(job: Job) -> dict[str, Any]:
