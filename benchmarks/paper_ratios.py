@@ -18,8 +18,8 @@ from rich.console import Console
 
 from dsmr.devices import resolve_device, resolve_dtype
 from dsmr.files import write_json, write_text
-from dsmr.profiling import measured_row, tokens_per_second
-from dsmr.profiling_job import Job, Sizes
+from dsmr.profiling.job import Job, Sizes
+from dsmr.profiling.profile import measured_row, tokens_per_second
 from dsmr.progress import ProgressLine
 from dsmr_kernels.ceilings import device_name
 from dsmr_kernels.cost import human_bytes

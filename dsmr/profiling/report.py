@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dsmr.profiling import Profile, Row, attention_share, tokens_per_second
-from dsmr.profiling_cost import DIRECTIONS, LAYER_PARTS
+from dsmr.profiling.cost import DIRECTIONS, LAYER_PARTS
+from dsmr.profiling.profile import Profile, Row, attention_share, tokens_per_second
 from dsmr.schedule import MemorySchedule
 from dsmr_kernels.cost import human_bytes
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsmr.profiling_job import Sizes
+from dsmr.profiling.job import Sizes
 from dsmr.schedule import MemorySchedule
 from dsmr_kernels.cost import Call, Work, decode_work, linear_work, memory_bytes, memory_capacity
 from dsmr_kernels.predict import Ceilings, attention_seconds, plain_seconds

@@ -1,4 +1,4 @@
-"""One row of a profile, measured in a process of its own: `python -m dsmr.profiling_row`, a job in, a result out.
+"""One row of a profile, measured in a process of its own: `python -m dsmr.profiling.row`, a job in, a result out.
 
 A fresh process is what makes peak memory true, and keeps a row that runs out of memory from taking the others along.
 Correctness goes first: the attention that the model will use is compared with the oracle before anything is timed.
@@ -20,8 +20,8 @@ from torch import Tensor
 from dsmr.devices import autocast
 from dsmr.files import atomic_path
 from dsmr.model import DSMRModel
-from dsmr.profiling_job import Job, Sizes
-from dsmr.profiling_record import Parts, Recorder
+from dsmr.profiling.job import Job, Sizes
+from dsmr.profiling.record import Parts, Recorder
 from dsmr.schedule import MemorySchedule
 from dsmr.state import DSMRState
 from dsmr_kernels.timing import Timing, seconds_of, synchronize
