@@ -90,8 +90,8 @@ def compile_kernel(kernel: str, target: Target, head_dim: int, dtype: str, optio
     function = {"forward": forward.forward_kernel, "dq": backward.dq_kernel, "dkv": backward.dkv_kernel}[kernel]
     config = configs.choose(kernel, target.name, head_dim, getattr(torch, dtype))
     dim = configs.padded(head_dim)
-    constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "HEAD_DIM": head_dim, **options}
-    constants["UNIT"] = math.gcd(16, head_dim)  # as for contiguous tensors
+    constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "WHOLE_DIM": dim == head_dim, **options}
+    constants |= {"HEAD_DIM": head_dim, "UNIT": math.gcd(16, head_dim)}  # the strides' unit for contiguous tensors
     constants["PRECISION"] = "ieee" if dtype == "float32" else "tf32"
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
@@ -104,6 +104,9 @@ def compile_kernel(kernel: str, target: Target, head_dim: int, dtype: str, optio
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
+            strided = name.endswith(("_batch", "_head", "_token")) and "UNIT" not in function.arg_names
+            if strided or (name == "head_dim" and head_dim % 16 == 0):
+                attributes[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(function.arg_names.index(name),): constants[name] for name in signature if name in constants}
     source = ASTSource(function, signature, constexprs, attributes)
     begin = time.perf_counter()

@@ -11,10 +11,10 @@ import triton.language as tl
 
 from dsmr_kernels.backends.triton.primitives import (
     RUNTIME,
-    edge_block,
     head_of,
     load_rows,
     query_tile,
+    row_stride,
     store_rows,
     visit_keys,
 )
@@ -85,22 +85,25 @@ def dq_kernel(
     d = tl.arange(0, BD)
     valid = row < queries
     at = line.to(tl.int64) * queries + row
-    grad = load_rows(head_of(Grad, b, h, g_batch, g_head, UNIT), row, g_token, d, valid, HEAD_DIM, UNIT, True)
-    out = load_rows(Out, at, HEAD_DIM, d, valid, HEAD_DIM, 1, True)
+    grad = head_of(Grad, b, h, g_batch, g_head, UNIT)
+    grad = load_rows(grad, row, row_stride(g_token, UNIT), d, valid, HEAD_DIM, HEAD_DIM == BD)  # [BM, BD]
+    out = load_rows(Out, at, HEAD_DIM, d, valid, HEAD_DIM, HEAD_DIM == BD)  # [BM, BD]
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)  # [BM]
     tl.store(Delta + at, delta, mask=valid)
     lse = tl.load(Lse + at, mask=valid, other=0.0) * 1.4426950408889634
-    q = load_rows(head_of(Q, b, h, q_batch, q_head, UNIT), row, q_token, d, valid, HEAD_DIM, UNIT, True)
+    q = head_of(Q, b, h, q_batch, q_head, UNIT)
+    q = load_rows(q, row, row_stride(q_token, UNIT), d, valid, HEAD_DIM, HEAD_DIM == BD)  # [BM, BD]
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
     dq, _, _ = visit_keys(
         q, grad, tl.zeros([BM, BD], dtype=tl.float32), lse, delta,
         head_of(MemoryK, b, kv, mk_batch, mk_head, UNIT), head_of(MemoryV, b, kv, mv_batch, mv_head, UNIT),
-        mk_token, mv_token,
-        head_of(K, b, kv, k_batch, k_head, UNIT), head_of(V, b, kv, v_batch, v_head, UNIT), k_token, v_token,
+        row_stride(mk_token, UNIT), row_stride(mv_token, UNIT),
+        head_of(K, b, kv, k_batch, k_head, UNIT), head_of(V, b, kv, v_batch, v_head, UNIT),
+        row_stride(k_token, UNIT), row_stride(v_token, UNIT),
         d, p, low, position, capacity, scale_log2, slope,
-        True, HAS_MEMORY, HAS_ALIBI, PRECISION, HEAD_DIM, UNIT, BN,
+        True, HAS_MEMORY, HAS_ALIBI, PRECISION, HEAD_DIM, HEAD_DIM == BD, BN,
     )  # fmt: skip
     store_rows(DQ, line, row, queries, d, dq * scale, HEAD_DIM)
 
@@ -137,21 +140,22 @@ def _piece_after(Start, j, low, high):
 
 @triton.jit
 def _dkv_block(
-    k, v, dk, dv, j, until, start, stop, Q, Grad, Lse, Delta, Start, q_stride, g_stride, d, shift, scale_log2, slope,
-    MASKED: tl.constexpr, HAS_PIECES: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr,
+    k, v, dk, dv, j, until, start, stop, edge, Q, Grad, Lse, Delta, Start, q_stride, g_stride, d, shift, scale_log2,
+    slope,
+    HAS_PIECES: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WHOLE_DIM: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """One block of queries start ... : adds its share to dk and dv [BN, BD]. Scores are transposed, [BN, BM]."""
     p = start + tl.arange(0, BM)
     valid = p < stop
-    q = load_rows(Q, p - shift, q_stride, d, valid, HEAD_DIM, UNIT, MASKED)  # [BM, BD]
-    grad = load_rows(Grad, p - shift, g_stride, d, valid, HEAD_DIM, UNIT, MASKED)  # [BM, BD]
+    q = load_rows(Q, p - shift, q_stride, d, valid, HEAD_DIM, WHOLE_DIM)  # [BM, BD]
+    grad = load_rows(Grad, p - shift, g_stride, d, valid, HEAD_DIM, WHOLE_DIM)  # [BM, BD]
     lse = tl.load(Lse + (p - shift), mask=valid, other=0.0) * 1.4426950408889634
     delta = tl.load(Delta + (p - shift), mask=valid, other=0.0)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [BN, BM]
     if HAS_ALIBI:
         s -= slope * (p[None, :] - j[:, None]).to(tl.float32)
-    if MASKED:
+    if edge:
         seen = (j[:, None] <= p[None, :]) & (p[None, :] < until[:, None])
         if HAS_PIECES:
             seen = seen & (tl.load(Start + p, mask=valid, other=0)[None, :] <= j[:, None])
@@ -218,7 +222,7 @@ def dkv_kernel(
     j_last = tl.minimum(j_first + BN, tokens) - 1
     d = tl.arange(0, BD)
     shift = tokens - queries
-    # Queries begin ... stop - 1 see one of the keys; inner ... outer - 1 see them all.
+    # Queries begin ... stop - 1 see one of the keys; those from j_last to every - 1 see them all.
     until = _blind_from(j, tokens, horizon, segment_length, segment_offset, SLIDING, DETACH)
     stop = _blind_from(j_last, tokens, horizon, segment_length, segment_offset, SLIDING, DETACH)
     every = _blind_from(j_first, tokens, horizon, segment_length, segment_offset, SLIDING, DETACH)
@@ -228,13 +232,10 @@ def dkv_kernel(
     if HAS_PIECES:
         stop = _piece_after(piece, j_last, begin, stop)
         every = _piece_after(piece, j_first, begin, tl.minimum(every, stop))
-    inner = tl.minimum(begin + tl.cdiv(tl.maximum(j_last - begin, 0), BM) * BM, stop)
-    outer = inner + tl.maximum(every - inner, 0) // BM * BM
-    before = tl.cdiv(inner - begin, BM)
-    edges = before + tl.cdiv(stop - outer, BM)
-
-    k = load_rows(head_of(K, b, kv, k_batch, k_head, UNIT), j, k_token, d, j < tokens, HEAD_DIM, UNIT, True)  # [BN, BD]
-    v = load_rows(head_of(V, b, kv, v_batch, v_head, UNIT), j, v_token, d, j < tokens, HEAD_DIM, UNIT, True)  # [BN, BD]
+    k, v = head_of(K, b, kv, k_batch, k_head, UNIT), head_of(V, b, kv, v_batch, v_head, UNIT)
+    k = load_rows(k, j, row_stride(k_token, UNIT), d, j < tokens, HEAD_DIM, HEAD_DIM == BD)  # [BN, BD]
+    v = load_rows(v, j, row_stride(v_token, UNIT), d, j < tokens, HEAD_DIM, HEAD_DIM == BD)  # [BN, BD]
+    q_stride, g_stride = row_stride(q_token, UNIT), row_stride(g_token, UNIT)
     dk = tl.zeros([BN, BD], dtype=tl.float32)
     dv = tl.zeros([BN, BD], dtype=tl.float32)
     for g in range(group):
@@ -244,16 +245,11 @@ def dkv_kernel(
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
-        for start in tl.range(inner, outer, BM):
+        for start in tl.range(begin, stop, BM):
+            edge = (start < j_last) | (start + BM > every)  # masked; in the blocks between, every query sees every key
             dk, dv = _dkv_block(
-                k, v, dk, dv, j, until, start, stop, q_base, g_base, Lse + at, Delta + at, piece, q_token, g_token, d,
-                shift, scale_log2, slope, False, HAS_PIECES, HAS_ALIBI, PRECISION, HEAD_DIM, UNIT, BM,
-            )  # fmt: skip
-        for i in tl.range(0, edges):
-            start, _ = edge_block(i, before, begin, inner, outer, stop, BM)
-            dk, dv = _dkv_block(
-                k, v, dk, dv, j, until, start, stop, q_base, g_base, Lse + at, Delta + at, piece, q_token, g_token, d,
-                shift, scale_log2, slope, True, HAS_PIECES, HAS_ALIBI, PRECISION, HEAD_DIM, UNIT, BM,
+                k, v, dk, dv, j, until, start, stop, edge, q_base, g_base, Lse + at, Delta + at, piece, q_stride,
+                g_stride, d, shift, scale_log2, slope, HAS_PIECES, HAS_ALIBI, PRECISION, HEAD_DIM, HEAD_DIM == BD, BM,
             )  # fmt: skip
     store_rows(DK, line, j, tokens, d, dk * scale, HEAD_DIM)
     store_rows(DV, line, j, tokens, d, dv, HEAD_DIM)

@@ -7,7 +7,15 @@ lies in the ring. Blocks that all queries see are computed without a mask; only 
 import triton
 import triton.language as tl
 
-from dsmr_kernels.backends.triton.primitives import RUNTIME, head_of, load_rows, query_tile, store_rows, visit_keys
+from dsmr_kernels.backends.triton.primitives import (
+    RUNTIME,
+    head_of,
+    load_rows,
+    query_tile,
+    row_stride,
+    store_rows,
+    visit_keys,
+)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -66,7 +74,8 @@ def forward_kernel(
     )  # fmt: skip
     kv = h // group
     d = tl.arange(0, BD)
-    q = load_rows(head_of(Q, b, h, q_batch, q_head, UNIT), row, q_token, d, row < queries, HEAD_DIM, UNIT, True)
+    q = head_of(Q, b, h, q_batch, q_head, UNIT)
+    q = load_rows(q, row, row_stride(q_token, UNIT), d, row < queries, HEAD_DIM, HEAD_DIM == BD)
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
@@ -74,10 +83,11 @@ def forward_kernel(
         q, q, tl.zeros([BM, BD], dtype=tl.float32), tl.full([BM], -1.0e30, dtype=tl.float32),
         tl.zeros([BM], dtype=tl.float32),
         head_of(MemoryK, b, kv, mk_batch, mk_head, UNIT), head_of(MemoryV, b, kv, mv_batch, mv_head, UNIT),
-        mk_token, mv_token,
-        head_of(K, b, kv, k_batch, k_head, UNIT), head_of(V, b, kv, v_batch, v_head, UNIT), k_token, v_token,
+        row_stride(mk_token, UNIT), row_stride(mv_token, UNIT),
+        head_of(K, b, kv, k_batch, k_head, UNIT), head_of(V, b, kv, v_batch, v_head, UNIT),
+        row_stride(k_token, UNIT), row_stride(v_token, UNIT),
         d, p, low, position, capacity, scale_log2, slope,
-        False, HAS_MEMORY, HAS_ALIBI, PRECISION, HEAD_DIM, UNIT, BN,
+        False, HAS_MEMORY, HAS_ALIBI, PRECISION, HEAD_DIM, HEAD_DIM == BD, BN,
     )  # fmt: skip
     store_rows(Out, line, row, queries, d, acc / total[:, None], HEAD_DIM)
     lse = (top + tl.log2(total)) * 0.6931471805599453

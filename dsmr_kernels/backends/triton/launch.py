@@ -77,7 +77,8 @@ class Call:
         self.kv_heads, self.tokens = k.shape[1], k.shape[2]
         self.capacity = memory.capacity if memory is not None else 0
         # A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
-        if memory is not None and memory.k.numel():
+        has_memory = memory is not None and memory.k.numel() > 0
+        if memory is not None and has_memory:
             self.memory = (_rows(memory.k), _rows(memory.v))
             state = (memory.length.contiguous(), memory.position.contiguous())
         else:
@@ -92,7 +93,7 @@ class Call:
         self.architecture = architecture(q.device)
         self.constants = {
             "SLIDING": spec.visibility == "sliding",
-            "HAS_MEMORY": self.memory[0] is not self.k,
+            "HAS_MEMORY": has_memory,
             "HAS_PIECES": piece_start is not None,
             "HAS_ALIBI": alibi is not None,
             "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
