@@ -1,0 +1,65 @@
+"""How long a call takes, measured rightly: warm, with a cold L2 cache on a GPU, the median of many.
+
+`kernel_seconds` is what the GPU works, by events around the call; `wall_seconds` is what the caller waits, launches and
+Python included. On a CPU both read the clock.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+
+def flush_buffer(device: torch.device) -> torch.Tensor | None:
+    """Memory to overwrite between calls, twice the L2 cache of the GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
+    return torch.empty(2 * size, dtype=torch.int8, device=device)
+
+
+def _often(call: Call, device: torch.device, budget: float, most: int) -> int:
+    """Repeats that fit into `budget` seconds, 3 to `most`; the calls that find it out are the warm-up."""
+    for _ in range(2):
+        call()
+    _wait(device)
+    begin = time.perf_counter()
+    call()
+    _wait(device)
+    return max(3, min(most, int(budget / max(time.perf_counter() - begin, 1e-6))))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def kernel_seconds(call: Call, device: torch.device, *, budget: float = 0.3, most: int = 50) -> float:
+    """Median time of the GPU's own work in one call, the L2 cache overwritten before each."""
+    repeats, flush = _often(call, device, budget, most), flush_buffer(device)
+    if flush is None:
+        return wall_seconds(call, device, budget=budget, most=most)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for begin, end in events:
+        flush.zero_()  # also keeps the GPU busy while the call's launches are queued behind it
+        begin.record()
+        call()
+        end.record()
+    _wait(device)
+    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
+
+
+def wall_seconds(call: Call, device: torch.device, *, budget: float = 0.3, most: int = 50) -> float:
+    """Median time from the call to the end of its work, launches and Python included."""
+    seconds = []
+    for _ in range(_often(call, device, budget, most)):
+        _wait(device)
+        begin = time.perf_counter()
+        call()
+        _wait(device)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
