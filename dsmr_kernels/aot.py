@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dsmr_kernels.targets import TARGETS, Target
+from dsmr_kernels.targets import TARGETS
 
 if TYPE_CHECKING:
     from dsmr_kernels.backends.triton.configs import Config
@@ -201,7 +201,10 @@ def sample() -> Iterator[Case]:
     yield Case("forward", "sm_89", 256, "float32", "bare")
 
 
-HEAD = "kernel   target  dim  dtype     variant  tile, warps, stages  registers  stack  shared, of  tensor  matrix  occupancy  seconds"
+HEAD = (
+    "kernel   target  dim  dtype     variant  tile, warps, stages  registers  stack  shared, of  tensor  matrix  "
+    "occupancy  seconds"
+)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -54,12 +54,29 @@ def kernel_seconds(call: Call, device: torch.device, *, budget: float = 0.3, mos
 
 
 def wall_seconds(call: Call, device: torch.device, *, budget: float = 0.3, most: int = 50) -> float:
-    """Median time from the call to the end of its work, launches and Python included."""
-    seconds = []
-    for _ in range(_often(call, device, budget, most)):
+    """Median time of a call among others of its kind, one after another, launches and Python included."""
+    seconds, group = [], max(1, _often(call, device, budget, most) // 5)
+    for _ in range(5):
         _wait(device)
         begin = time.perf_counter()
-        call()
+        for _ in range(group):
+            call()
         _wait(device)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append((time.perf_counter() - begin) / group)
     return statistics.median(seconds)
+
+
+def graphed(call: Call, device: torch.device) -> Call | None:
+    """The call captured in a CUDA graph, to be replayed; None on a CPU. The call must already be warm."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay

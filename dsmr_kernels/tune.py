@@ -1,7 +1,7 @@
 """Measure neighbours of the fixed configurations on the present GPU, and write those that win to a file.
 
-    python -m dsmr_kernels.tune --out tuned.json         # minutes; head_dim 64 and 128 in bfloat16 unless told otherwise
-    DSMR_TUNED=tuned.json python train.py                # used only when asked for
+    python -m dsmr_kernels.tune --out tuned.json      # minutes; head_dim 64 and 128 in bfloat16 unless told otherwise
+    DSMR_TUNED=tuned.json python train.py             # used only when asked for
 
 A neighbour is tried if it compiles without spills and within the part's limits, and timed if its results keep the
 project's tolerance at the lengths at which it is timed. It wins if it is faster than the table's over all shapes by
@@ -25,8 +25,8 @@ import torch
 from dsmr_kernels import memory_attention
 from dsmr_kernels.aot import ELEMENTS, VARIANTS, Case, compile_kernel
 from dsmr_kernels.targets import TARGETS
-from dsmr_kernels.testing import assert_agrees_with_oracle, random_case
 from dsmr_kernels.testing import Case as Inputs
+from dsmr_kernels.testing import assert_agrees_with_oracle, random_case
 from dsmr_kernels.timing import kernel_seconds
 
 if TYPE_CHECKING:
