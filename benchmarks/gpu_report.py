@@ -116,12 +116,11 @@ def _compared(rows: list[Row]) -> list[str]:
         "| shape | contender | pass | floor, ms | fast | expected | slow | measured | over the floor | within? |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|---|",
     ]
-    return lines + [
-        f"| {row['label']} | {row['contender']} | {PASSES[row['direction']]} | {row['floor_ms']:.3f} "
-        f"| {row['fast_ms']:.3f} | {row['expected_ms']:.3f} | {row['slow_ms']:.3f} | {row['measured_ms']:.3f} | {row['over_floor']:.1f} x "
-        f"| {'yes' if row['within'] else 'no'} |"
-        for row in found
-    ]
+    for row in found:
+        times = [f"{row[key]:.3f}" for key in ("floor_ms", "fast_ms", "expected_ms", "slow_ms", "measured_ms")]
+        cells = [row["label"], row["contender"], PASSES[row["direction"]], *times, f"{row['over_floor']:.1f} x"]
+        lines.append("| " + " | ".join([*cells, "yes" if row["within"] else "no"]) + " |")
+    return lines
 
 
 def summary(report: dict[str, Any]) -> str:
