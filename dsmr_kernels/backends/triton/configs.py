@@ -1,8 +1,8 @@
 """Tile sizes, warps and pipeline stages by architecture, head dimension and dtype: fixed, so that runs reproduce.
 
 The choice is deterministic and needs no tuning. `python -m dsmr_kernels.aot` compiles every entry for every target
-without a GPU and shows what it takes; an entry that spills registers is not kept, but for one: the forward in float32
-at head_dim 256 on sm_89 spills 16 bytes whatever the tile.
+without a GPU and shows what it takes; an entry that spills registers is not kept. Behind each entry stands why it is
+not larger, as far as compiling tells; which of the clean ones is fastest, a GPU tells (`python -m dsmr_kernels.tune`).
 """
 
 import contextlib
@@ -33,47 +33,136 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# architecture -> padded head_dim -> kernel -> Config; "default" and "gfx" serve parts that are not named. Each entry is
-# the largest tile tried that is clean with every option compiled in. Hopper takes two warpgroups of matrix units,
-# parts with less shared memory or fewer registers narrower tiles. Float32 runs in exact arithmetic, for checking: its
-# tiles are small everywhere.
-_AMPERE = {
-    64: {"forward": Config(128, 64, 4, 2), "dq": Config(128, 64, 8, 2), "dkv": Config(32, 128, 8, 2)},
-    128: {"forward": Config(64, 64, 8, 2), "dq": Config(64, 64, 8, 2), "dkv": Config(32, 64, 8, 2)},
-    256: {"forward": Config(64, 32, 8, 2), "dq": Config(64, 32, 8, 2), "dkv": Config(32, 64, 8, 1)},
+# architecture -> padded head_dim -> kernel -> Config; head dimensions below 64 take the entry of 64.
+Sizes = dict[int, dict[str, Config]]
+
+_AMPERE: Sizes = {
+    64: {
+        "forward": Config(128, 64, 4, 2),  # four warps keep 128 x 64 in registers, so three blocks share an SM
+        "dq": Config(128, 64, 8, 2),  # a second score tile: twice the warps hold it
+        "dkv": Config(32, 128, 8, 2),  # two accumulators of 128 keys leave room for 32 queries a step
+    },
+    128: {
+        "forward": Config(64, 64, 8, 2),  # 128 queries spill
+        "dq": Config(64, 64, 8, 2),  # as the forward
+        "dkv": Config(32, 64, 8, 2),  # 128 keys spill
+    },
+    256: {
+        "forward": Config(64, 32, 8, 2),  # the accumulator of 64 queries takes half of the registers
+        "dq": Config(64, 32, 8, 2),  # as the forward
+        "dkv": Config(32, 64, 8, 1),  # two accumulators of 64 keys; a second stage spills
+    },
 }
-_ADA = {  # as Ampere, with less shared memory
+_ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
     64: _AMPERE[64],
     128: _AMPERE[128],
-    256: {"forward": Config(64, 32, 8, 2), "dq": Config(64, 32, 8, 1), "dkv": Config(32, 32, 8, 2)},
+    256: {
+        "forward": Config(64, 32, 8, 2),  # 97 KiB
+        "dq": Config(64, 32, 8, 1),  # a second stage exceeds shared memory
+        "dkv": Config(32, 32, 8, 2),  # 64 keys exceed it
+    },
 }
-_HOPPER = {
-    64: {"forward": Config(128, 128, 8, 2), "dq": Config(128, 64, 8, 2), "dkv": Config(64, 128, 8, 2)},
-    128: {"forward": Config(128, 64, 8, 3), "dq": Config(128, 64, 8, 2), "dkv": Config(32, 128, 8, 2)},
-    256: {"forward": Config(128, 32, 8, 2), "dq": Config(64, 32, 8, 2), "dkv": Config(16, 64, 8, 2)},
+_HOPPER: Sizes = {
+    64: {
+        "forward": Config(128, 128, 8, 2),  # two warpgroups of 64 queries, the widest tile that is clean
+        "dq": Config(128, 64, 8, 2),  # two score tiles: half the keys
+        "dkv": Config(64, 128, 8, 2),  # 128 keys for two warpgroups, 64 queries a step
+    },
+    128: {
+        "forward": Config(128, 64, 8, 3),  # a third stage fits and hides the loads; 128 keys spill with four warps
+        "dq": Config(128, 64, 8, 2),  # three stages exceed shared memory
+        "dkv": Config(32, 128, 8, 2),  # two accumulators of 128 x 128: 64 queries a step spill
+    },
+    256: {
+        "forward": Config(128, 32, 8, 2),  # the accumulator takes 128 registers: 64 keys spill
+        "dq": Config(64, 32, 8, 2),  # 128 queries spill
+        "dkv": Config(16, 64, 8, 2),  # two accumulators of 64 x 256: 32 queries a step spill
+    },
 }
-_CDNA = {
-    64: {"forward": Config(128, 64, 4, 1), "dq": Config(64, 64, 4, 1), "dkv": Config(64, 64, 4, 1)},
-    128: {"forward": Config(128, 64, 4, 1), "dq": Config(64, 64, 4, 1), "dkv": Config(32, 64, 4, 1)},
-    256: {"forward": Config(64, 32, 4, 1), "dq": Config(32, 16, 4, 1), "dkv": Config(32, 32, 4, 1)},
+_BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 512 columns of it
+    64: {
+        "forward": Config(128, 64, 8, 2),  # 256 columns and 124 registers: two blocks share an SM
+        "dq": Config(128, 64, 8, 2),  # likewise
+        "dkv": Config(64, 128, 8, 1),  # a second stage spills
+    },
+    128: {
+        "forward": Config(128, 64, 8, 2),  # clean with every option; four warps spill
+        "dq": Config(128, 32, 8, 2),  # 256 columns and 104 registers: two blocks share an SM; 64 keys spill
+        "dkv": Config(32, 128, 8, 1),  # 64 queries a step spill
+    },
+    256: {
+        "forward": Config(128, 32, 8, 2),  # 64 keys spill
+        "dq": Config(128, 32, 8, 1),  # a second stage fills shared memory and gains nothing that compiling shows
+        "dkv": Config(16, 64, 8, 1),
+    },
 }
-_FLOAT32 = {
-    64: {"forward": Config(16, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
-    128: {"forward": Config(32, 16, 8, 1), "dq": Config(16, 16, 4, 1), "dkv": Config(32, 32, 8, 1)},
-    256: {"forward": Config(16, 32, 8, 1), "dq": Config(16, 16, 8, 1), "dkv": Config(16, 16, 4, 1)},
+_CDNA: Sizes = {  # 64 KiB of shared memory, no asynchronous copies to pipeline: one stage
+    64: {
+        "forward": Config(128, 64, 4, 1),  # four wavefronts of 32 queries
+        "dq": Config(64, 64, 4, 1),  # two score tiles: half the queries
+        "dkv": Config(64, 64, 4, 1),  # two accumulators: half the keys of the forward's queries
+    },
+    128: {
+        "forward": Config(128, 64, 4, 1),  # as for 64
+        "dq": Config(64, 64, 4, 1),  # as for 64
+        "dkv": Config(32, 64, 4, 1),  # accumulators twice as wide: half the queries a step
+    },
+    256: {
+        "forward": Config(64, 32, 4, 1),  # the accumulator takes the registers of 128 x 128
+        "dq": Config(32, 16, 4, 1),  # wider tiles spill or exceed shared memory
+        "dkv": Config(32, 32, 4, 1),  # likewise
+    },
 }
-_ADA_FLOAT32 = {
-    64: {**_FLOAT32[64], "forward": Config(16, 16, 4, 1)},
-    128: {**_FLOAT32[128], "forward": Config(16, 16, 8, 1)},
-    256: {**_FLOAT32[256], "forward": Config(16, 16, 8, 2)},
+# Float32 is computed in exact arithmetic, without matrix units, for checking: small tiles, and the clean ones at that.
+_FLOAT32: Sizes = {
+    64: {
+        "forward": Config(16, 16, 4, 1),  # 32 keys spill at head_dim 16 and on Ada
+        "dq": Config(32, 32, 4, 1),  # the widest that is clean
+        "dkv": Config(32, 32, 4, 1),  # likewise
+    },
+    128: {
+        "forward": Config(16, 16, 8, 1),  # 32 queries spill on Ada
+        "dq": Config(16, 16, 4, 1),  # 32 queries spill
+        "dkv": Config(32, 32, 8, 1),  # clean with twice the warps
+    },
+    256: {
+        "forward": Config(16, 16, 8, 2),  # with one stage, or other warps, the compiler spills 8 to 32 bytes
+        "dq": Config(16, 16, 8, 1),  # clean with eight warps only
+        "dkv": Config(16, 16, 4, 1),  # clean with four warps only
+    },
 }
-_CDNA_FLOAT32 = {
-    64: {"forward": Config(32, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
-    128: {"forward": Config(16, 32, 4, 1), "dq": Config(16, 32, 4, 1), "dkv": Config(16, 32, 4, 1)},
-    256: {"forward": Config(16, 16, 4, 1), "dq": Config(16, 16, 4, 1), "dkv": Config(16, 16, 4, 1)},
+_CDNA_FLOAT32: Sizes = {
+    64: {
+        "forward": Config(32, 32, 4, 1),  # the widest that is clean
+        "dq": Config(32, 32, 4, 1),  # likewise
+        "dkv": Config(32, 32, 4, 1),  # likewise
+    },
+    128: {
+        "forward": Config(16, 32, 4, 1),  # half the queries of 64
+        "dq": Config(16, 32, 4, 1),  # likewise
+        "dkv": Config(16, 32, 4, 1),  # likewise
+    },
+    256: {
+        "forward": Config(16, 16, 4, 1),  # the least tile
+        "dq": Config(16, 16, 4, 1),  # likewise
+        "dkv": Config(16, 16, 4, 1),  # likewise
+    },
 }
-TABLE = {"sm_80": _AMPERE, "sm_89": _ADA, "sm_90": _HOPPER, "gfx942": _CDNA, "default": _ADA, "gfx": _CDNA}
-FLOAT32_TABLE = {"sm_89": _ADA_FLOAT32, "gfx": _CDNA_FLOAT32, "default": _FLOAT32}
+TABLE = {"sm_80": _AMPERE, "sm_89": _ADA, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_120": _ADA, "gfx942": _CDNA}
+FLOAT32_TABLE = {name: _CDNA_FLOAT32 if name.startswith("gfx") else _FLOAT32 for name in TABLE}
+
+
+def family(architecture: str) -> str:
+    """The part of the table that serves an architecture: itself, or the one that has no more than it has."""
+    if architecture in TABLE:
+        return architecture
+    if architecture.startswith("gfx"):
+        return "gfx942"
+    if architecture.startswith("sm_10"):  # B300 beside B200
+        return "sm_100"
+    return "sm_80" if architecture == "sm_87" else "sm_89"
+
+
 _INTERPRETER = Config(16, 16, 4, 1)  # small, so that tests of few tokens have several blocks
 
 _asked: dict[tuple[str, int, str], Config] | None = None  # by `use_tuned`; None: not decided yet
@@ -101,8 +190,7 @@ def _choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -
 
 def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
     """The table's configuration of a kernel."""
-    tables = FLOAT32_TABLE if dtype == torch.float32 else TABLE
-    sizes = tables.get(architecture, tables["gfx" if architecture.startswith("gfx") else "default"])
+    sizes = (FLOAT32_TABLE if dtype == torch.float32 else TABLE)[family(architecture)]
     return sizes[max(64, padded(head_dim))][kernel]
 
 
