@@ -1,5 +1,6 @@
 """The GPU run as a page: goals first, then what was measured, then how it compares with what was predicted."""
 
+import importlib.util
 from typing import Any
 
 from benchmarks.goals import OURS, Row, goals
@@ -13,7 +14,9 @@ def _ms(value: float | None) -> str:
 
 
 def compared(rows: list[Row]) -> list[Row]:
-    """Each prediction beside the kernel time that was measured at the same shape."""
+    """Each prediction beside the kernel time that was measured at the same shape; none without Triton's tiles."""
+    if importlib.util.find_spec("triton") is None:
+        return []
     measured = {
         (row["label"], row["contender"], direction): row[direction]["kernel_ms"]
         for row in rows

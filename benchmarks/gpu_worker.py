@@ -10,15 +10,16 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.contenders import Shape, backward, check, forward, forward_backward, ours
+from benchmarks.contenders import Shape, backward, check, forward, forward_backward, ours, recorded
 from benchmarks.goals import OURS
 from benchmarks.peers import PEERS, Attention, Missing
-from dsmr_kernels import KVMemory, memory_attention
+from dsmr_kernels import KVMemory
 from dsmr_kernels.testing import Case
 from dsmr_kernels.timing import graphed, kernel_seconds, wall_seconds
 
@@ -31,19 +32,19 @@ def contender(name: str, case: Case, backend: str) -> Attention:
     return functools.partial(ours, backend=backend) if name == OURS else PEERS[name](case)
 
 
-def times(call: Callable[[], Any], device: torch.device) -> dict[str, float | str | None]:
-    """Milliseconds of the GPU's own work, of an eager call among others, and of a replay of its CUDA graph."""
-    result: dict[str, float | str | None] = {
-        "kernel_ms": 1e3 * kernel_seconds(call, device, budget=BUDGET),
-        "wall_ms": 1e3 * wall_seconds(call, device, budget=BUDGET),
-        "graph_ms": None,
-    }
+def times(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Milliseconds of the GPU's own work, and of an eager call among others of its kind."""
+    kernel, wall = (1e3 * seconds(call, device, budget=BUDGET) for seconds in (kernel_seconds, wall_seconds))
+    return {"kernel_ms": kernel, "wall_ms": wall, "graph_ms": None}
+
+
+def graph_times(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Milliseconds of a replay of the call's CUDA graph, or why there is none."""
     try:
-        if (replay := graphed(call, device)) is not None:
-            result["graph_ms"] = 1e3 * kernel_seconds(replay, device, budget=BUDGET)
+        replay = graphed(call, device)
+        return {} if replay is None else {"graph_ms": 1e3 * kernel_seconds(replay, device, budget=BUDGET)}
     except Exception as error:  # a call that cannot be captured is still worth its other figures
-        result["graph_failed"] = reason(error)
-    return result
+        return {"graph_failed": reason(error)}
 
 
 def attention_row(task: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -54,6 +55,8 @@ def attention_row(task: dict[str, Any], device: torch.device) -> dict[str, Any]:
     row: dict[str, Any] = {"errors": check(case, task["contender"], attention)}
     for name, direction in DIRECTIONS.items():
         row[name] = times(direction(attention, case), device)
+    for name in ("forward", "forward_backward"):  # last: a capture that fails may leave the process in disorder
+        row[name] |= graph_times(DIRECTIONS[name](attention, case), device)
     row["forward"]["tflops"] = shape.forward_flops / row["forward"]["kernel_ms"] / 1e9
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -68,44 +71,35 @@ def piece_row(task: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The whole-piece pass against as many sequential calls, forward and backward: results, then tokens a second."""
     one, segments = Shape(**task["shape"]), task["segments"]
     dtype, length = getattr(torch, task["dtype"]), one.queries
-    whole = Shape(one.batch, one.heads, one.kv_heads, segments * length, one.memory, one.head_dim)
-    case = whole.case(dtype, device=device)
+    case = replace(one, queries=segments * length).case(dtype, device=device)
+    case.options["segment_length"] = length
+    attention = functools.partial(ours, backend=task["backend"])
     assert case.memory is not None
-    memory, backend = case.memory, task["backend"]
-    leaves = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
+    memory, ring, leaves = case.memory, case.memory.clone(), recorded(case)
+    at_once = forward_backward(attention, case)
 
-    def at_once() -> tuple[torch.Tensor, ...]:
-        out = memory_attention(*leaves, memory, horizon=one.memory, segment_length=length, backend=backend)
-        assert isinstance(out, torch.Tensor)
-        return out, *torch.autograd.grad(out, leaves, case.grad)
-
-    ring = memory.clone()
-
-    def start_again() -> KVMemory:
+    def in_turn() -> list[tuple[torch.Tensor, ...]]:
         ring.k.copy_(memory.k)
         ring.v.copy_(memory.v)
-        return KVMemory(ring.k, ring.v, memory.length, memory.position)
-
-    def in_turn() -> tuple[torch.Tensor, ...]:
-        carried, results = start_again(), []
+        carried, results = KVMemory(ring.k, ring.v, memory.length, memory.position), []
         for begin in range(0, segments * length, length):
-            part = [x.detach()[:, :, begin : begin + length].requires_grad_() for x in leaves]
-            out = memory_attention(*part, carried, horizon=one.memory, backend=backend)
-            assert isinstance(out, torch.Tensor)
-            results.append((out, *torch.autograd.grad(out, part, case.grad[:, :, begin : begin + length])))
-            carried.append(part[1], part[2])
-        return tuple(torch.cat(parts, 2) for parts in zip(*results, strict=True))
+            part = slice(begin, begin + length)
+            q, k, v = (x.detach()[:, :, part].requires_grad_() for x in (leaves.q, leaves.k, leaves.v))
+            out = attention(Case(q, k, v, carried, case.grad, {"horizon": one.memory}))
+            results.append(torch.autograd.grad(out, (q, k, v), case.grad[:, :, part]))
+            carried.append(k, v)
+        return results
 
-    difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(at_once(), in_turn(), strict=True))
+    # What a token sees and the gradient it takes do not depend on later segments: the first few tell.
+    row: dict[str, Any] = {"segments": segments, "errors": check(case, "at once", attention, min(segments, 3) * length)}
+    together = [torch.cat(parts, 2) for parts in zip(*in_turn(), strict=True)]
+    pairs = zip(at_once(), together, strict=True)
+    row["difference"] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
     bound = 16 * torch.finfo(dtype).eps  # both round every result once, and split their sums differently
-    assert difference <= bound, (
-        f"at once and in turn differ by {difference:.3g} of the largest value, {bound:.3g} allowed"
-    )
-    tokens = one.batch * segments * length
-    row: dict[str, Any] = {"difference": difference, "segments": segments}
+    assert row["difference"] <= bound, f"at once and in turn differ by {row['difference']:.3g}, allowed {bound:.3g}"
     for name, call in (("at_once", at_once), ("in_turn", in_turn)):
-        row[name] = {"kernel_ms": 1e3 * kernel_seconds(call, device), "wall_ms": 1e3 * wall_seconds(call, device)}
-        row[name]["tokens_per_s"] = 1e3 * tokens / row[name]["wall_ms"]
+        row[name] = times(call, device)
+        row[name]["tokens_per_s"] = 1e3 * one.batch * segments * length / row[name]["wall_ms"]
     return row | {"gain": row["at_once"]["tokens_per_s"] / row["in_turn"]["tokens_per_s"]}
 
 

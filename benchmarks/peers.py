@@ -132,6 +132,7 @@ class Flex(Concatenating):
             return key <= query + past
 
         self.blocks = create_block_mask(seen, None, None, self.queries, past + self.queries, device=str(case.q.device))
+        torch._dynamo.reset()  # else the shapes of a run add up to its limit of recompilations
         self.attention: Any = torch.compile(flex_attention, dynamic=False)
 
     def __call__(self, case: Case) -> Tensor:

@@ -14,12 +14,7 @@ import torch
 Call = Callable[[], Any]
 
 
-def flush_buffer(device: torch.device) -> torch.Tensor | None:
-    """Memory to overwrite between calls, twice the L2 cache of the GPU; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20
-    return torch.empty(2 * size, dtype=torch.int8, device=device)
+FLUSH, OFTEN = 256 << 20, 8  # bytes, several times any L2 cache, and how often they are written before a call
 
 
 def _often(call: Call, device: torch.device, budget: float, most: int) -> int:
@@ -40,12 +35,14 @@ def _wait(device: torch.device) -> None:
 
 def kernel_seconds(call: Call, device: torch.device, *, budget: float = 0.3, most: int = 50) -> float:
     """Median time of the GPU's own work in one call, the L2 cache overwritten before each."""
-    repeats, flush = _often(call, device, budget, most), flush_buffer(device)
-    if flush is None:
+    if device.type != "cuda":
         return wall_seconds(call, device, budget=budget, most=most)
+    repeats = _often(call, device, budget, most)
+    flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for begin, end in events:
-        flush.zero_()  # also keeps the GPU busy while the call's launches are queued behind it
+        for _ in range(OFTEN):  # keeps the GPU busy for most of a millisecond, while the call's launches queue up
+            flush.zero_()
         begin.record()
         call()
         end.record()
