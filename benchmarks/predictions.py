@@ -12,7 +12,7 @@ that kernels reach of them are what has been published for their kind, and are a
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.contenders import Shape
@@ -32,7 +32,8 @@ class Ceilings:
             warpgroup instructions (ours, Flex, cuDNN) and through the older ones (flash, efficient), assumed.
         exponentials, lanes: per second, multiprocessors x units x boost clock.
         bandwidth: bytes/s of device memory, datasheet. launch: seconds between two kernels in a stream, assumed.
-        host_ours, host_torch: seconds of Python for a launch of ours and an operator of PyTorch's, assumed.
+        host_ours, host_torch, host_pass: seconds of Python for a launch of ours, for an operator of PyTorch's, and
+            for entering autograd once, assumed.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Ceilings:
     launch: float
     host_ours: float
     host_torch: float
+    host_pass: float
 
 
 H100 = Ceilings(
@@ -60,33 +62,24 @@ H100 = Ceilings(
     launch=2e-6,
     host_ours=25e-6,
     host_torch=8e-6,
+    host_pass=20e-6,
 )
 LANE_OPERATIONS = 6  # for each pair: scale, maximum, subtraction, sum, two halves of a conversion, about
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one pass does.
+    """What one kernel does.
 
     Attributes:
-        flops: of the matrix products. pairs: visible pairs over all heads, an exponential each, once for each kernel
-            that recomputes them. bytes: moved at least. kernels: launches. blocks: thread blocks of the largest launch.
+        bytes: moved at least. flops: of the matrix products. pairs: query-key pairs over all heads, an exponential
+            each. blocks: thread blocks, spread over the multiprocessors in whole waves.
     """
 
-    flops: float
-    pairs: float
     bytes: float
-    kernels: int
-    blocks: int
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.flops + other.flops,
-            self.pairs + other.pairs,
-            self.bytes + other.bytes,
-            self.kernels + other.kernels,
-            max(self.blocks, other.blocks),
-        )
+    flops: float = 0.0
+    pairs: float = 0.0
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,6 +101,11 @@ class Sizes:
     @property
     def pairs(self) -> float:
         return self._one * self.shape.queries * self.shape.memory + self.own_pairs
+
+    @property
+    def all_pairs(self) -> float:
+        """Pairs, whether visible or not."""
+        return float(self._one * self.shape.queries * (self.shape.memory + self.shape.queries))
 
     @property
     def q(self) -> float:
@@ -132,64 +130,72 @@ class Sizes:
         return self.shape.batch * heads * math.ceil(self.segments * self.shape.queries / rows)
 
 
-def ours(sizes: Sizes, direction: str) -> Work:
+def ours(sizes: Sizes, direction: str) -> list[Work]:
     """Our kernels: nothing is concatenated, and the backward computes dk and dv within the segment alone."""
     import torch
 
     from dsmr_kernels.backends.triton.configs import from_table
 
-    tile = {
-        kernel: from_table(kernel, "sm_90", sizes.shape.head_dim, torch.bfloat16) for kernel in ("forward", "dq", "dkv")
-    }
-    heads = sizes.shape.heads
+    if direction == "forward_backward":
+        return ours(sizes, "forward") + ours(sizes, "backward")
+    shape = sizes.shape
+    tile = {kernel: from_table(kernel, "sm_90", shape.head_dim, torch.bfloat16) for kernel in ("forward", "dq", "dkv")}
+    read = sizes.q + sizes.kv + sizes.memory
     if direction == "forward":
-        moved = 2 * sizes.q + sizes.kv + sizes.memory
-        blocks = sizes.blocks(tile["forward"].bm, heads)
-        return Work(sizes.products(sizes.pairs, 2), sizes.pairs, moved, 1, blocks)
-    if direction == "backward":
-        moved = 2 * sizes.q + 3 * sizes.q + sizes.kv + sizes.memory + 2 * sizes.q + 2 * sizes.kv  # delta, dq, dkv
-        flops = sizes.products(sizes.pairs, 3) + sizes.products(sizes.own_pairs, 4)
-        return Work(flops, sizes.pairs + sizes.own_pairs, moved, 3, sizes.blocks(tile["dq"].bm, heads))
-    return ours(sizes, "forward") + ours(sizes, "backward")
+        blocks = sizes.blocks(tile["forward"].bm, shape.heads)
+        return [Work(read + sizes.q, sizes.products(sizes.pairs, 2), sizes.pairs, blocks)]
+    dq_blocks, dkv_blocks = sizes.blocks(tile["dq"].bm, shape.heads), sizes.blocks(tile["dkv"].bn, shape.kv_heads)
+    return [
+        Work(2 * sizes.q),  # the sums of output times gradient
+        Work(read + 2 * sizes.q, sizes.products(sizes.pairs, 3), sizes.pairs, dq_blocks),
+        Work(2 * sizes.q + 2 * sizes.kv, sizes.products(sizes.own_pairs, 4), sizes.own_pairs, dkv_blocks),
+    ]
 
 
-PRODUCTS = {"flash": 5, "flex": 7}  # of the backward: in one kernel with atomics for dq, or split in two
+def peer(sizes: Sizes, direction: str, kind: str) -> list[Work]:
+    """A concatenating peer; its backward computes the gradients of the memory too.
 
-
-def peer(sizes: Sizes, direction: str, backward: str) -> Work:
-    """A concatenating peer; its backward computes the gradients of the memory too."""
-    joined = sizes.kv + sizes.memory
-    blocks = sizes.blocks(128, sizes.shape.heads)
+    Args:
+        kind: "flash" does the backward in one kernel of five products, "flex" in two of three and four, "masked" is
+            flash that looks at every pair, since a mask tensor does not tell which blocks are empty.
+    """
+    if direction == "forward_backward":
+        return peer(sizes, "forward", kind) + peer(sizes, "backward", kind)
+    joined, blocks = sizes.kv + sizes.memory, sizes.blocks(128, sizes.shape.heads)
+    pairs = sizes.all_pairs if kind == "masked" else sizes.pairs
     if direction == "forward":
-        moved = 2 * joined + 2 * sizes.q + joined  # concatenate: read and write; then attention reads again
-        return Work(sizes.products(sizes.pairs, 2), sizes.pairs, moved, 3, blocks)
-    if direction == "backward":
-        moved = 2 * sizes.q + 3 * sizes.q + joined + joined
-        return Work(sizes.products(sizes.pairs, PRODUCTS[backward]), sizes.pairs, moved, 3, blocks)
-    return peer(sizes, "forward", backward) + peer(sizes, "backward", backward)
+        attention = Work(2 * sizes.q + joined, sizes.products(pairs, 2), pairs, blocks)
+        return [Work(joined), Work(joined), attention]  # k and v concatenated: half of `joined` read and written each
+    read = 2 * sizes.q + joined
+    if kind == "flex":
+        kernels = [Work(read + sizes.q, sizes.products(pairs, 3), pairs, blocks)]
+        kernels += [Work(read + joined, sizes.products(pairs, 4), pairs, blocks)]
+    else:
+        kernels = [Work(read + sizes.q + joined, sizes.products(pairs, 5), pairs, blocks)]
+    return [Work(2 * sizes.q), *kernels]
 
 
-def seconds(work: Work, rate: float, ceilings: Ceilings) -> dict[str, float]:
-    """Predicted time of the GPU's own work: fast, expected and slow; see the module's docstring."""
-    waves = work.blocks / ceilings.multiprocessors
-    idle = math.ceil(waves) / waves
-    products, bytes_ = idle * work.flops / rate, work.bytes / ceilings.bandwidth
-    exponentials = idle * work.pairs / ceilings.exponentials
-    lanes = idle * LANE_OPERATIONS * work.pairs / ceilings.lanes
-    launches = work.kernels * ceilings.launch
-    return {
-        "floor": max(work.flops / ceilings.dense, bytes_),
-        "fast": max(products, exponentials, bytes_) + launches,
-        "expected": max(products + exponentials, bytes_) + launches,
-        "slow": max(products + exponentials + lanes, bytes_) + launches,
-    }
+def seconds(works: list[Work], rate: float, ceilings: Ceilings) -> dict[str, float]:
+    """Predicted time of the GPU's own work, one kernel after another; see the module's docstring."""
+    found = {"floor": 0.0, "fast": 0.0, "expected": 0.0, "slow": 0.0}
+    for work in works:
+        waves = work.blocks / ceilings.multiprocessors
+        idle = math.ceil(waves) / waves if work.flops else 1.0
+        moving = work.bytes / ceilings.bandwidth
+        products, exponentials = idle * work.flops / rate, idle * work.pairs / ceilings.exponentials
+        lanes = idle * LANE_OPERATIONS * work.pairs / ceilings.lanes
+        found["floor"] += max(work.flops / ceilings.dense, moving)
+        found["fast"] += ceilings.launch + max(products, exponentials, moving)
+        found["expected"] += ceilings.launch + max(products + exponentials, moving)
+        found["slow"] += ceilings.launch + max(products + exponentials + lanes, moving)
+    return found
 
 
 SHAPES = (LONG_128, LONG_64, TRAINING)
-KINDS = (  # name as in the comparison, backward's kind, which rate
+KINDS = (  # name as in the comparison, kind, which rate
     ("SDPA flash, causal", "flash", "warp"),
     ("FlexAttention, block mask", "flex", "warpgroup"),
-    ("SDPA cuDNN, boolean mask", "flash", "warpgroup"),
+    ("SDPA cuDNN, boolean mask", "masked", "warpgroup"),
 )
 
 
@@ -199,39 +205,49 @@ def predict(ceilings: Ceilings = H100) -> list[Row]:
     for shape in SHAPES:
         sizes = Sizes(shape)
         for direction in ("forward", "backward", "forward_backward"):
-            work = ours(sizes, direction)
-            rows.append(_row(str(shape), OURS, direction, work, ceilings.warpgroup, ceilings))
-            for name, backward, rate in KINDS:
-                work = peer(sizes, direction, backward)
-                rows.append(_row(str(shape), name, direction, work, getattr(ceilings, rate), ceilings))
+            works = ours(sizes, direction)
+            rows.append(_row(str(shape), OURS, direction, works, ceilings.warpgroup, ceilings))
+            for name, kind, rate in KINDS:
+                works = peer(sizes, direction, kind)
+                rows.append(_row(str(shape), name, direction, works, getattr(ceilings, rate), ceilings))
     return [*rows, _piece(ceilings)]
 
 
-def _row(label: str, name: str, direction: str, work: Work, rate: float, ceilings: Ceilings) -> Row:
-    host = ceilings.host_ours if name == OURS else ceilings.host_torch
-    found = {f"{key}_ms": 1e3 * value for key, value in seconds(work, rate, ceilings).items()}
-    row = {"label": label, "contender": name, "direction": direction, **asdict(work), "rate": rate, **found}
-    row["eager_ms"] = max(row["expected_ms"], 1e3 * work.kernels * host)
+def _host(kernels: int, ours: bool, direction: str, ceilings: Ceilings) -> float:
+    passes = 2 if direction == "forward_backward" else 1
+    return kernels * (ceilings.host_ours if ours else ceilings.host_torch) + passes * ceilings.host_pass
+
+
+def _row(label: str, name: str, direction: str, works: list[Work], rate: float, ceilings: Ceilings) -> Row:
+    flops = sum(work.flops for work in works)
+    row: Row = {"label": label, "contender": name, "direction": direction, "kernels": len(works), "flops": flops}
+    row |= {"pairs": sum(work.pairs for work in works), "bytes": sum(work.bytes for work in works), "rate": rate}
+    row |= {f"{key}_ms": 1e3 * value for key, value in seconds(works, rate, ceilings).items()}
+    row["eager_ms"] = max(row["expected_ms"], 1e3 * _host(len(works), name == OURS, direction, ceilings))
     if direction == "forward":
-        row["tflops"] = work.flops / row["expected_ms"] / 1e9
+        row["tflops"] = flops / row["expected_ms"] / 1e9
     return row
 
 
 def _piece(ceilings: Ceilings) -> Row:
     """Tokens a second of the whole-piece pass over those of as many calls, forward and backward."""
-    whole, one = Sizes(PIECE, SEGMENTS), Sizes(PIECE)
-    at_once = seconds(ours(whole, "forward_backward"), ceilings.warpgroup, ceilings)["expected"]
-    work = ours(one, "forward_backward")
-    append = 12  # operators of PyTorch's in an append, a slice and the collection of results
-    alone = seconds(work, ceilings.warpgroup, ceilings)["expected"]
-    host = work.kernels * ceilings.host_ours + append * ceilings.host_torch
-    in_turn = SEGMENTS * max(alone + append * ceilings.launch, host)
-    label = f"{SEGMENTS} segments, each {PIECE}"
+    direction, append = "forward_backward", 10  # operators of PyTorch's in an append and the slices of a segment
+    times = {}
+    for name, sizes in (("whole", Sizes(PIECE, SEGMENTS)), ("one", Sizes(PIECE))):
+        works = ours(sizes, direction)
+        alone = seconds(works, ceilings.warpgroup, ceilings)["expected"]
+        times[name] = alone, _host(len(works), True, direction, ceilings)
+    alone, host = times["one"][0] + append * ceilings.launch, times["one"][1] + append * ceilings.host_torch
+    at_once, in_turn = max(times["whole"]), SEGMENTS * max(alone, host)
     return {
-        "label": label, "contender": OURS, "direction": "piece", "at_once_ms": 1e3 * at_once,
-        "in_turn_ms": 1e3 * in_turn, "in_turn_without_host_ms": 1e3 * SEGMENTS * (alone + append * ceilings.launch),
+        "label": f"{SEGMENTS} segments, each {PIECE}",
+        "contender": OURS,
+        "direction": "piece",
+        "at_once_ms": 1e3 * at_once,
+        "in_turn_ms": 1e3 * in_turn,
+        "in_turn_without_host_ms": 1e3 * SEGMENTS * alone,
         "gain": in_turn / at_once,
-    }  # fmt: skip
+    }
 
 
 def goal_rows(rows: list[Row]) -> list[Row]:
@@ -259,18 +275,20 @@ def markdown(rows: list[Row], ceilings: Ceilings = H100) -> str:
         f"# Predictions for an {ceilings.name}",
         "",
         "Written by `python -m benchmarks.gpu --predict` before any run on such a GPU. Counted: operations, visible",
-        "pairs and least bytes in bfloat16. Ceilings: "
-        f"{ceilings.dense / 1e12:.0f} TFLOP/s dense and {ceilings.bandwidth / 1e12:.2f} TB/s (datasheet), "
-        f"{ceilings.exponentials / 1e12:.1f} T exponentials/s (16 a clock and multiprocessor at 1.755 GHz).",
-        f"Assumed: {ceilings.warpgroup / 1e12:.0f} TFLOP/s reached through warpgroup instructions (ours, Flex, cuDNN), "
-        f"{ceilings.warp / 1e12:.0f} through the older ones (flash of SDPA), {1e6 * ceilings.launch:.0f} us between "
-        f"kernels, {1e6 * ceilings.host_ours:.0f} us of Python for a launch of ours, {1e6 * ceilings.host_torch:.0f} "
-        "for an operator of PyTorch's.",
+        "pairs and least bytes in bfloat16.",
         "",
-        "floor: the larger of operations and bytes at the datasheet's rates. fast: all overlaps. expected:",
-        "exponentials wait for products. slow: so do the additions around them. eager: the greater of expected and",
-        "Python's time.",
-        "The cuDNN peer is counted without its mask's bytes and with one pass over the keys in the backward.",
+        f"- Ceilings, from the datasheet: {ceilings.dense / 1e12:.0f} TFLOP/s dense, "
+        f"{ceilings.bandwidth / 1e12:.2f} TB/s,",
+        f"  {ceilings.exponentials / 1e12:.1f} T exponentials/s (16 a clock and multiprocessor at 1.755 GHz).",
+        f"- Assumed: {ceilings.warpgroup / 1e12:.0f} TFLOP/s of products reached through warpgroup instructions",
+        f"  (ours, Flex, cuDNN), {ceilings.warp / 1e12:.0f} through the older ones (flash of SDPA);",
+        f"  {1e6 * ceilings.launch:.0f} us between kernels;",
+        f"  Python takes {1e6 * ceilings.host_ours:.0f} us for a launch of ours, {1e6 * ceilings.host_torch:.0f} for an"
+        f" operator of PyTorch's, {1e6 * ceilings.host_pass:.0f} to enter autograd.",
+        "- floor: the larger of operations and bytes of each kernel at the datasheet's rates. fast: all overlaps.",
+        "  expected: exponentials wait for products. slow: so do the additions around them. eager: the greater of",
+        "  expected and Python's time.",
+        "- The cuDNN peer looks at every pair, as a mask tensor makes it do; the mask's own bytes are not counted.",
         "",
         "| shape | contender | pass | GFLOP | MB | launches | floor, ms | fast | expected | slow | eager | TFLOP/s |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",

@@ -249,7 +249,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def merged(old: Any, new: dict[str, Any]) -> dict[str, Any]:
     """The new report with those rows of the old that are of the same sources and Triton and were not made anew."""
-    rows = {}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     same = isinstance(old, dict) and all(old.get(key) == new[key] for key in ("triton", "sources"))
     for row in (old["rows"] if same else []) + new["rows"]:
         if row["seconds"] == 0.0 and _key(row) in rows:  # it was timed when it was compiled

@@ -178,7 +178,8 @@ def measure(
             leaves = [x.requires_grad_(kernel != "forward") for x in (inputs.q, inputs.k, inputs.v)]
 
             def forward(leaves: list[torch.Tensor] = leaves, inputs: Inputs = inputs) -> Any:
-                return memory_attention(*leaves, inputs.memory, **inputs.options, backend="triton")
+                q, k, v = leaves
+                return memory_attention(q, k, v, inputs.memory, **inputs.options, backend="triton")
 
             if kernel == "forward":
                 seconds.append(kernel_seconds(forward, device))

@@ -69,11 +69,13 @@ def test_the_backward_is_counted_product_by_product() -> None:
     sizes = Sizes(Shape(3, 4, 2, 8, 5, 16))
     own, pairs = 3 * 4 * 36, 3 * 4 * (36 + 40)
     assert (sizes.own_pairs, sizes.pairs) == (own, pairs)
-    assert ours(sizes, "backward").flops == 2 * 16 * (3 * pairs + 4 * own)
-    assert peer(sizes, "backward", "flash").flops == 2 * 16 * 5 * pairs
+    assert [work.flops for work in ours(sizes, "backward")] == [0, 2 * 16 * 3 * pairs, 2 * 16 * 4 * own]
+    assert [work.flops for work in peer(sizes, "backward", "flash")] == [0, 2 * 16 * 5 * pairs]
+    assert sum(work.flops for work in peer(sizes, "backward", "masked")) == 2 * 16 * 5 * 3 * 4 * 8 * 13
+    assert sum(work.pairs for work in peer(sizes, "backward", "flex")) == 2 * pairs
     q, kv, memory = 3 * 4 * 8 * 16 * 2, 2 * 3 * 2 * 8 * 16 * 2, 2 * 3 * 2 * 5 * 16 * 2
-    assert ours(sizes, "forward").bytes == 2 * q + kv + memory
-    assert peer(sizes, "forward", "flash").bytes == 2 * q + 3 * (kv + memory)
+    assert [work.bytes for work in ours(sizes, "forward")] == [2 * q + kv + memory]
+    assert sum(work.bytes for work in peer(sizes, "forward", "flash")) == 2 * q + 3 * (kv + memory)
 
 
 @pytest.mark.parametrize("peer", [WrittenOut, MaskedSDPA])
