@@ -170,7 +170,7 @@ def _process(
         finally:
             process.kill()
             process.wait()
-    if process.returncode == 0 or (process.returncode == 3 and done):
+    if done == len(tasks) or (process.returncode == 3 and done):
         return done, None  # 3: it gave the row that broke the GPU for it, and left
     last = errors.read_text().strip().splitlines()
     return done, f"the process died with {process.returncode}: {last[-1] if last else 'it said nothing'}"
