@@ -38,78 +38,78 @@ Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
     64: {
-        "forward": Config(128, 64, 4, 2),  # four warps keep 128 x 64 in registers, so three blocks share an SM
-        "dq": Config(128, 64, 8, 2),  # a second score tile: twice the warps hold it
-        "dkv": Config(32, 128, 8, 2),  # two accumulators of 128 keys leave room for 32 queries a step
+        "forward": Config(128, 64, 4, 2),  # 256 queries or 128 keys spill, and so does a third stage with ALiBi
+        "dq": Config(128, 64, 8, 2),  # 256 queries or 128 keys spill
+        "dkv": Config(32, 128, 8, 2),  # 64 queries a step or 256 keys spill
     },
     128: {
         "forward": Config(64, 64, 8, 2),  # 128 queries spill
-        "dq": Config(64, 64, 8, 2),  # as the forward
+        "dq": Config(64, 64, 8, 2),  # 128 queries spill
         "dkv": Config(32, 64, 8, 2),  # 128 keys spill
     },
     256: {
-        "forward": Config(64, 32, 8, 2),  # the accumulator of 64 queries takes half of the registers
-        "dq": Config(64, 32, 8, 2),  # as the forward
-        "dkv": Config(32, 64, 8, 1),  # two accumulators of 64 keys; a second stage spills
+        "forward": Config(64, 32, 8, 2),  # 128 queries or 64 keys spill
+        "dq": Config(64, 32, 8, 2),  # 128 queries exceed shared memory
+        "dkv": Config(32, 64, 8, 1),  # 128 keys exceed shared memory, 64 queries a step or a second stage spill
     },
 }
 _ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
     64: _AMPERE[64],
     128: _AMPERE[128],
     256: {
-        "forward": Config(64, 32, 8, 2),  # 97 KiB
-        "dq": Config(64, 32, 8, 1),  # a second stage exceeds shared memory
-        "dkv": Config(32, 32, 8, 2),  # 64 keys exceed it
+        "forward": _AMPERE[256]["forward"],
+        "dq": Config(64, 32, 8, 1),  # Ampere's two stages take 99 KiB and more
+        "dkv": Config(32, 32, 8, 2),  # Ampere's 64 keys take more than there is
     },
 }
-_HOPPER: Sizes = {
+_HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) each
     64: {
-        "forward": Config(128, 128, 8, 2),  # two warpgroups of 64 queries, the widest tile that is clean
-        "dq": Config(128, 64, 8, 2),  # two score tiles: half the keys
-        "dkv": Config(64, 128, 8, 2),  # 128 keys for two warpgroups, 64 queries a step
+        "forward": Config(128, 128, 8, 2),  # 256 queries or keys spill
+        "dq": Config(128, 64, 8, 2),  # 256 queries spill; 128 keys are clean, with half the registers to spare
+        "dkv": Config(64, 128, 8, 2),  # 128 queries a step or 256 keys spill
     },
     128: {
-        "forward": Config(128, 64, 8, 3),  # a third stage fits and hides the loads; 128 keys spill with four warps
-        "dq": Config(128, 64, 8, 2),  # three stages exceed shared memory
-        "dkv": Config(32, 128, 8, 2),  # two accumulators of 128 x 128: 64 queries a step spill
+        "forward": Config(128, 64, 8, 3),  # 256 queries spill; 128 keys are clean, in all of the shared memory
+        "dq": Config(128, 64, 8, 2),  # 256 queries spill; 128 keys are clean, in all of the registers
+        "dkv": Config(32, 128, 8, 2),  # 64 queries a step, 256 keys or a third stage spill
     },
     256: {
-        "forward": Config(128, 32, 8, 2),  # the accumulator takes 128 registers: 64 keys spill
-        "dq": Config(64, 32, 8, 2),  # 128 queries spill
-        "dkv": Config(16, 64, 8, 2),  # two accumulators of 64 x 256: 32 queries a step spill
+        "forward": Config(128, 32, 8, 2),  # 256 queries or 64 keys spill
+        "dq": Config(128, 32, 8, 2),  # both warpgroups have 64 queries
+        "dkv": Config(16, 64, 8, 2),  # 32 queries a step, 128 keys or a third stage spill
     },
 }
 _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 512 columns of it
     64: {
         "forward": Config(128, 64, 8, 2),  # 256 columns and 124 registers: two blocks share an SM
-        "dq": Config(128, 64, 8, 2),  # likewise
-        "dkv": Config(64, 128, 8, 1),  # a second stage spills
+        "dq": Config(128, 64, 8, 2),  # likewise, with 128 registers
+        "dkv": Config(64, 128, 8, 1),  # a second stage, or 128 queries a step, spill
     },
     128: {
-        "forward": Config(128, 64, 8, 2),  # clean with every option; four warps spill
+        "forward": Config(128, 64, 8, 2),  # four warps spill; 128 keys are clean, in all of the tensor memory
         "dq": Config(128, 32, 8, 2),  # 256 columns and 104 registers: two blocks share an SM; 64 keys spill
-        "dkv": Config(32, 128, 8, 1),  # 64 queries a step spill
+        "dkv": Config(32, 128, 8, 1),  # 64 queries a step or a second stage spill
     },
     256: {
         "forward": Config(128, 32, 8, 2),  # 64 keys spill
-        "dq": Config(128, 32, 8, 1),  # a second stage fills shared memory and gains nothing that compiling shows
+        "dq": Config(128, 32, 8, 1),  # a second stage takes 208 of 227 KiB
         "dkv": Config(16, 64, 8, 1),
     },
 }
 _CDNA: Sizes = {  # 64 KiB of shared memory, no asynchronous copies to pipeline: one stage
     64: {
-        "forward": Config(128, 64, 4, 1),  # four wavefronts of 32 queries
-        "dq": Config(64, 64, 4, 1),  # two score tiles: half the queries
-        "dkv": Config(64, 64, 4, 1),  # two accumulators: half the keys of the forward's queries
+        "forward": Config(128, 64, 4, 1),  # the largest of the clean tiles tried
+        "dq": Config(64, 64, 4, 1),  # likewise
+        "dkv": Config(64, 64, 4, 1),  # likewise
     },
     128: {
-        "forward": Config(128, 64, 4, 1),  # as for 64
-        "dq": Config(64, 64, 4, 1),  # as for 64
-        "dkv": Config(32, 64, 4, 1),  # accumulators twice as wide: half the queries a step
+        "forward": Config(128, 64, 4, 1),  # likewise
+        "dq": Config(64, 64, 4, 1),  # likewise
+        "dkv": Config(32, 64, 4, 1),  # likewise
     },
     256: {
-        "forward": Config(64, 32, 4, 1),  # the accumulator takes the registers of 128 x 128
-        "dq": Config(32, 16, 4, 1),  # wider tiles spill or exceed shared memory
+        "forward": Config(64, 32, 4, 1),  # likewise
+        "dq": Config(32, 16, 4, 1),  # likewise
         "dkv": Config(32, 32, 4, 1),  # likewise
     },
 }
@@ -117,28 +117,28 @@ _CDNA: Sizes = {  # 64 KiB of shared memory, no asynchronous copies to pipeline:
 _FLOAT32: Sizes = {
     64: {
         "forward": Config(16, 16, 4, 1),  # 32 keys spill at head_dim 16 and on Ada
-        "dq": Config(32, 32, 4, 1),  # the widest that is clean
+        "dq": Config(32, 32, 4, 1),  # the largest of the clean tiles tried
         "dkv": Config(32, 32, 4, 1),  # likewise
     },
     128: {
         "forward": Config(16, 16, 8, 1),  # 32 queries spill on Ada
-        "dq": Config(16, 16, 4, 1),  # 32 queries spill
-        "dkv": Config(32, 32, 8, 1),  # clean with twice the warps
+        "dq": Config(16, 16, 4, 1),  # the largest of the clean tiles tried
+        "dkv": Config(32, 32, 8, 1),  # likewise
     },
     256: {
         "forward": Config(16, 16, 8, 2),  # with one stage, or other warps, the compiler spills 8 to 32 bytes
-        "dq": Config(16, 16, 8, 1),  # clean with eight warps only
-        "dkv": Config(16, 16, 4, 1),  # clean with four warps only
+        "dq": Config(16, 16, 8, 1),  # the least tile
+        "dkv": Config(16, 16, 4, 1),  # likewise
     },
 }
 _CDNA_FLOAT32: Sizes = {
     64: {
-        "forward": Config(32, 32, 4, 1),  # the widest that is clean
+        "forward": Config(32, 32, 4, 1),  # the largest of the clean tiles tried
         "dq": Config(32, 32, 4, 1),  # likewise
         "dkv": Config(32, 32, 4, 1),  # likewise
     },
     128: {
-        "forward": Config(16, 32, 4, 1),  # half the queries of 64
+        "forward": Config(16, 32, 4, 1),  # the largest of the clean tiles tried
         "dq": Config(16, 32, 4, 1),  # likewise
         "dkv": Config(16, 32, 4, 1),  # likewise
     },
