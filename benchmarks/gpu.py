@@ -89,7 +89,7 @@ def tasks_of(step: str, device: torch.device, dtype: str, backend: str) -> list[
     common = {"device": str(device), "dtype": dtype, "backend": backend}
     if step == "piece":
         shape, segments = (goals.DRY_PIECE, goals.DRY_SEGMENTS) if dry else (goals.PIECE, goals.SEGMENTS)
-        label = f"{segments} segments, each {shape}"
+        label = goals.piece_label(shape, segments)
         return [_task("piece", shape, goals.OURS, common) | {"label": label, "segments": segments}]
     goal = len(goals.SHAPES) - len(goals.GRID)
     shapes = {"goals": goals.SHAPES[:goal], "grid": goals.GRID}[step]

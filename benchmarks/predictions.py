@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.contenders import Shape
-from benchmarks.goals import LONG_64, LONG_128, OURS, PIECE, SEGMENTS, TRAINING
+from benchmarks.goals import LONG_64, LONG_128, OURS, PIECE, SEGMENTS, TRAINING, goals, piece_label
 from dsmr_kernels.cost import attention_flops, visible_pairs
 
 Row = dict[str, Any]
@@ -240,7 +240,7 @@ def _piece(ceilings: Ceilings) -> Row:
     alone, host = times["one"][0] + append * ceilings.launch, times["one"][1] + append * ceilings.host_torch
     at_once, in_turn = max(times["whole"]), SEGMENTS * max(alone, host)
     return {
-        "label": f"{SEGMENTS} segments, each {PIECE}",
+        "label": piece_label(PIECE, SEGMENTS),
         "contender": OURS,
         "direction": "piece",
         "at_once_ms": 1e3 * at_once,
@@ -252,13 +252,11 @@ def _piece(ceilings: Ceilings) -> Row:
 
 def goal_rows(rows: list[Row]) -> list[Row]:
     """The goals of the comparison, as predicted: the same shape of rows as `benchmarks.goals.goals` gives."""
-    from benchmarks.goals import goals
-
     found: dict[tuple[str, str], Row] = {}
     pieces = []
     for row in rows:
         if row["direction"] == "piece":
-            pieces.append({"kind": "piece", "status": "ok", "gain": row["gain"]})
+            pieces.append({"kind": "piece", "label": row["label"], "status": "ok", "gain": row["gain"]})
             continue
         key = (row["label"], row["contender"])
         made = found.setdefault(key, {"kind": "attention", "label": key[0], "contender": key[1], "status": "ok"})

@@ -181,6 +181,7 @@ def _measured(shape: Shape, contender: str, ms: float, tflops: float = 1.0) -> d
 
 
 def test_goals_are_judged_against_the_best_peer() -> None:
+    label = goals.piece_label(goals.PIECE, goals.SEGMENTS)
     rows = [
         _measured(goals.LONG_128, "ours", 1.0, 460),
         _measured(goals.LONG_128, "slow peer", 9.0),
@@ -188,7 +189,7 @@ def test_goals_are_judged_against_the_best_peer() -> None:
         _measured(goals.LONG_64, "ours", 1.0, 340),
         _measured(goals.TRAINING, "ours", 2.0),
         _measured(goals.TRAINING, "peer", 4.0) | {"status": "failed"},
-        {"kind": "piece", "label": "p", "contender": "ours", "status": "ok", "gain": 3.9},
+        {"kind": "piece", "label": label, "contender": "ours", "status": "ok", "gain": 3.9},
     ]
     found = goals.goals(rows)
     assert [row["met"] for row in found] == [True, False, False, None, None, None, False]
