@@ -150,7 +150,8 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
         triton.knobs.compilation.listener = listener
     seconds = 0.0 if hits == [True] else time.perf_counter() - begin
     registers, spilled, listing = _read_nvidia(result) if target.backend == "cuda" else _read_amd(result)
-    matrix = len(re.findall(target.matrix, listing))
+    older = (case.kernel, target.name, dim) in configs.OLDER_INSTRUCTIONS
+    matrix = len(re.findall(target.older if older else target.matrix, listing))
     columns = getattr(result.metadata, "tmem_size", None) or 0
     return Compiled(case, config, registers, spilled, result.metadata.shared, columns, matrix, seconds)
 

@@ -18,6 +18,7 @@ class Target:
         registers: 32-bit registers of a multiprocessor for each lane of a warp (AMD: of its four SIMD units together).
         tensor_columns: columns of tensor memory of a multiprocessor; 0 where there is none.
         matrix: pattern of the matrix instructions that its fast path uses, in the disassembly.
+        older: pattern of those that it has besides, if any.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Target:
     registers: int
     tensor_columns: int
     matrix: str
+    older: str = ""
 
     def occupancy(self, *, warps: int, registers: int, shared: int, tensor_columns: int) -> float:
         """Share of the warps that a multiprocessor can hold that blocks like this fill, estimated; 0 if none fits."""
@@ -59,7 +61,9 @@ TARGETS = {
         Target("sm_89", "cuda", 89, 32, 99 * _KIB, 100 * _KIB, _KIB, 48, 24, _NVIDIA, 0, r"\bHMMA"),
         Target("sm_90", "cuda", 90, 32, 227 * _KIB, 228 * _KIB, _KIB, 64, 32, _NVIDIA, 0, r"\bHGMMA"),
         # Data-centre Blackwell: fifth-generation tensor cores, whose accumulators lie in tensor memory.
-        Target("sm_100", "cuda", 100, 32, 227 * _KIB, 228 * _KIB, _KIB, 64, 32, _NVIDIA, 512, r"\bUTC\w*MMA"),
+        Target(
+            "sm_100", "cuda", 100, 32, 227 * _KIB, 228 * _KIB, _KIB, 64, 32, _NVIDIA, 512, r"\bUTC\w*MMA", r"\bHMMA"
+        ),
         # Workstation Blackwell has neither: it multiplies as Ada does.
         Target("sm_120", "cuda", 120, 32, 99 * _KIB, 100 * _KIB, _KIB, 48, 24, _NVIDIA, 0, r"\bHMMA"),
         Target("gfx942", "hip", "gfx942", 64, 64 * _KIB, 64 * _KIB, 0, 32, 16, 4 * 512, 0, r"v_mfma"),

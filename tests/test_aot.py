@@ -15,7 +15,7 @@ from dsmr_kernels.targets import TARGETS
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which is not installed", allow_module_level=True)
 
-from dsmr_kernels.backends.triton.configs import DTYPES, TABLE, Config, choose, family
+from dsmr_kernels.backends.triton.configs import DTYPES, OLDER_INSTRUCTIONS, TABLE, Config, choose, family
 
 
 def _aot(*arguments: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
@@ -42,6 +42,11 @@ def test_a_sample_of_every_target_and_kernel_compiles_clean(tmp_path: Path) -> N
         assert 0 < row["shared"] <= row["shared_limit"]
         assert (row["matrix"] > 0) == (row["dtype"] != "float32")
         assert (row["tensor_columns"] > 0) == (row["target"] == "sm_100")
+
+
+def test_older_instructions_pass_only_where_it_is_said() -> None:
+    assert {(kernel, target) for kernel, target, _ in OLDER_INSTRUCTIONS} == {("dkv", "sm_100")}
+    assert {target for _, target, _ in OLDER_INSTRUCTIONS} <= {name for name, part in TARGETS.items() if part.older}
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ _AMPERE: Sizes = {
     256: {
         "forward": Config(64, 32, 8, 2),  # 128 queries or 64 keys spill
         "dq": Config(64, 32, 8, 2),  # 128 queries exceed shared memory
-        "dkv": Config(32, 64, 8, 1),  # 128 keys exceed shared memory, 64 queries a step or a second stage spill
+        "dkv": Config(16, 64, 8, 1),  # 128 keys exceed shared memory, 32 queries a step spill
     },
 }
 _ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
@@ -93,7 +93,7 @@ _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 5
     256: {
         "forward": Config(128, 32, 8, 2),  # 64 keys spill
         "dq": Config(128, 32, 8, 1),  # a second stage takes 208 of 227 KiB
-        "dkv": Config(16, 64, 8, 1),
+        "dkv": Config(32, 32, 8, 2),  # 64 keys, the least that tensor memory serves, spill: see OLDER_INSTRUCTIONS
     },
 }
 _CDNA: Sizes = {  # 64 KiB of shared memory, no asynchronous copies to pipeline: one stage
@@ -150,6 +150,8 @@ _CDNA_FLOAT32: Sizes = {
 }
 TABLE = {"sm_80": _AMPERE, "sm_89": _ADA, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_120": _ADA, "gfx942": _CDNA}
 FLOAT32_TABLE = {name: _CDNA_FLOAT32 if name.startswith("gfx") else _FLOAT32 for name in TABLE}
+# (kernel, architecture, padded head_dim) where no clean tile uses the fast matrix instructions: the older ones serve.
+OLDER_INSTRUCTIONS = {("dkv", "sm_100", 256)}
 
 
 def family(architecture: str) -> str:
