@@ -157,6 +157,26 @@ def test_half_a_file_is_refused_and_falls_back_only_if_told(tmp_path: Path) -> N
     assert choose(*CALL) == from_table(*CALL)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter serves where there is no GPU")
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+def test_a_configuration_is_checked_and_timed_through_the_interpreter(kernel: str) -> None:
+    shapes, cpu = [tune.Shape(1, 1, 9, 20, 2)], torch.device("cpu")
+    found = tune.measure(kernel, Config(32, 16, 4, 1), shapes, 16, torch.float32, cpu)
+    assert len(found) == len(shapes)
+    assert all(0 < seconds < 10 for seconds in found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter serves where there is no GPU")
+def test_a_configuration_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(case: object, backend: str) -> None:
+        raise AssertionError("triton: out errs by 1")
+
+    monkeypatch.setattr(tune, "assert_agrees_with_oracle", wrong)
+    monkeypatch.setattr(tune, "kernel_seconds", lambda *_: pytest.fail("was timed"))
+    with pytest.raises(AssertionError, match="errs by 1"):
+        tune.measure("dq", Config(16, 16, 4, 1), [tune.Shape(1, 2, 8, 5)], 16, torch.float32, torch.device("cpu"))
+
+
 def test_a_trial_ends_with_its_block() -> None:
     with trying("forward", FASTER):
         assert choose("forward", "interpreter", 16, torch.float32) == FASTER
