@@ -145,9 +145,8 @@ def ours(sizes: Sizes, direction: str) -> list[Work]:
         blocks = sizes.blocks(tile["forward"].bm, shape.heads)
         return [Work(read + sizes.q, sizes.products(sizes.pairs, 2), sizes.pairs, blocks)]
     dq_blocks, dkv_blocks = sizes.blocks(tile["dq"].bm, shape.heads), sizes.blocks(tile["dkv"].bn, shape.kv_heads)
-    return [
-        Work(2 * sizes.q),  # the sums of output times gradient
-        Work(read + 2 * sizes.q, sizes.products(sizes.pairs, 3), sizes.pairs, dq_blocks),
+    return [  # dq reads output and gradient, and sums their product on the way
+        Work(read + 3 * sizes.q, sizes.products(sizes.pairs, 3), sizes.pairs, dq_blocks),
         Work(2 * sizes.q + 2 * sizes.kv, sizes.products(sizes.own_pairs, 4), sizes.own_pairs, dkv_blocks),
     ]
 

@@ -11,6 +11,7 @@ spills, wants more shared or tensor memory than its part has, or uses no matrix 
 import argparse
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -100,7 +101,7 @@ ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
-    """Compile one kernel as `launch` would call it: aligned pointers and strides, all sizes at run time.
+    """Compile one kernel as `launch` would call it: aligned pointers, contiguous tensors, all sizes at run time.
 
     Args:
         case: what to compile.
@@ -119,7 +120,8 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
     function = getattr(importlib.import_module(f"dsmr_kernels.backends.triton.{module}"), name)
     config = config or configs.from_table(case.kernel, target.name, head_dim, getattr(torch, case.dtype))
     dim = configs.padded(head_dim)
-    constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "WHOLE_DIM": dim == head_dim}
+    constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "HEAD_DIM": head_dim}
+    constants["UNIT"] = math.gcd(16, head_dim)  # the strides' unit for contiguous tensors
     constants |= {"PRECISION": "ieee" if case.dtype == "float32" else "tf32", **VARIANTS[case.variant]}
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
@@ -132,8 +134,6 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if name.endswith(("_batch", "_head", "_token")) or (name == "head_dim" and head_dim % 16 == 0):
-                attributes[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(function.arg_names.index(name),): constants[name] for name in signature if name in constants}
     source = ASTSource(function, signature, constexprs, attributes)
     hits: list[bool] = []

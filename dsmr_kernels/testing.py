@@ -32,9 +32,9 @@ class Case:
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Case":
         """The same case in another dtype or on another device."""
-        memory = None if self.memory is None else self.memory.to(dtype=dtype, device=device)
+        memory = None if self.memory is None else self.memory.to(device=device, dtype=dtype)
         q, k, v, grad = (x.to(device=device, dtype=dtype) for x in (self.q, self.k, self.v, self.grad))
-        options = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in self.options.items()}
+        options = {name: x.to(device=device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
         return Case(q, k, v, memory, grad, options)
 
 
