@@ -66,17 +66,17 @@ _HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) ea
     64: {
         "forward": Config(128, 128, 8, 2),  # 256 queries or keys spill
         "dq": Config(128, 64, 8, 2),  # 256 queries spill; 128 keys are clean, with half the registers to spare
-        "dkv": Config(64, 128, 8, 2),  # 128 queries a step or 256 keys spill
+        "dkv": Config(32, 128, 8, 2),  # 64 queries a step spill without pieces
     },
     128: {
         "forward": Config(128, 64, 8, 3),  # 256 queries spill; 128 keys are clean, in all of the shared memory
         "dq": Config(128, 64, 8, 2),  # 256 queries spill; 128 keys are clean, in all of the registers
-        "dkv": Config(32, 128, 8, 2),  # 64 queries a step, 256 keys or a third stage spill
+        "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, and so do 64 keys with four warps
     },
     256: {
-        "forward": Config(128, 32, 8, 2),  # 256 queries or 64 keys spill
-        "dq": Config(128, 32, 8, 2),  # both warpgroups have 64 queries
-        "dkv": Config(16, 64, 8, 2),  # 32 queries a step, 128 keys or a third stage spill
+        "forward": Config(64, 64, 8, 2),  # 128 queries spill
+        "dq": Config(128, 32, 8, 2),  # both warpgroups have 64 queries; with Triton 3.6 it still spills 8 bytes
+        "dkv": Config(16, 64, 8, 1),  # a second stage spills
     },
 }
 _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 512 columns of it
