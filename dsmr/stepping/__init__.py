@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsmr.errors import UserError
 from dsmr.model import DSMRModel
+from dsmr.sampling import Sampling, draw
 from dsmr.state import DSMRState
 from dsmr.stepping.rings import HostRings, in_step
 from dsmr.stepping.step import Step, attentions
@@ -25,8 +26,16 @@ class Stepper(Protocol):
 
     precision: str
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens (B,) int64 -> the next tokens' logits (B, vocab_size), float32, good until the next call."""
+    def next(self, tokens: Tensor, sampling: Sampling, allowed: Tensor | None, noise: Tensor) -> Tensor:
+        """Show `tokens` (B,) int64, draw the next (B,), all on the CPU.
+
+        Args:
+            allowed: (B, vocab_size) bool, what may be drawn; None = everything.
+            noise: (B,), uniform numbers that decide the draw, see `dsmr.sampling.pick`.
+
+        Raises:
+            UserError: if the model's logits are not finite.
+        """
 
 
 class PlainStep:
@@ -34,12 +43,16 @@ class PlainStep:
 
     def __init__(self, model: DSMRModel, state: DSMRState) -> None:
         self.model, self.state = model, state
-        self.precision = str(model.embedding.weight.dtype).removeprefix("torch.")
+        self.precision = str(next(model.parameters()).dtype).removeprefix("torch.")
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        device = self.model.embedding.weight.device
+        """tokens (B,) int64 -> the next tokens' logits (B, vocab_size), float32, CPU."""
+        device = next(self.model.parameters()).device
         return self.model(tokens[:, None].to(device), self.state).logits[:, -1].float().cpu()
+
+    def next(self, tokens: Tensor, sampling: Sampling, allowed: Tensor | None, noise: Tensor) -> Tensor:
+        return draw(self(tokens), sampling, allowed, noise)
 
 
 def stepper(model: DSMRModel, state: DSMRState, precision: str = "float32") -> Stepper:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dsmr.attention import DSMRAttention
 from dsmr.model import Block, DSMRModel
 from dsmr.positions import Rotary, token_positions
+from dsmr.sampling import Sampling, draw
 from dsmr.state import DSMRState
 from dsmr.stepping.rings import Rings
 from dsmr.stepping.weights import Product, product
@@ -103,6 +104,10 @@ class Step:
             return self._forward(tokens)
         with torch.backends.mkldnn.flags(enabled=False):
             return self._forward(tokens)
+
+    def next(self, tokens: Tensor, sampling: Sampling, allowed: Tensor | None, noise: Tensor) -> Tensor:
+        """See `dsmr.stepping.Stepper`."""
+        return draw(self(tokens), sampling, allowed, noise)
 
     def _forward(self, tokens: Tensor) -> Tensor:
         positions = token_positions(self.rings.positions, 1, None)
