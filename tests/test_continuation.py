@@ -10,6 +10,7 @@ from dsmr.continuation import continue_piece
 from dsmr.errors import UserError
 from dsmr.generation import Sampling, stream
 from dsmr.model import DSMRConfig, DSMRModel
+from dsmr.stepping import Step
 
 TWO_SCALE = "two_scale(layers=3, long=40, short=9, n_long=1)"
 
@@ -192,19 +193,17 @@ def test_a_run_of_another_tokeniser_is_refused(run_directory, piece, tmp_path):
 
 @pytest.mark.parametrize("trouble", ["not finite", "ctrl-c"])
 def test_what_was_played_before_trouble_is_written(trouble, run_directory, piece, tmp_path, monkeypatch):
-    import dsmr.generation
+    honest, calls = Step.__call__, []
 
-    honest, calls = dsmr.generation.step, []
-
-    def step(model, token, state):
-        calls.append(token)
+    def step(self, tokens):
+        calls.append(tokens)
         if len(calls) < 60:
-            return honest(model, token, state)
+            return honest(self, tokens)
         if trouble == "ctrl-c":
             raise KeyboardInterrupt
-        return honest(model, token, state) * math.nan
+        return honest(self, tokens) * math.nan
 
-    monkeypatch.setattr(dsmr.generation, "step", step)
+    monkeypatch.setattr(Step, "__call__", step)
     arguments = {"prompt_seconds": 3.0, "tokens": 500, "sampling": Sampling(seed=4)}
     if trouble == "ctrl-c":
         assert continue_piece(run_directory, piece, tmp_path / "on.mid", **arguments).interrupted
