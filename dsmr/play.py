@@ -157,6 +157,8 @@ class Outlet:
     def _send(self, event: Event) -> None:
         """Send, and know what sounds. A pitch struck again is ended first; its earlier end then comes to nothing."""
         if event.kind == OFF:
+            if not self.sounding[event.pitch]:
+                return
             self.sounding[event.pitch] -= 1
             if self.sounding[event.pitch] > 0:
                 return

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dsmr.data.vocabulary import Vocabulary
 
 VIRTUAL = "dsmr"
+TICKS_A_SECOND = 1000
 
 
 def _mido() -> Any:
@@ -127,9 +128,16 @@ def listen(
 
 def prompt_of(notes: list[tuple[float, float, int, int]], vocabulary: Vocabulary) -> np.ndarray:
     """The tokens of notes that were listened to, BOS first."""
-    from dsmr.data.tokenizer import FINE_TICKS_PER_QUARTER, encode_score, rebuild, score_of_notes
+    import symusic
 
-    score = score_of_notes(notes, FINE_TICKS_PER_QUARTER)
+    from dsmr.data.tokenizer import encode_score, rebuild
+
+    score = symusic.Score(TICKS_A_SECOND // 2)  # at 120 quarter notes a minute
+    track = symusic.Track(program=0, is_drum=False, name="Piano")
+    for onset, duration, pitch, velocity in notes:
+        time_and_length = (round(onset * TICKS_A_SECOND), max(1, round(duration * TICKS_A_SECOND)))
+        track.notes.append(symusic.Note(*time_and_length, pitch, velocity))
+    score.tracks.append(track)
     try:
         tokens, _ = encode_score(score, rebuild(vocabulary))
     except ValueError as error:
