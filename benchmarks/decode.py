@@ -9,6 +9,7 @@ ratios. Real time is counted against 40 tokens a second, which a dense performan
 """
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -60,15 +61,16 @@ def compare(rounds: int, tokens: int, threads: int) -> list[dict[str, Any]]:
 
 
 def at_places(rounds: int, tokens: int, precision: str) -> list[dict[str, Any]]:
-    """Milliseconds a token at positions far apart. The longest is reached by setting a full stream forward."""
+    """Milliseconds a token at positions far apart. The longest is reached, within a turn of the
+    rings, by setting a stream forward whose rings are full."""
     decoders = []
     for place in PLACES:
         decoder = Ours(random_context(min(place, 10_000)), precision)
         ahead = place - 10_000
         if ahead > 0:  # rings are full, so that nothing but the count differs
+            whole = math.lcm(*(memory.capacity for memory in decoder.state.memories))
             for memory in decoder.state.memories:
-                turns = ahead // memory.capacity * memory.capacity
-                memory.position += turns
+                memory.position += ahead // whole * whole
         decoders.append(decoder)
     turns: list[list[float]] = [[] for _ in PLACES]
     for _ in range(rounds):
@@ -178,7 +180,9 @@ def main() -> None:
     places = at_places(arguments.rounds, arguments.tokens, arguments.precision)
     long = play_long(arguments.long, arguments.precision) if arguments.long else []
     parts = [table(rows), f"Time by position ({arguments.precision}, 1 thread):\n\n{places_table(places)}"]
-    parts += [f"{arguments.long:,} tokens played ({arguments.precision}, 1 thread):\n\n{long_table(long)}"] if long else []
+    parts += (
+        [f"{arguments.long:,} tokens played ({arguments.precision}, 1 thread):\n\n{long_table(long)}"] if long else []
+    )
     machine = {
         "device": "CPU",
         "processor": platform.processor() or platform.machine(),

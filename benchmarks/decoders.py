@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from dsmr.model import DSMRConfig, DSMRModel
-from dsmr.stepping import PlainStep, Stepper, stepper
+from dsmr.schedule import MemorySchedule
+from dsmr.stepping import PlainStep, stepper
 
 LAYERS, WIDTH, HEADS, VOCABULARY, SEGMENT = 8, 512, 8, 512, 512
-SCHEDULE = f"two_scale(layers={LAYERS}, long=2048, short=512, n_long=2)"
+SCHEDULE = MemorySchedule.two_scale(layers=LAYERS, long=2048, short=512, n_long=2)
 FEED_FORWARD = 4 * WIDTH
 CHECKED = 6  # tokens
 # Of the largest logit: float32 is held to 1e-4 absolute; reduced weights change every logit a little.
@@ -94,19 +95,18 @@ class HuggingFaceLlama:
         from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=WIDTH,
-                intermediate_size=2 * FEED_FORWARD // 3,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=HEADS,
-                num_key_value_heads=HEADS,
-                max_position_embeddings=1 << 16,
-                tie_word_embeddings=True,
-                attn_implementation="sdpa",
-            )
-        ).eval()
+        sizes: dict[str, Any] = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": WIDTH,
+            "intermediate_size": 2 * FEED_FORWARD // 3,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": HEADS,
+            "max_position_embeddings": 1 << 16,
+            "tie_word_embeddings": True,
+            "attn_implementation": "sdpa",
+        }
+        self.model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.cache = DynamicCache()
         with torch.no_grad():
@@ -167,6 +167,3 @@ def ready(contender: Contender, context: Tensor) -> Any:
 
 def random_context(tokens: int) -> Tensor:
     return torch.randint(VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(0))
-
-
-__all__ = ["CONTENDERS", "Contender", "Decoder", "Ours", "Stepper", "config", "random_context", "ready"]

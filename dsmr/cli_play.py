@@ -45,12 +45,8 @@ Dtype = Annotated[
 Threads = Annotated[
     int, typer.Option(min=1, help="CPU threads. One is not disturbed by other programs; more may be faster.")
 ]
-SaveState = Annotated[
-    Path | None, typer.Option(help="Keep the stream in this file when it ends.", show_default="no")
-]
-LoadState = Annotated[
-    Path | None, typer.Option(help="Play on from this file instead of a prompt.", show_default=False)
-]
+SaveState = Annotated[Path | None, typer.Option(help="Keep the stream in this file when it ends.", show_default="no")]
+LoadState = Annotated[Path | None, typer.Option(help="Play on from this file instead of a prompt.", show_default=False)]
 
 
 def _sampling(given: dict[str, Any], resumed: bool) -> "Sampling | None":

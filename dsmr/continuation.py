@@ -134,7 +134,7 @@ def continue_variations(
 
     Writes `out` (prompt and continuation), `<out's stem>-continuation.mid` (the continuation alone, from its own
     second 0) and `<out's stem>.png` (piano roll); several `variations` get a number each, `<out's stem>-1.mid` and so
-    on. The continuation is `seconds` or `notes` or `tokens` long, whichever comes first; 60 seconds where none is given.
+    on. The continuation is `seconds` or `notes` or `tokens` long, whichever comes first; 60 seconds where none is said.
 
     Args:
         sampling, dtype: None = the defaults, or with `load_state` those of the saved stream.
@@ -173,8 +173,7 @@ def continue_variations(
         player = Player.begin(model, prompt, sampling, vocabulary, variations=variations, dtype=dtype)
     prompts = [np.array(heard, dtype=np.int64) for heard in player.tokens]
     takes = [
-        Take(prompt, vocabulary, Recorder(one) if growing else None)
-        for prompt, one in zip(prompts, outs, strict=True)
+        Take(prompt, vocabulary, Recorder(one) if growing else None) for prompt, one in zip(prompts, outs, strict=True)
     ]
     trouble = play(player, takes, Limits(seconds, notes), tokens, stop_at_end, on_progress, on_event)
     if trouble is not None and not any(take.played.notes for take in takes):

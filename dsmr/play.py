@@ -100,7 +100,9 @@ class Outlet:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with self._changed:
             self._leave = True
             self._changed.notify_all()
@@ -232,9 +234,11 @@ def perform(
                 notes += sum(event.kind == ON for event in events)
                 if recorder is not None:
                     recorder.add([_later(event, -began) for event in events], sounding.clock.seconds - began)
-                    recorder.save()
-                for event in events if on_event is not None else ():
-                    on_event(event)
+                    if notes:
+                        recorder.save()
+                for event in events:
+                    if on_event is not None:
+                        on_event(event)
                 outlet.push(events, sounding.clock.seconds)
                 if sounding.clock.seconds - began >= look_ahead:
                     outlet.start()

@@ -132,8 +132,8 @@ def prompt_of(notes: list[tuple[float, float, int, int]], vocabulary: Vocabulary
 
     from dsmr.data.tokenizer import encode_score, rebuild
 
-    score = symusic.Score(TICKS_A_SECOND // 2)  # at 120 quarter notes a minute
-    track = symusic.Track(program=0, is_drum=False, name="Piano")
+    score: Any = symusic.Score(TICKS_A_SECOND // 2)  # at 120 quarter notes a minute
+    track: Any = symusic.Track(program=0, is_drum=False, name="Piano")
     for onset, duration, pitch, velocity in notes:
         time_and_length = (round(onset * TICKS_A_SECOND), max(1, round(duration * TICKS_A_SECOND)))
         track.notes.append(symusic.Note(*time_and_length, pitch, velocity))

@@ -84,7 +84,8 @@ def pick(order: Tensor, chances: Tensor, noise: Tensor) -> Tensor:
     """The candidates that uniform numbers `noise` (...), at least 0 and below 1, fall on: (...) int64. Host-free."""
     reached = chances.double().cumsum(-1)  # double, so that noise times the whole stays below the whole
     index = torch.searchsorted(reached, noise.double()[..., None] * reached[..., -1:], right=True)
-    return order.gather(-1, index)[..., 0]
+    last = order.shape[-1] - 1  # beyond it lies only what is found among NaNs
+    return order.gather(-1, index.clamp(max=last))[..., 0]
 
 
 def check_finite(logits: Tensor) -> None:

@@ -76,5 +76,7 @@ def stepper(model: DSMRModel, state: DSMRState, precision: str = "float32") -> S
 
         return captured_step(model, state, precision)
     if precision != "float32":
-        raise UserError(f"dtype '{precision}' serves float32 models on a CPU, streams in step; this one takes 'float32'")
+        raise UserError(
+            f"dtype '{precision}' serves float32 models on a CPU, streams in step; this one takes 'float32'"
+        )
     return PlainStep(model, state)

@@ -73,7 +73,8 @@ class HostRings:
             memory.append(k[:, :, None].to(dtype), v[:, :, None].to(dtype))
             seen = torch.full((self.state.batch,), self._sees(index), dtype=torch.int32)
             slopes = self.layers[index].slopes
-            return decode_attention(q[:, :, None].to(dtype), memory, visible=seen, alibi_slopes=slopes)[:, :, 0]
+            out = decode_attention(q[:, :, None].to(dtype), memory, visible=seen, alibi_slopes=slopes)
+            return out[:, :, 0].to(q.dtype)
         slot = self.position % memory.capacity
         memory.k[:, :, slot] = k
         memory.v[:, :, slot] = v
@@ -98,9 +99,14 @@ class DeviceRings:
         device = self.memories[0].k.device
         for memory in self.memories:  # a captured step writes to these very tensors
             memory.position, memory.length = memory.position.clone(), memory.length.clone()
+        # Of its own: in the first layer the memory's position moves on before the later layers read theirs.
         self.positions = self.memories[0].position.clone()
         self._offset = torch.tensor(state.offset, dtype=torch.int32, device=device)
         self._segment = layers[0].segment_length or 1
+
+    def counters(self) -> list[Tensor]:
+        """What `advance` changes."""
+        return [self.positions, self._offset]
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layer, memory = self.layers[index], self.memories[index]
@@ -112,7 +118,7 @@ class DeviceRings:
         offset = torch.zeros_like(self._offset) if layer.visibility == "sliding" else self._offset
         seen = (offset + (layer.horizon + 1)).expand(self.positions.shape)
         out = decode_attention(q[:, :, None].to(memory.k.dtype), memory, visible=seen, alibi_slopes=layer.slopes)
-        return out[:, :, 0]
+        return out[:, :, 0].to(q.dtype)
 
     def advance(self) -> None:
         self.positions.add_(1)

@@ -97,13 +97,17 @@ class Step:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
-        """tokens (B,) int64 -> logits of the next (B, vocab_size) float32, in a buffer that the next call overwrites."""
+        """tokens (B,) int64 -> the next ones' logits (B, vocab_size), float32; the next call overwrites them."""
         if tokens.shape != (self.state.batch,):
             raise ValueError(f"tokens must have shape ({self.state.batch},), one a stream, got {tuple(tokens.shape)}")
         if not self._without_onednn:
             return self._forward(tokens)
-        with torch.backends.mkldnn.flags(enabled=False):
+        enabled = torch._C._get_mkldnn_enabled()  # `torch.backends.mkldnn.flags` would also set, and warn of, TF32
+        torch._C._set_mkldnn_enabled(False)
+        try:
             return self._forward(tokens)
+        finally:
+            torch._C._set_mkldnn_enabled(enabled)
 
     def next(self, tokens: Tensor, sampling: Sampling, allowed: Tensor | None, noise: Tensor) -> Tensor:
         """See `dsmr.stepping.Stepper`."""

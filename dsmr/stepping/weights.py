@@ -39,6 +39,8 @@ def resolve_precision(name: str, model: nn.Module) -> str:
         raise UserError("dtype 'int8' needs PyTorch's _weight_int8pack_mm, which this version does not have")
     if name != "auto":
         return name
+    if next(model.parameters()).device.type != "cpu":
+        return "float32"
     large = 4 * sum(parameter.numel() for parameter in model.parameters()) > CACHED_BYTES
     return "int8" if large and _INT8_MM is not None else "float32"
 
