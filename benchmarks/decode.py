@@ -61,16 +61,15 @@ def compare(rounds: int, tokens: int, threads: int) -> list[dict[str, Any]]:
 
 
 def at_places(rounds: int, tokens: int, precision: str) -> list[dict[str, Any]]:
-    """Milliseconds a token at positions far apart. The longest is reached, within a turn of the
-    rings, by setting a stream forward whose rings are full."""
+    """Milliseconds a token at positions far apart. Those far on are reached by setting a stream
+    forward whose rings are full, by whole turns of every ring."""
     decoders = []
     for place in PLACES:
-        decoder = Ours(random_context(min(place, 10_000)), precision)
-        ahead = place - 10_000
-        if ahead > 0:  # rings are full, so that nothing but the count differs
-            whole = math.lcm(*(memory.capacity for memory in decoder.state.memories))
-            for memory in decoder.state.memories:
-                memory.position += ahead // whole * whole
+        turn = math.lcm(*(memory.capacity for memory in Ours(random_context(1), "plain").state.memories))
+        read = place if place < 2 * turn else turn + place % turn
+        decoder = Ours(random_context(read), precision)
+        for memory in decoder.state.memories:  # full where it is set forward, so that nothing but the count differs
+            memory.position += place - read
         decoders.append(decoder)
     turns: list[list[float]] = [[] for _ in PLACES]
     for _ in range(rounds):
