@@ -37,6 +37,7 @@ COMMANDS = [
     "generate",
     "play",
     "budget",
+    "profile",
     "demo",
     "pack",
     "prepare midi",
