@@ -53,6 +53,14 @@ class Rotary:
         rotated = torch.cat([first * self.cos - second * self.sin, first * self.sin + second * self.cos], -1)
         return rotated.to(x.dtype)
 
+    def rotate_into(self, out: Tensor, x: Tensor) -> None:
+        """The same for one token a row, with no new memory: x and out (B, H, head_dim), float32, apart."""
+        half = x.shape[-1] // 2
+        cos, sin = self.cos[:, :, 0], self.sin[:, :, 0]
+        (first, second), (to_first, to_second) = x.split(half, -1), out.split(half, -1)
+        torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding (Vaswani et al., 2017) of positions (B, T): (B, T, dim) float32, sines then cosines."""

@@ -129,16 +129,20 @@ class DSMRState:
                 setattr(memory, name, saved[name].to(current.device, copy=True))
         self.offset, self.aligned = int(state["offset"]), bool(state["aligned"])
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to one file (safetensors), whole or not at all."""
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save` writes: tensors by name, and the numbers beside them."""
         tensors = {
             f"{layer}.{name}": getattr(memory, name).contiguous()
             for layer, memory in enumerate(self.memories)
             for name in _FIELDS
         }
         tensors["recent"] = self.recent.contiguous()
-        metadata = {"offset": str(self.offset), "aligned": str(int(self.aligned)), "layers": str(len(self._memories))}
-        save_tensors(path, tensors, metadata)
+        numbers = {"offset": str(self.offset), "aligned": str(int(self.aligned)), "layers": str(len(self._memories))}
+        return tensors, numbers
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to one file (safetensors), whole or not at all."""
+        save_tensors(path, *self.tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "DSMRState":
