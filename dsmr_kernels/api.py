@@ -94,6 +94,20 @@ def _check_piece_start(piece_start: Tensor, k: Tensor) -> None:
         raise ValueError("piece_start must not decrease along a row: a piece cannot go on after the next one has begun")
 
 
+def _check_angles(cos: Tensor | None, sin: Tensor | None, q: Tensor) -> None:
+    if cos is None and sin is None:
+        return
+    expected = (q.shape[0], 1, q.shape[2], q.shape[3] // 2)
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tuple(tensor.shape) != expected:
+            found = f"{tensor.dtype} of shape {_shape(tensor)}" if isinstance(tensor, Tensor) else repr(tensor)
+            raise ValueError(f"{name} must be float32 of shape (batch, 1, n, head_dim // 2) = {expected}, got {found}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+    if q.shape[3] % 2:
+        raise ValueError(f"q must have an even head_dim to be turned, got {q.shape[3]}")
+
+
 def _scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
@@ -229,9 +243,68 @@ def decode_attention(
             raise ValueError(f"visible must be on the device of q, {q.device}, got {visible.device}")
     if alibi_slopes is not None:
         _check_alibi(alibi_slopes, q)
-    visible = memory.length if visible is None else torch.minimum(visible, memory.length)
-    if not torch.compiler.is_compiling() and visible.device.type == "cpu" and (few := visible < q.shape[2]).any():
-        row = int(few.nonzero()[0])  # its first query would see nothing, not even itself
-        raise ValueError(f"each of the {q.shape[2]} new tokens must see itself, but row {row} sees {int(visible[row])}")
+    if not torch.compiler.is_compiling() and q.device.type == "cpu":  # elsewhere, looking would make the device wait
+        sees = memory.length if visible is None else torch.minimum(visible, memory.length)
+        if (few := sees < q.shape[2]).any():
+            row = int(few.nonzero()[0])  # its first query would see nothing, not even itself
+            raise ValueError(
+                f"each of the {q.shape[2]} new tokens must see itself, but row {row} sees {int(sees[row])}"
+            )
     module = choose(q, backend, "decode_attention")
     return module.decode_attention(q, memory, visible, alibi_slopes, _scale(scale, q.shape[3]))
+
+
+def append_rotated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: KVMemory,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What a decode step does before it attends: turn q and k by their rotary angles, append k and v to the memory.
+
+    For inference. `memory.length` and `memory.position` are advanced in place, and nothing waits for the device, so a
+    captured graph may replay the call; with the triton backend it is one launch.
+
+    Args:
+        q: (batch, Hq, n, head_dim), the n newest tokens, no more than the memory's capacity; any strides.
+        k, v: (batch, Hkv, n, head_dim), in q's dtype; stored in the memory's.
+        memory: written in place.
+        cos, sin: (batch, 1, n, head_dim // 2) float32, of the tokens' rotary angles; None = no rotation.
+        backend: as in `memory_attention`.
+
+    Returns:
+        q, turned, in the memory's dtype, as `decode_attention` wants it: (batch, Hq, n, head_dim).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: if a gradient is asked for.
+    """
+    _check_query(q)
+    if not isinstance(memory, KVMemory):
+        raise TypeError(f"memory must be a KVMemory, got {type(memory).__name__}")
+    _check_heads(q, memory.kv_heads)
+    batch, _, new, dim = q.shape
+    found = (memory.batch, memory.head_dim)
+    if found != (batch, dim):
+        raise ValueError(f"memory must have (batch, head_dim) = {(batch, dim)} to fit q, got {found}")
+    if memory.k.device != q.device:
+        raise ValueError(f"memory must be on the device of q, {q.device}, got {memory.k.device}")
+    for name, tensor in (("k", k), ("v", v)):
+        _check_tensor(name, tensor, q)
+        expected = (batch, memory.kv_heads, new, dim)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"{name} must have shape (batch, kv_heads, n, head_dim) = {expected}, got {_shape(tensor)}"
+            )
+    if not 1 <= new <= memory.capacity:
+        raise ValueError(
+            f"q must hold at least one new token, no more than the memory's capacity of {memory.capacity}, got {new}"
+        )
+    _check_angles(cos, sin, q)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError("append_rotated is for inference: call it under torch.no_grad()")
+    return choose(q, backend, "append_rotated").append_rotated(q, k, v, memory, cos, sin)

@@ -98,12 +98,22 @@ class KVMemory:
         """Bytes of `k` and `v`, which is what the schedule's budget counts."""
         return self.k.nbytes + self.v.nbytes
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k.dtype
+
     def lease(self) -> Lease:
         """Ask that the present contents outlive the next `append`: as long as the lease lives, it copies before it
         writes."""
         lease = Lease()
         self._leases.add(lease)
         return lease
+
+    def unshare(self) -> None:
+        """Make everything this memory's own to write to: what a pending backward still needs is left to it."""
+        if len(self._leases):
+            self.k, self.v, self._leases = self.k.clone(), self.v.clone(), weakref.WeakSet()
+            self.length, self.position = self.length.clone(), self.position.clone()
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, piece_start: Tensor | None = None) -> None:
@@ -212,7 +222,7 @@ class KVMemory:
         k, v = (x.to(device=device, dtype=dtype) for x in (self.k, self.v))
         if k is self.k and v is self.v:  # two memories over one storage would overwrite each other's slots
             return self
-        return KVMemory(k, v, self.length.to(device=device), self.position.to(device=device))
+        return KVMemory(k, v, self.length.to(device=device, copy=True), self.position.to(device=device, copy=True))
 
     def clone(self) -> "KVMemory":
         """An independent copy."""

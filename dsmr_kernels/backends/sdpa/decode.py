@@ -6,7 +6,9 @@ from torch import Tensor
 from dsmr_kernels.memory import KVMemory
 
 
-def decode_attention(q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes: Tensor | None, scale: float) -> Tensor:
+def decode_attention(
+    q: Tensor, memory: KVMemory, visible: Tensor | None, alibi_slopes: Tensor | None, scale: float
+) -> Tensor:
     """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
     batch, heads, new, dim = q.shape
     kv_heads, capacity = memory.kv_heads, memory.capacity
@@ -14,7 +16,7 @@ def decode_attention(q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes:
     # The age of each slot, 1 for the newest token; the ring itself stays where it lies.
     age = (memory.position[:, None] - 1 - torch.arange(capacity, device=q.device)).remainder(capacity) + 1  # [B, C]
     younger = torch.arange(new, 0, -1, device=q.device)[:, None]  # [n, 1]: query i sees no slot younger than its own
-    oldest = torch.minimum(visible, memory.length)
+    oldest = memory.length if visible is None else torch.minimum(visible, memory.length)
     seen = (age[:, None] >= younger) & (age <= oldest[:, None])[:, None]  # [B, n, C]
     wide = torch.promote_types(work, torch.float32)
     bias = torch.zeros(seen.shape, dtype=wide, device=q.device).masked_fill_(~seen, -torch.inf)[:, None, None]

@@ -81,3 +81,31 @@ def choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) ->
     else:
         sizes = TABLE.get(architecture, TABLE["gfx" if amd else "default"])
     return sizes[max(64, padded(head_dim))][kernel]
+
+
+# Decoding: padded head_dim -> Config, for up to 16 stacked queries (a group's heads times the new tokens) and for more.
+# Reading the ring is what takes the time, so a block is what keeps enough loads under way.
+_DECODE = {
+    64: (Config(16, 64, 4, 3), Config(32, 64, 4, 2)),
+    128: (Config(16, 64, 4, 3), Config(32, 64, 4, 2)),
+    256: (Config(16, 32, 4, 3), Config(32, 32, 8, 2)),
+}
+_CDNA_DECODE = {
+    64: (Config(16, 64, 4, 1), Config(32, 64, 4, 1)),
+    128: (Config(16, 64, 4, 1), Config(32, 64, 4, 1)),
+    256: (Config(16, 32, 4, 1), Config(32, 32, 4, 1)),
+}
+_DECODE_FLOAT32 = {
+    64: (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
+    128: (Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+    256: (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+}
+
+
+def choose_decode(architecture: str, head_dim: int, dtype: torch.dtype, stacked: int) -> Config:
+    """The configuration of `decode_kernel` for `stacked` queries a KV head."""
+    if architecture == "interpreter":
+        return _INTERPRETER
+    half_precision = _CDNA_DECODE if architecture.startswith("gfx") else _DECODE
+    sizes = _DECODE_FLOAT32 if dtype == torch.float32 else half_precision
+    return sizes[max(64, padded(head_dim))][stacked > 16]

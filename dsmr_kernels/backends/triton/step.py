@@ -1,0 +1,178 @@
+"""What a decode step does to a new token before it attends, in one launch: turn q and k, write k and v into the ring.
+
+A program takes one row of the batch and no other one reads that row's counters, so it may advance them itself: the
+write position never leaves the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsmr_kernels.backends.triton.configs import padded
+from dsmr_kernels.memory import KVMemory
+
+
+@triton.jit
+def _halves(
+    X, Cos, Sin, x_head, x_token, c_token, h, i, d, valid, half, head_dim, ROTATE: tl.constexpr
+):  # fmt: skip
+    """The two halves of rows (h, i) of X, turned: [BR, BH] float32 each, rounded as X's dtype rounds them."""
+    base = X + h.to(tl.int64)[:, None] * x_head + i.to(tl.int64)[:, None] * x_token
+    low = valid[:, None] & (d < half)[None, :]
+    high = valid[:, None] & (half + d < head_dim)[None, :]
+    first = tl.load(base + d[None, :], mask=low, other=0.0).to(tl.float32)
+    second = tl.load(base + half + d[None, :], mask=high, other=0.0).to(tl.float32)
+    if ROTATE:
+        at = i.to(tl.int64)[:, None] * c_token + d[None, :]
+        cos, sin = tl.load(Cos + at, mask=low, other=0.0), tl.load(Sin + at, mask=low, other=0.0)
+        first, second = first * cos - second * sin, first * sin + second * cos
+        first, second = first.to(X.dtype.element_ty).to(tl.float32), second.to(X.dtype.element_ty).to(tl.float32)
+    return first, second, low, high
+
+
+@triton.jit(do_not_specialize=["new", "capacity"])
+def step_kernel(
+    Q,
+    K,
+    V,
+    Cos,
+    Sin,
+    MemoryK,
+    MemoryV,
+    Length,
+    Position,
+    Out,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    c_batch,
+    c_token,
+    mk_batch,
+    mk_head,
+    mk_token,
+    mv_batch,
+    mv_head,
+    mv_token,
+    heads,
+    kv_heads,
+    head_dim,
+    half,
+    new,
+    capacity,
+    ROTATE: tl.constexpr,
+    BR: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Row `program_id(0)`: Out (B, Hq, n, head_dim) = Q turned; K turned and V into their slots; counters advance."""
+    b = tl.program_id(0)
+    b64 = b.to(tl.int64)
+    position = tl.load(Position + b)
+    length = tl.load(Length + b)
+    slot = (position % capacity).to(tl.int32)
+    d = tl.arange(0, BH)
+    cos, sin = Cos + b64 * c_batch, Sin + b64 * c_batch
+    for start in tl.range(0, heads * new, BR):
+        row = start + tl.arange(0, BR)
+        first, second, low, high = _halves(
+            Q + b64 * q_batch, cos, sin, q_head, q_token, c_token, row // new, row % new, d, row < heads * new, half,
+            head_dim, ROTATE,
+        )  # fmt: skip
+        out = Out + (b64 * heads * new + row)[:, None] * head_dim + d[None, :]
+        tl.store(out, first.to(Out.dtype.element_ty), mask=low)
+        tl.store(out + half, second.to(Out.dtype.element_ty), mask=high)
+    for start in tl.range(0, kv_heads * new, BR):
+        row = start + tl.arange(0, BR)
+        h, i, valid = row // new, row % new, row < kv_heads * new
+        at = slot + i
+        at = tl.where(at >= capacity, at - capacity, at).to(tl.int64)[:, None]
+        first, second, low, high = _halves(
+            K + b64 * k_batch, cos, sin, k_head, k_token, c_token, h, i, d, valid, half, head_dim, ROTATE
+        )
+        out = MemoryK + b64 * mk_batch + h.to(tl.int64)[:, None] * mk_head + at * mk_token + d[None, :]
+        tl.store(out, first.to(MemoryK.dtype.element_ty), mask=low)
+        tl.store(out + half, second.to(MemoryK.dtype.element_ty), mask=high)
+        first, second, low, high = _halves(
+            V + b64 * v_batch, cos, sin, v_head, v_token, c_token, h, i, d, valid, half, head_dim, False
+        )
+        out = MemoryV + b64 * mv_batch + h.to(tl.int64)[:, None] * mv_head + at * mv_token + d[None, :]
+        tl.store(out, first.to(MemoryV.dtype.element_ty), mask=low)
+        tl.store(out + half, second.to(MemoryV.dtype.element_ty), mask=high)
+    tl.debug_barrier()  # every warp has read the counters before one of them writes
+    tl.store(Position + b, position + new)
+    tl.store(Length + b, tl.minimum(length + new, capacity))
+
+
+ROWS_ELEMENTS = 2048  # of a half that one turn of the loops takes, over all its rows
+WARPS = 4
+
+
+def tile_of(head_dim: int, rows: int) -> tuple[int, int]:
+    """(BR, BH): rows and elements of a half that one turn of the loops takes."""
+    half = padded(head_dim) // 2
+    return max(1, min(triton.next_power_of_2(rows), ROWS_ELEMENTS // half)), half
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    memory_k: Tensor,
+    memory_v: Tensor,
+    length: Tensor,
+    position: Tensor,
+) -> Tensor:
+    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    batch, heads, new, dim = q.shape
+    out = torch.empty(q.shape, dtype=memory_k.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    turn = [x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin) if x is not None]
+    if turn and turn[0].stride() != turn[1].stride():
+        turn = [x.contiguous() for x in turn]
+    br, bh = tile_of(dim, heads * new)
+    step_kernel[(batch,)](
+        q, k, v, *(turn or (q, q)), memory_k, memory_v, length, position, out,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *((turn[0].stride(0), turn[0].stride(2)) if turn else (0, 0)),
+        *memory_k.stride()[:3], *memory_v.stride()[:3],
+        heads, k.shape[1], dim, (dim + 1) // 2, new, memory_k.shape[2],
+        ROTATE=bool(turn), BR=br, BH=bh, num_warps=WARPS, num_stages=1,
+        enable_fp_fusion=False,  # products and sums are rounded apart, as PyTorch rounds them
+    )  # fmt: skip
+    return out
+
+
+_operator = torch.library.custom_op(
+    "dsmr_kernels::triton_step", _launch, mutates_args=("memory_k", "memory_v", "length", "position")
+)
+
+
+@_operator.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    memory_k: Tensor,
+    memory_v: Tensor,
+    length: Tensor,
+    position: Tensor,
+) -> Tensor:
+    return q.new_empty(q.shape, dtype=memory_k.dtype)
+
+
+def append_rotated(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """See `dsmr_kernels.append_rotated`; arguments are taken as checked."""
+    memory.unshare()
+    call = _operator if torch.compiler.is_compiling() else _launch
+    return call(q, k, v, cos, sin, memory.k, memory.v, memory.length, memory.position)
