@@ -44,8 +44,11 @@ def _check_query(q: Tensor) -> None:
 def _check_memory(memory: KVMemory, q: Tensor, kv_heads: int) -> None:
     if not isinstance(memory, KVMemory):
         raise TypeError(f"memory must be a KVMemory or None, got {type(memory).__name__}")
-    _check_tensor("memory.k", memory.k, q)
-    _check_tensor("memory.v", memory.v, q)
+    for name, tensor in (("memory.k", memory.k), ("memory.v", memory.v)):
+        if memory.dtype != torch.int8:
+            _check_tensor(name, tensor, q)
+        elif tensor.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
     found = (memory.batch, memory.kv_heads, memory.head_dim)
     expected = (q.shape[0], kv_heads, q.shape[3])
     if found != expected:
@@ -141,7 +144,8 @@ def memory_attention(
     Args:
         q: (batch, Hq, T, head_dim); the queries are the last T of the S tokens.
         k, v: (batch, Hkv, S, head_dim), S >= T, Hq a multiple of Hkv.
-        memory: the tokens before the call; read, never changed; the caller appends afterwards. None = none.
+        memory: the tokens before the call, in q's dtype or int8; read, never changed; the caller appends afterwards.
+            None = none.
         horizon: how many tokens before the segment (before the query, if sliding) a query sees, >= 0.
         segment_length: tokens of a segment; None = the whole call lies in one segment.
         segment_offset: how many tokens before the call its first segment began, >= 0 and < `segment_length`.
@@ -215,7 +219,7 @@ def decode_attention(
 
     Args:
         q: (batch, Hq, n, head_dim), the n newest tokens.
-        memory: holds these tokens and the ones before.
+        memory: holds these tokens and the ones before, in q's dtype or int8.
         visible: (batch,) int32, how many of the newest slots the last query of each row sees, itself included; query i
             of n sees n - 1 - i fewer, from the same oldest one. Default: `memory.length`.
         scale, alibi_slopes, backend: as in `memory_attention`.
@@ -277,7 +281,7 @@ def append_rotated(
         backend: as in `memory_attention`.
 
     Returns:
-        q, turned, in the memory's dtype, as `decode_attention` wants it: (batch, Hq, n, head_dim).
+        q, turned, as `decode_attention` wants it: in the memory's dtype, or its own if that is int8.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.

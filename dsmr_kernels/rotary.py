@@ -22,7 +22,8 @@ def append_rotated(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory, cos: Tenso
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     memory.unshare()
     length, position = memory.length, memory.position
-    memory.append(k.to(memory.dtype), v.to(memory.dtype))
+    stored = q.dtype if memory.dtype == torch.int8 else memory.dtype
+    memory.append(k.to(stored), v.to(stored))
     # A captured graph finds the counters where they were: `append` puts new tensors in their place.
     memory.length, memory.position = length.copy_(memory.length), position.copy_(memory.position)
-    return q.to(memory.dtype)
+    return q.to(stored)

@@ -161,7 +161,7 @@ def test_no_gradient_is_promised() -> None:
 def test_operators_pass_opcheck() -> None:
     memory = filled_memory(2, 1, 40, 16, [50, 9])
     q = torch.randn(2, 2, 1, 16)
-    ring = (memory.k, memory.v, memory.length, memory.position)
+    ring = (memory.k, memory.v, None, None, memory.length, memory.position)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
         torch.ops.dsmr_kernels.triton_decode, (q, *ring, memory.length, torch.rand(2), 0.25), test_utils=checks

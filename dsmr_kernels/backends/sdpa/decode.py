@@ -28,6 +28,6 @@ def decode_attention(
     # scores in float32 whatever the dtype of q.
     bias = bias.expand(-1, -1, group, -1, -1).flatten(2, 3)
     grouped = q.to(work).reshape(batch, kv_heads, group * new, dim)
-    k, v = memory.k.to(work), memory.v.to(work)
+    k, v = memory.values(work)
     out = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=bias, scale=scale)
     return out.reshape(batch, heads, new, dim).to(q.dtype)

@@ -7,6 +7,7 @@ serves every length, and sums run in a fixed order. A split without a visible sl
 infinity and contributes nothing.
 """
 
+import contextlib
 import functools
 from typing import Any
 
@@ -193,6 +194,11 @@ def _processors(device: torch.device) -> int:
     return 8 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return contextlib.nullcontext() if INTERPRETED else torch.cuda.device(device)
+
+
 def splits_of(capacity: int, programs: int, processors: int, block: int) -> int:
     """Into how many splits a ring is cut: enough to occupy the device four times over, of two blocks at least."""
     wanted = triton.cdiv(4 * processors, programs)
@@ -203,6 +209,8 @@ def _launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     length: Tensor,
     position: Tensor,
     visible: Tensor | None,
@@ -222,19 +230,22 @@ def _launch(
     direct = splits == 1
     parts = out if direct else torch.empty((*q.shape[:3], splits, dim), dtype=torch.float32, device=q.device)
     lse = out if direct else torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
+    scales = [x for x in (k_scale, v_scale) if x is not None]
     # A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
-    decode_kernel[(programs, splits)](
-        q, k, v, q, q, length, position, length if visible is None else visible, q if alibi is None else alibi,
-        parts, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0, 0, 0, 0,
-        kv_heads, group, dim, scale * LOG2E, new, capacity,
-        HAS_VISIBLE=visible is not None, HAS_ALIBI=alibi is not None, QUANTISED=False, DIRECT=direct,
-        WHOLE_DIM=bd == dim, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        BM=config.bm, BN=config.bn, BD=bd, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-    if not direct:
-        combine_kernel[(batch * heads * new,)](
-            parts, lse, out, dim, splits, BS=COMBINED_SPLITS, BD=bd, num_warps=4, num_stages=1
-        )
+    with on_device(q.device):
+        decode_kernel[(programs, splits)](
+            q, k, v, *(scales or (q, q)), length, position, length if visible is None else visible,
+            q if alibi is None else alibi, parts, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *(stride for x in scales for stride in x.stride()[:2]), *(() if scales else (0,) * 4),
+            kv_heads, group, dim, scale * LOG2E, new, capacity,
+            HAS_VISIBLE=visible is not None, HAS_ALIBI=alibi is not None, QUANTISED=bool(scales), DIRECT=direct,
+            WHOLE_DIM=bd == dim, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            BM=config.bm, BN=config.bn, BD=bd, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        if not direct:
+            combine_kernel[(batch * heads * new,)](
+                parts, lse, out, dim, splits, BS=COMBINED_SPLITS, BD=bd, num_warps=4, num_stages=1
+            )
     return out
 
 
@@ -260,4 +271,5 @@ def decode_attention(
             "call it under torch.no_grad()"
         )
     call = _operator if torch.compiler.is_compiling() else _launch
-    return call(q, memory.k, memory.v, memory.length, memory.position, visible, alibi_slopes, scale)
+    scales = (memory.k_scale, memory.v_scale)
+    return call(q, memory.k, memory.v, *scales, memory.length, memory.position, visible, alibi_slopes, scale)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsmr_kernels.backends.triton.configs import padded
+from dsmr_kernels.backends.triton.decode import on_device
 from dsmr_kernels.memory import KVMemory
 
 
@@ -31,6 +32,28 @@ def _halves(
     return first, second, low, high
 
 
+@triton.jit
+def _write(
+    Ring, Scale, head, token, scale_head, first, second, h, at, d, valid, low, high, half, QUANTISED: tl.constexpr
+):
+    """Both halves of rows (h, at) of a ring; in int8 as `dsmr_kernels.quantise` has it, bit for bit."""
+    if QUANTISED:
+        largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))  # [BR]
+        scale = tl.div_rn(largest, largest * 0.0 + 127.0)
+        divisor = tl.where(scale > 0, scale, 1.0)[:, None]
+        # Adding and taking away 1.5 * 2 ** 23 rounds to the nearest integer, ties to even.
+        first = tl.div_rn(first, first * 0.0 + divisor) + 12582912.0 - 12582912.0
+        second = tl.div_rn(second, second * 0.0 + divisor) + 12582912.0 - 12582912.0
+        first, second = (
+            tl.minimum(tl.maximum(first, -127.0), 127.0),
+            tl.minimum(tl.maximum(second, -127.0), 127.0),
+        )
+        tl.store(Scale + h.to(tl.int64) * scale_head + at, scale, mask=valid)
+    out = Ring + h.to(tl.int64)[:, None] * head + at[:, None] * token + d[None, :]
+    tl.store(out, first.to(Ring.dtype.element_ty), mask=low)
+    tl.store(out + half, second.to(Ring.dtype.element_ty), mask=high)
+
+
 @triton.jit(do_not_specialize=["new", "capacity"])
 def step_kernel(
     Q,
@@ -40,6 +63,8 @@ def step_kernel(
     Sin,
     MemoryK,
     MemoryV,
+    KScale,
+    VScale,
     Length,
     Position,
     Out,
@@ -60,6 +85,10 @@ def step_kernel(
     mv_batch,
     mv_head,
     mv_token,
+    ks_batch,
+    ks_head,
+    vs_batch,
+    vs_head,
     heads,
     kv_heads,
     head_dim,
@@ -67,6 +96,7 @@ def step_kernel(
     new,
     capacity,
     ROTATE: tl.constexpr,
+    QUANTISED: tl.constexpr,
     BR: tl.constexpr,
     BH: tl.constexpr,
 ):
@@ -91,19 +121,21 @@ def step_kernel(
         row = start + tl.arange(0, BR)
         h, i, valid = row // new, row % new, row < kv_heads * new
         at = slot + i
-        at = tl.where(at >= capacity, at - capacity, at).to(tl.int64)[:, None]
+        at = tl.where(at >= capacity, at - capacity, at).to(tl.int64)
         first, second, low, high = _halves(
             K + b64 * k_batch, cos, sin, k_head, k_token, c_token, h, i, d, valid, half, head_dim, ROTATE
         )
-        out = MemoryK + b64 * mk_batch + h.to(tl.int64)[:, None] * mk_head + at * mk_token + d[None, :]
-        tl.store(out, first.to(MemoryK.dtype.element_ty), mask=low)
-        tl.store(out + half, second.to(MemoryK.dtype.element_ty), mask=high)
+        _write(
+            MemoryK + b64 * mk_batch, KScale + b64 * ks_batch, mk_head, mk_token, ks_head, first, second, h, at, d,
+            valid, low, high, half, QUANTISED,
+        )  # fmt: skip
         first, second, low, high = _halves(
             V + b64 * v_batch, cos, sin, v_head, v_token, c_token, h, i, d, valid, half, head_dim, False
         )
-        out = MemoryV + b64 * mv_batch + h.to(tl.int64)[:, None] * mv_head + at * mv_token + d[None, :]
-        tl.store(out, first.to(MemoryV.dtype.element_ty), mask=low)
-        tl.store(out + half, second.to(MemoryV.dtype.element_ty), mask=high)
+        _write(
+            MemoryV + b64 * mv_batch, VScale + b64 * vs_batch, mv_head, mv_token, vs_head, first, second, h, at, d,
+            valid, low, high, half, QUANTISED,
+        )  # fmt: skip
     tl.debug_barrier()  # every warp has read the counters before one of them writes
     tl.store(Position + b, position + new)
     tl.store(Length + b, tl.minimum(length + new, capacity))
@@ -119,6 +151,10 @@ def tile_of(head_dim: int, rows: int) -> tuple[int, int]:
     return max(1, min(triton.next_power_of_2(rows), ROWS_ELEMENTS // half)), half
 
 
+def _turned_dtype(q: Tensor, memory_k: Tensor) -> torch.dtype:
+    return q.dtype if memory_k.dtype == torch.int8 else memory_k.dtype
+
+
 def _launch(
     q: Tensor,
     k: Tensor,
@@ -127,32 +163,39 @@ def _launch(
     sin: Tensor | None,
     memory_k: Tensor,
     memory_v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     length: Tensor,
     position: Tensor,
 ) -> Tensor:
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, new, dim = q.shape
-    out = torch.empty(q.shape, dtype=memory_k.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=_turned_dtype(q, memory_k), device=q.device)
     if out.numel() == 0:
         return out
     turn = [x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin) if x is not None]
     if turn and turn[0].stride() != turn[1].stride():
         turn = [x.contiguous() for x in turn]
+    scales = [x for x in (k_scale, v_scale) if x is not None]
     br, bh = tile_of(dim, heads * new)
-    step_kernel[(batch,)](
-        q, k, v, *(turn or (q, q)), memory_k, memory_v, length, position, out,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *((turn[0].stride(0), turn[0].stride(2)) if turn else (0, 0)),
-        *memory_k.stride()[:3], *memory_v.stride()[:3],
-        heads, k.shape[1], dim, (dim + 1) // 2, new, memory_k.shape[2],
-        ROTATE=bool(turn), BR=br, BH=bh, num_warps=WARPS, num_stages=1,
-        enable_fp_fusion=False,  # products and sums are rounded apart, as PyTorch rounds them
-    )  # fmt: skip
+    with on_device(q.device):
+        step_kernel[(batch,)](
+            q, k, v, *(turn or (q, q)), memory_k, memory_v, *(scales or (out, out)), length, position, out,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *((turn[0].stride(0), turn[0].stride(2)) if turn else (0, 0)),
+            *memory_k.stride()[:3], *memory_v.stride()[:3], *(stride for x in scales for stride in x.stride()[:2]),
+            *(() if scales else (0,) * 4),
+            heads, k.shape[1], dim, (dim + 1) // 2, new, memory_k.shape[2],
+            ROTATE=bool(turn), QUANTISED=bool(scales), BR=br, BH=bh, num_warps=WARPS, num_stages=1,
+            enable_fp_fusion=False,  # products and sums are rounded apart, as PyTorch rounds them
+        )  # fmt: skip
     return out
 
 
 _operator = torch.library.custom_op(
-    "dsmr_kernels::triton_step", _launch, mutates_args=("memory_k", "memory_v", "length", "position")
+    "dsmr_kernels::triton_step",
+    _launch,
+    mutates_args=("memory_k", "memory_v", "k_scale", "v_scale", "length", "position"),
 )
 
 
@@ -165,14 +208,17 @@ def _(
     sin: Tensor | None,
     memory_k: Tensor,
     memory_v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     length: Tensor,
     position: Tensor,
 ) -> Tensor:
-    return q.new_empty(q.shape, dtype=memory_k.dtype)
+    return q.new_empty(q.shape, dtype=_turned_dtype(q, memory_k))
 
 
 def append_rotated(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """See `dsmr_kernels.append_rotated`; arguments are taken as checked."""
     memory.unshare()
     call = _operator if torch.compiler.is_compiling() else _launch
-    return call(q, k, v, cos, sin, memory.k, memory.v, memory.length, memory.position)
+    ring = (memory.k, memory.v, memory.k_scale, memory.v_scale, memory.length, memory.position)
+    return call(q, k, v, cos, sin, *ring)
