@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmr_kernels import KVMemory, available_backends, memory_attention
-from dsmr_kernels.testing import Case, assert_agrees_with_oracle, error, random_case, run
+from dsmr_kernels.testing import (
+    Case,
+    allowed_error,
+    assert_agrees_with_oracle,
+    error,
+    random_case,
+    run,
+    run_plain,
+)
 
 BACKENDS = [name for name in available_backends() if name != "triton"]
 fast = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
@@ -107,14 +115,41 @@ def test_backend_agrees_with_oracle(name: str, dtype: torch.dtype, backend: str)
     assert_agrees_with_oracle(random_case(dtype=dtype, **CASES[name]), backend)
 
 
+def _only(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one of the ways of the sdpa backend serve calls of any size, in tiles of a few tokens."""
+    sdpa = "dsmr_kernels.backends.sdpa"
+    for name in ("BLOCK_QUERIES", "BLOCK_KEYS"):
+        monkeypatch.setattr(f"{sdpa}.blocks.{name}", 5)
+        monkeypatch.setattr(f"{sdpa}.fused.{name}", 5)
+    monkeypatch.setattr(f"{sdpa}.FUSED_BACKWARD", 0)
+    if way == "products":
+        monkeypatch.setattr(f"{sdpa}.blocks.serves", lambda inputs: False)
+    if way == "blocks":
+        monkeypatch.setattr(f"{sdpa}.fused.AVAILABLE", False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_sdpa_by_products_alone_agrees_with_oracle(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["fused", "blocks", "products"])
+def test_each_way_of_sdpa_agrees_with_oracle(
+    way: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The flash kernel is private to PyTorch: without it, and at sizes where it does not pay, products serve."""
-    monkeypatch.setattr("dsmr_kernels.backends.sdpa.fused._FLASH", None)
+    """Which way serves depends on the call's size and on what PyTorch offers: each must serve every call."""
+    _only(way, monkeypatch)
     assert_agrees_with_oracle(random_case(dtype=dtype, **CASES[name]), "sdpa")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_far_above_that_of_the_query_itself(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks take a query's score with its own key for the pivot of its softmax, whatever the others are."""
+    _only("blocks", monkeypatch)
+    case = random_case(queries=9, capacity=7, seen=[9, 4], heads=2, dtype=dtype, horizon=7)
+    case.k[:, :, 2] *= 8  # as an attention sink has
+    case.q[:, :, 5:] = 15 * case.k[:, :, 2:3] / case.k[:, :, 2:3].norm(dim=-1, keepdim=True)  # some 2 ** 170 above
+    found, plain, exact = run(case, "sdpa"), run_plain(case), run(case.to(torch.float64), "reference")
+    # In bfloat16, gradients of scores so large are differences of rounding errors, in flash attention as well.
+    for name in ("out", "dq", "dk", "dv") if dtype == torch.float32 else ("out",):
+        assert error(found[name], exact[name]) <= allowed_error(name, plain[name], exact[name], dtype), name
 
 
 @pytest.mark.parametrize("name", CASES)

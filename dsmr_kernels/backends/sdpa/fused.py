@@ -1,7 +1,8 @@
 """Forward and backward by PyTorch's flash kernel, over memory, earlier tokens and the run itself apart.
 
 The forward merges the parts by log-sum-exp. Since the backward of a part depends on the others only through the common
-log-sum-exp and output, it runs part by part too; a part that takes no gradient needs only its share of dQ.
+log-sum-exp and output, it runs part by part too; a part that takes no gradient needs only its share of dQ. The backward
+is for float32.
 """
 
 import math
@@ -10,30 +11,15 @@ import torch
 from torch import Tensor
 
 from dsmr_kernels.backends.autograd import Inputs
-from dsmr_kernels.backends.sdpa.plan import Group, Source, sources_of
+from dsmr_kernels.backends.sdpa.plan import Group, past_of, sources_of
 from dsmr_kernels.backends.sdpa.workers import in_parallel
-from dsmr_kernels.visibility import Run
 
-# Private to PyTorch, but the only way to the log-sum-exp; without them, `products` serves.
+# Private to PyTorch, but the only way to the log-sum-exp; without them, `blocks` serves.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-# A head with fewer scores than this is taken together with the others; larger ones are cut into blocks that a core's
-# second-level cache holds.
-BLOCKED_ELEMENTS = 196_608
+AVAILABLE = _FLASH is not None and _FLASH_BACKWARD is not None
 BLOCK_QUERIES, BLOCK_KEYS = 512, 1024
 LOG2E = math.log2(math.e)
-
-
-def serves(inputs: Inputs) -> bool:
-    """Whether this way can serve the call; where it can, it is the faster one, and its backward wants out and lse."""
-    return (
-        _FLASH is not None
-        and _FLASH_BACKWARD is not None
-        and inputs.q.device.type == "cpu"
-        and inputs.q.dtype in (torch.float32, torch.bfloat16)
-        and inputs.alibi is None
-        and inputs.spec.visibility == "segment"
-    )
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -98,60 +84,32 @@ def _flash_backward(
 
 
 def _dq_alone(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, grad: Tensor, scale: float) -> Tensor:
-    """One part's dq in float32, where keys and values take no gradient: three of the five products.
-
-    In bfloat16 the log-sum-exp is split into what bfloat16 holds, which goes into the product, and the rest, which is a
-    factor of the row.
-    """
-    batch, kv_heads, keys, dim = k.shape
-    heads = batch * kv_heads
+    """One part's dq (b, Hq, n, D), where keys and values take no gradient: three of the five products. float32 only."""
+    batch, kv_heads, keys = k.shape[:3]
 
     def stacked(x: Tensor) -> Tensor:  # (b, Hq, n, ...) -> (b * Hkv, group * n, ...)
-        return x.reshape(heads, -1, x.shape[-1])
+        return x.reshape(batch * kv_heads, -1, x.shape[-1])
 
-    lse, delta = stacked(lse.unsqueeze(-1)) * LOG2E, stacked(delta.unsqueeze(-1))  # base 2: twice as fast
-    rows = lse.shape[1]
-    if rows * keys < BLOCKED_ELEMENTS:
-        k, v = (x.float().reshape(heads, keys, dim) for x in (k, v))
-        weights = torch.baddbmm(-lse, stacked(q).float(), k.mT, alpha=scale * LOG2E).exp2_()
-        dweights = torch.baddbmm(-delta, stacked(grad).float(), v.mT)
-        return torch.bmm(weights.mul_(dweights), k).mul_(scale).view(q.shape)
-    coarse = lse.to(q.dtype)
-    factor = (coarse.float() - lse).exp2_().mul_(scale)
-    offset, block, above = -coarse, stacked(q), stacked(grad)
-    dq = q.new_empty(block.shape, dtype=torch.float32)
+    offset, delta = stacked(lse.unsqueeze(-1)) * -LOG2E, stacked(delta.unsqueeze(-1))  # base 2: three times as fast
+    block, above = stacked(q), stacked(grad)
+    rows = block.shape[1]
+    dq = torch.zeros(block.shape)
 
     def job(head: int) -> None:
         side_k, side_v = k[head // kv_heads, head % kv_heads], v[head // kv_heads, head % kv_heads]
         scratch = block.new_empty(2, min(rows, BLOCK_QUERIES), min(keys, BLOCK_KEYS))
         for begin in range(0, rows, BLOCK_QUERIES):
             some = slice(begin, min(begin + BLOCK_QUERIES, rows))
-            total = torch.zeros(some.stop - begin, dim)
             for first in range(0, keys, BLOCK_KEYS):
                 ks, vs = side_k[first : first + BLOCK_KEYS], side_v[first : first + BLOCK_KEYS]
                 weights, dweights = scratch[:, : some.stop - begin, : ks.shape[0]]
                 torch.addmm(offset[head, some], block[head, some], ks.T, alpha=scale * LOG2E, out=weights)
                 weights.exp2_()
                 torch.mm(above[head, some], vs.T, out=dweights)
-                total += torch.mm(weights.mul_(dweights.sub_(delta[head, some])), ks)
-            torch.mul(total, factor[head, some], out=dq[head, some])
+                dq[head, some].addmm_(weights.mul_(dweights.sub_(delta[head, some])), ks)
 
-    in_parallel(job, range(heads), worthwhile=True)
-    return dq.view(q.shape)
-
-
-def _parts(run: Run, group: Group, capacity: int, detach: bool) -> list[tuple[Source, bool]]:
-    """The stretches of a run's past, and whether each takes a gradient."""
-    first = max(run.own if detach else 0, run.floor, 0)
-    parts = []
-    for source in sources_of(run.floor, run.start, group.position, capacity, False):
-        if source.memory or source.stop <= first:
-            parts.append((source, False))
-            continue
-        if source.start < first:
-            parts.append((Source(False, source.start, first, 0), False))
-        parts.append((Source(False, max(first, source.start), source.stop, 0), True))
-    return parts
+    in_parallel(job, range(batch * kv_heads), worthwhile=True)
+    return dq.mul_(scale).view(q.shape)
 
 
 def backward(
@@ -172,7 +130,7 @@ def backward(
             dq_run, dk_run, dv_run = _flash_backward(block, k[rows], v[rows], out[here], lse[here], above, True, scale)
             dk[rows] += dk_run
             dv[rows] += dv_run
-            for source, taking in _parts(run, group, memory[0].shape[2] if memory else 0, spec.detach_segments):
+            for source, taking in past_of(run, group, memory[0].shape[2] if memory else 0, spec.detach_segments):
                 sides = memory if source.memory and memory else (k, v)
                 rows = (group.rows, slice(None), slice(source.start, source.stop))
                 ks, vs = sides[0][rows], sides[1][rows]

@@ -1,5 +1,6 @@
 """What a call's queries see, as plain integers: runs of queries, and where their keys lie in storage."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -94,3 +95,16 @@ def sources_of(low: int, stop: int, position: int, capacity: int, in_order: bool
     if stop > max(low, 0):
         sources.append(Source(False, max(low, 0), stop, column))
     return sources
+
+
+def past_of(run: Run, group: Group, capacity: int, detach: bool) -> list[tuple[Source, bool]]:
+    """The stretches of keys that all queries of a run see, in any order, and whether each takes a gradient."""
+    first = max(run.own if detach else 0, run.floor, 0)
+    stretches = []
+    for source in sources_of(run.floor, run.start, group.position, capacity, False):
+        cuts = [source.start, source.stop]
+        if not source.memory and source.start < first < source.stop:
+            cuts.insert(1, first)
+        for start, stop in itertools.pairwise(cuts):
+            stretches.append((Source(source.memory, start, stop, 0), not source.memory and start >= first))
+    return stretches

@@ -43,10 +43,12 @@ def in_parallel(job: Callable[[Any], None], arguments: Sequence[Any], worthwhile
             job(argument)
         return
     inference = torch.is_inference_mode_enabled()
+    queue = iter(arguments)  # the workers share it, so that one that is held up takes fewer
 
-    def alone(argument: Any) -> None:
+    def alone(_: int) -> None:
         with torch.inference_mode(inference), torch.no_grad():  # both are settings of a thread
-            job(argument)
+            for argument in queue:
+                job(argument)
 
-    for _ in _pool(threads).map(alone, arguments):
+    for _ in _pool(threads).map(alone, range(threads)):
         pass

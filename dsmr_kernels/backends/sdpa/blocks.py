@@ -1,0 +1,201 @@
+"""Forward and backward by batched matrix products over tiles, where a query's past is seen whole.
+
+A tile takes some heads, a block of queries and a stretch of keys, few enough for its scores to stay in the cores'
+second-level caches while each operation runs over them on all cores. Scores are exponentiated against a pivot that is
+known beforehand, the query's score with its own key: a query always sees itself, so the sum is at least one, and the
+usual search for each row's maximum is left out. In the backward a stretch that takes no gradient, such as memory, needs
+only its share of dQ: three products of five.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsmr_kernels.backends.autograd import Inputs
+from dsmr_kernels.backends.sdpa.plan import Group, Source, past_of
+
+BLOCK_QUERIES, BLOCK_KEYS = 512, 512
+TILE = {torch.float32: 1 << 19, torch.bfloat16: 1 << 21}  # scores of a tile
+LOG2E = math.log2(math.e)  # base-2 exponentials are three times as fast as natural ones
+LIMIT = 2.0**64  # of a row's sum, above which a score may be out of range against its pivot
+
+
+def serves(inputs: Inputs) -> bool:
+    """Whether this way can serve the call; where it can, it is the faster one, and its backward wants out and lse."""
+    return (
+        inputs.q.device.type == "cpu"
+        and inputs.q.dtype in TILE  # both have the range of exponents that a pivot needs
+        and inputs.alibi is None
+        and inputs.spec.visibility == "segment"
+    )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries `rows` of the heads `heads` against keys `keys` of the memory's storage or of the call.
+
+    `taking`: gradients flow into these keys. A `triangle` is seen causally by as many queries, all else whole.
+    """
+
+    heads: slice
+    rows: slice
+    memory: bool
+    keys: slice
+    taking: bool
+    triangle: bool
+
+
+def _tiles(inputs: Inputs, plan: list[Group]) -> Iterator[Tile]:
+    q, heads = inputs.q, inputs.k.shape[1]
+    shift, members = inputs.k.shape[2] - q.shape[2], q.shape[1] // heads
+    capacity = inputs.memory.capacity if inputs.memory else 0
+    height = max(BLOCK_QUERIES // members, 16)
+    for group in plan:
+        for run in group.runs:
+            past = past_of(run, group, capacity, inputs.spec.detach_segments)
+            longest = max([run.stop - run.start, *(source.stop - source.start for source, _ in past)])
+            scores = members * min(run.stop - run.start, height) * min(longest, BLOCK_KEYS)
+            most = max(TILE[q.dtype] // scores, torch.get_num_threads())
+            for head in range(group.rows.start * heads, group.rows.stop * heads, most):
+                some = slice(head, min(head + most, group.rows.stop * heads))
+                for begin in range(run.start, run.stop, height):
+                    end = min(begin + height, run.stop)
+                    rows = slice(begin - shift, end - shift)
+                    yield Tile(some, rows, False, slice(begin, end), True, True)
+                    for source, taking in [*past, (Source(False, run.start, begin, 0), True)]:
+                        for key in range(source.start, source.stop, BLOCK_KEYS):
+                            keys = slice(key, min(key + BLOCK_KEYS, source.stop))
+                            yield Tile(some, rows, source.memory, keys, taking, False)
+
+
+class _Call:
+    """A call's tensors with batch and KV heads as one dimension."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.q, k, v, memory = inputs.q, inputs.k, inputs.v, inputs.memory
+        self.kv_heads = k.shape[1]
+        sides = [(k, v)] + ([] if memory is None else [(memory.k, memory.v)])
+        self.sides = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in sides]
+        self.alpha = inputs.spec.scale * LOG2E
+        self._storage: dict[int, Tensor] = {}
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """(B, Hq, T, ...) -> (B * Hkv, members of the group, T, ...)"""
+        return x.reshape(x.shape[0] * self.kv_heads, x.shape[1] // self.kv_heads, *x.shape[2:])
+
+    def scratch(self, which: int, block: Tensor, keys: Tensor) -> Tensor:
+        """Room for a tile's scores, the same storage every time."""
+        shape = (block.shape[0], block.shape[1], keys.shape[1])
+        count = math.prod(shape)
+        storage = self._storage.get(which)
+        if storage is None or storage.numel() < count:
+            storage = self._storage[which] = self.q.new_empty(count)
+        return storage[:count].view(shape)
+
+
+def _block(x: Tensor, tile: Tile) -> Tensor:
+    """The tile's queries of a `by_head` tensor, the group's members below one another. (heads, members * rows, ...)"""
+    return x[tile.heads, :, tile.rows].flatten(1, 2)
+
+
+def _keep_triangle(scores: Tensor, tile: Tile) -> None:
+    scores.unflatten(1, (-1, tile.rows.stop - tile.rows.start)).tril_()
+
+
+def _add(total: Tensor, tile: Tile, part: Tensor) -> None:
+    """Add the tile's part to a `by_head` total."""
+    x = total[tile.heads, :, tile.rows]
+    x += part.view(x.shape)
+
+
+def _own_scores(inputs: Inputs, call: _Call) -> Tensor:
+    """Of each query with its own key. (B * Hkv, members, T, 1) float32"""
+    own = inputs.k[:, :, inputs.k.shape[2] - inputs.q.shape[2] :].flatten(0, 1).unsqueeze(1)
+    return (call.by_head(inputs.q).float() * own).sum(-1, keepdim=True).mul_(call.alpha)
+
+
+def _greatest_scores(inputs: Inputs, plan: list[Group], call: _Call) -> Tensor:
+    """Of each query with any key that it sees. (B * Hkv, members, T, 1) float32"""
+    q, greatest = call.by_head(inputs.q), _own_scores(inputs, call)
+    for tile in _tiles(inputs, plan):
+        keys = call.sides[tile.memory][0][tile.heads, tile.keys]
+        scores = torch.bmm(_block(q, tile), keys.mT).float()
+        if tile.triangle:
+            unseen = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool).triu_(1)
+            scores.unflatten(1, (-1, keys.shape[1])).masked_fill_(unseen, -torch.inf)
+        best = greatest[tile.heads, :, tile.rows]
+        best.copy_(torch.maximum(best, scores.amax(2).mul_(call.alpha).view(best.shape)))
+    return greatest
+
+
+def _weighted_sums(inputs: Inputs, plan: list[Group], call: _Call, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Values weighed by 2 ** (score + offset), (B * Hkv, members, T, D), and the weights' sum (..., 1), in float32."""
+    q = call.by_head(inputs.q)
+    totals, sums = torch.zeros(q.shape), torch.zeros(offset.shape)
+    for tile in _tiles(inputs, plan):
+        keys, values = (x[tile.heads, tile.keys] for x in call.sides[tile.memory])
+        block = _block(q, tile)
+        weights = call.scratch(0, block, keys)
+        torch.baddbmm(_block(offset, tile), block, keys.mT, alpha=call.alpha, out=weights).exp2_()
+        if tile.triangle:
+            _keep_triangle(weights, tile)
+        _add(sums, tile, weights.sum(2, dtype=torch.float32))
+        _add(totals, tile, torch.bmm(weights, values))
+    return totals, sums
+
+
+def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the whole call."""
+    call = _Call(inputs)
+    pivot = _own_scores(inputs, call).to(inputs.q.dtype)  # rounded before its use: any pivot does, if it is one
+    totals, sums = _weighted_sums(inputs, plan, call, -pivot)
+    if sums.numel() and not sums.amax() < LIMIT:
+        pivot = _greatest_scores(inputs, plan, call).to(inputs.q.dtype)
+        totals, sums = _weighted_sums(inputs, plan, call, -pivot)
+    lse = sums.log2().add_(pivot).div_(LOG2E)
+    out = totals.div_(sums).to(inputs.q.dtype)
+    return out.view(inputs.q.shape), lse.view(inputs.q.shape[:3])
+
+
+def _with_offset(x: Tensor, offset: Tensor) -> Tensor:
+    """x with two columns more that hold `offset` (..., 1) to twice its dtype's precision."""
+    high = offset.to(x.dtype)
+    return torch.cat([x, high, (offset - high).to(x.dtype)], -1)
+
+
+def backward(
+    inputs: Inputs, plan: list[Group], out: Tensor, lse: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of the whole call, given its output and log-sum-exp."""
+    call, scale = _Call(inputs), inputs.spec.scale
+    q, above = call.by_head(inputs.q), call.by_head(grad)
+    norm = call.by_head(lse.unsqueeze(-1)) * -LOG2E
+    delta = (above.float() * call.by_head(out)).sum(-1, keepdim=True).neg_()
+    # Scores and dP come out of their products with each row's log-sum-exp and delta subtracted: in float32 as the
+    # product's addend, in bfloat16, which would round that, as columns that meet ones.
+    exact = q.dtype == torch.float32
+    wide_q, wide_above, sides = q, above, call.sides
+    if not exact:
+        wide_q, wide_above = _with_offset(q, norm / call.alpha), _with_offset(above, delta)
+        sides = [(F.pad(k, (0, 2), value=1.0), F.pad(v, (0, 2), value=1.0)) for k, v in sides]
+        norm, delta = norm.to(q.dtype), delta.to(q.dtype)
+    dq = torch.zeros(q.shape)
+    dk, dv = (torch.zeros(call.sides[0][0].shape) for _ in range(2))
+    for tile in _tiles(inputs, plan):
+        keys, values = (x[tile.heads, tile.keys] for x in sides[tile.memory])
+        block = _block(wide_q, tile)
+        weights, dweights = call.scratch(0, block, keys), call.scratch(1, block, keys)
+        torch.baddbmm(_block(norm, tile), block, keys.mT, beta=exact, alpha=call.alpha, out=weights).exp2_()
+        if tile.triangle:
+            _keep_triangle(weights, tile)
+        torch.baddbmm(_block(delta, tile), _block(wide_above, tile), values.mT, beta=exact, out=dweights).mul_(weights)
+        _add(dq, tile, torch.bmm(dweights, call.sides[tile.memory][0][tile.heads, tile.keys]))
+        if tile.taking:
+            dv[tile.heads, tile.keys] += torch.bmm(weights.mT, _block(above, tile))
+            dk[tile.heads, tile.keys] += torch.bmm(dweights.mT, _block(q, tile))
+    dq, dk = dq.mul_(scale), dk.mul_(scale)
+    return dq.view(inputs.q.shape).to(q.dtype), dk.view(inputs.k.shape).to(q.dtype), dv.view(inputs.v.shape).to(q.dtype)
