@@ -42,7 +42,8 @@ TARGETS = {
         Target("gfx942", "hip", "gfx942", 64, 64 * 1024, r"v_mfma"),
     )
 }
-KERNELS = ("forward", "dq", "dkv")
+KERNELS = ("forward", "dq", "dkv", "decode", "decode_many", "decode_int8", "combine", "step", "step_int8")
+WITHOUT_PRODUCTS = ("combine", "step", "step_int8")
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,41 @@ class Compiled:
             found.append(f"spills {self.spilled}")
         if self.shared > limit:
             found.append(f"wants {self.shared} of {limit} bytes of shared memory")
-        if self.dtype != "float32" and not self.matrix:
+        if self.dtype != "float32" and self.kernel not in WITHOUT_PRODUCTS and not self.matrix:
             found.append("uses no matrix instructions")
         return found
 
 
-_POINTERS = {"Length": "*i32", "Position": "*i64", "PieceStart": "*i32", "Slopes": "*fp32"}
-_FLOATS = {"Lse": "*fp32", "Delta": "*fp32"}
+_POINTERS = {"Length": "*i32", "Visible": "*i32", "Position": "*i64", "PieceStart": "*i32", "Slopes": "*fp32"}
+_FLOATS = dict.fromkeys(("Lse", "Delta", "KScale", "VScale", "Cos", "Sin", "Parts"), "*fp32")
 _ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+# The usual captured step: lengths as the caller limits them, several splits.
+DECODING = {"HAS_VISIBLE": True, "DIRECT": False, "ROTATE": True}
+
+
+def _kernel_of(kernel: str, target: Target, head_dim: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The function called `kernel` and its configuration."""
+    from dsmr_kernels.backends.triton import backward, configs, decode, forward, step
+
+    if kernel.startswith("decode"):
+        stacked = 17 if kernel == "decode_many" else 16
+        return decode.decode_kernel, configs.choose_decode(target.name, head_dim, dtype, stacked)
+    if kernel == "combine":
+        return decode.combine_kernel, configs.COMBINE
+    if kernel.startswith("step"):
+        return step.step_kernel, configs.choose_step(head_dim, 1 << 16)
+    function = {"forward": forward.forward_kernel, "dq": backward.dq_kernel, "dkv": backward.dkv_kernel}[kernel]
+    return function, configs.choose(kernel, target.name, head_dim, dtype)
+
+
+def _stored_types(kernel: str) -> dict[str, str]:
+    """Element types of the tensors that are not in the dtype of q: partial sums, and memory in int8."""
+    types = {"Out": "*fp32"} if kernel.startswith("decode") else {}
+    if kernel == "decode_int8":
+        types |= {"K": "*i8", "V": "*i8"}
+    return types | ({"MemoryK": "*i8", "MemoryV": "*i8"} if kernel == "step_int8" else {})
 
 
 def compile_kernel(kernel: str, target: Target, head_dim: int, dtype: str, options: dict[str, bool]) -> Compiled:
@@ -84,19 +112,20 @@ def compile_kernel(kernel: str, target: Target, head_dim: int, dtype: str, optio
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dsmr_kernels.backends.triton import backward, configs, forward
+    from dsmr_kernels.backends.triton import configs
 
-    function = {"forward": forward.forward_kernel, "dq": backward.dq_kernel, "dkv": backward.dkv_kernel}[kernel]
-    config = configs.choose(kernel, target.name, head_dim, getattr(torch, dtype))
+    function, config = _kernel_of(kernel, target, head_dim, getattr(torch, dtype))
     dim = configs.padded(head_dim)
     constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "WHOLE_DIM": dim == head_dim, **options}
     constants["PRECISION"] = "ieee" if dtype == "float32" else "tf32"
+    constants |= DECODING | {"QUANTISED": kernel.endswith("int8"), "BS": config.bm, "BR": config.bm, "BH": config.bn}
+    stored = _stored_types(kernel)
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
         if name.isupper() and name not in ("Q", "K", "V", "DQ", "DK", "DV"):
             signature[name] = "constexpr"
         elif name[0].isupper():
-            signature[name] = _POINTERS.get(name) or _FLOATS.get(name) or f"*{_ELEMENTS[dtype]}"
+            signature[name] = stored.get(name) or _POINTERS.get(name) or _FLOATS.get(name) or f"*{_ELEMENTS[dtype]}"
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name.startswith("scale"):
             signature[name] = "fp32"
@@ -110,11 +139,18 @@ def compile_kernel(kernel: str, target: Target, head_dim: int, dtype: str, optio
     result = triton.compile(
         source,
         target=GPUTarget(target.backend, target.arch, target.warp),
-        options={"num_warps": config.warps, "num_stages": config.stages},
+        options={
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+            "enable_fp_fusion": not kernel.startswith("step"),
+        },
     )
     seconds = time.perf_counter() - begin
     registers, spilled, listing = _read_nvidia(result) if target.backend == "cuda" else _read_amd(result)
-    matrix = len(re.findall(target.matrix, listing))
+    # A tile of fewer than 64 queries is too small for Hopper's own matrix instructions.
+    matrix = len(
+        re.findall(r"\bHG?MMA" if kernel.startswith("decode") and target.arch == 90 else target.matrix, listing)
+    )
     shared = result.metadata.shared
     return Compiled(kernel, target.name, head_dim, dtype, config, registers, spilled, shared, matrix, seconds)
 
@@ -167,7 +203,9 @@ def main() -> int:
         print("unset TRITON_INTERPRET: under the interpreter nothing is compiled", file=sys.stderr)
         return 1
     faulty = 0
-    print("kernel   target  dim  dtype     queries x keys, warps, stages  registers  spilled  shared  matrix  seconds")
+    print(
+        "kernel      target  dim  dtype     queries x keys, warps, stages  registers  spilled  shared  matrix  seconds"
+    )
     for name in arguments.target or TARGETS:
         for head_dim in arguments.dim or (64, 80, 128, 256):
             for dtype in arguments.dtype or ("bfloat16", "float32"):
@@ -179,8 +217,8 @@ def main() -> int:
                     faults = "; ".join(found.faults)
                     faulty += bool(faults)
                     print(
-                        f"{kernel:8} {name:7} {head_dim:3}  {dtype:8}  {tile:28} {found.registers:9} {found.spilled:8} "
-                        f"{found.shared:7} {found.matrix:7} {found.seconds:7.1f}  {faults}",
+                        f"{kernel:11} {name:7} {head_dim:3}  {dtype:8}  {tile:28} {found.registers:9} "
+                        f"{found.spilled:8} {found.shared:7} {found.matrix:7} {found.seconds:7.1f}  {faults}",
                         flush=True,
                     )
     print(f"{faulty} configurations must not be shipped" if faulty else "all configurations are clean")

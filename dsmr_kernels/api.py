@@ -254,7 +254,7 @@ def decode_attention(
             raise ValueError(
                 f"each of the {q.shape[2]} new tokens must see itself, but row {row} sees {int(sees[row])}"
             )
-    module = choose(q, backend, "decode_attention")
+    module = choose(q, backend)
     return module.decode_attention(q, memory, visible, alibi_slopes, _scale(scale, q.shape[3]))
 
 
@@ -311,4 +311,4 @@ def append_rotated(
     _check_angles(cos, sin, q)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError("append_rotated is for inference: call it under torch.no_grad()")
-    return choose(q, backend, "append_rotated").append_rotated(q, k, v, memory, cos, sin)
+    return choose(q, backend).append_rotated(q, k, v, memory, cos, sin)

@@ -17,6 +17,9 @@ if importlib.util.find_spec("triton") is None:
         ("sm_90", 128, "bfloat16", ("forward", "dq", "dkv")),
         ("sm_80", 64, "float16", ("forward",)),
         ("gfx942", 64, "bfloat16", ("forward",)),
+        ("sm_90", 128, "bfloat16", ("decode", "decode_int8", "combine", "step")),
+        ("sm_89", 80, "bfloat16", ("decode_many",)),
+        ("gfx942", 64, "bfloat16", ("decode", "step_int8")),
     ],
 )
 def test_shipped_configurations_compile_clean(target: str, head_dim: int, dtype: str, kernels: tuple[str, ...]) -> None:

@@ -49,18 +49,17 @@ def allowed(memory: KVMemory) -> float:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("group", "new", "head_dim", "seen", "capacity"),
+    ("group", "new", "head_dim", "seen", "capacity", "dtype"),
     [
-        (1, 1, 16, [250, 3], 100),  # wrapped, and nearly empty: most splits of that row are empty
-        (2, 3, 40, [30, 101], 100),
-        (8, 1, 64, [77], 128),
-        (8, 5, 16, [300, 9], 64),  # more stacked queries than one tile holds
-        (1, 16, 80, [16, 40], 33),  # nothing but the new tokens
-        (2, 16, 16, [50], 16),  # as many new tokens as slots
-        (2, 7, 128, [90], 37),
-        (1, 1, 17, [5], 1),  # one slot, and a head_dim that no tile fits
+        (1, 1, 16, [250, 3], 100, torch.float32),  # wrapped, and nearly empty: most splits of that row are empty
+        (2, 3, 40, [30, 101], 100, torch.float16),
+        (8, 1, 64, [77], 128, torch.float16),
+        (8, 5, 16, [300], 64, torch.float32),  # more stacked queries than one tile holds
+        (1, 16, 80, [16, 40], 33, torch.float32),  # nothing but the new tokens
+        (2, 16, 16, [50], 16, torch.float16),  # as many new tokens as slots
+        (2, 7, 128, [90], 37, torch.float16),
+        (1, 1, 17, [5], 1, torch.float32),  # one slot, and a head_dim that no tile fits
     ],
 )
 def test_decode_agrees_with_oracle(
@@ -80,9 +79,9 @@ def test_decode_agrees_with_oracle(
 
 @interpreted
 def test_all_numbers_of_new_tokens_up_to_16() -> None:
-    memory = filled_memory(2, 1, 50, 16, [70, 20])
+    memory = filled_memory(1, 1, 30, 16, [70])
     for new in range(1, 17):
-        q = torch.randn(2, 2, new, 16)
+        q = torch.randn(1, 2, new, 16)
         assert error(decode_attention(q, memory, backend="triton", scale=0.5), expected(q, memory, scale=0.5)) < 1e-5
 
 
@@ -123,7 +122,7 @@ def test_strided_queries_and_memory_are_read_where_they_lie() -> None:
 @pytest.mark.parametrize("visibility", ["segment", "sliding"])
 @pytest.mark.parametrize("alibi", [False, True])
 def test_token_by_token_equals_the_whole_piece_past_ten_turns_of_the_ring(visibility: str, alibi: bool) -> None:
-    length, horizon, dim = 4, 5, 16
+    length, horizon, dim = 3, 4, 16
     capacity = memory_capacity(horizon, length, visibility)
     tokens = 10 * capacity + length + 2
     q, k, v = (torch.randn(1, heads, tokens, dim) for heads in (2, 1, 1))

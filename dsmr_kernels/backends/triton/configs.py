@@ -103,9 +103,21 @@ _DECODE_FLOAT32 = {
 
 
 def choose_decode(architecture: str, head_dim: int, dtype: torch.dtype, stacked: int) -> Config:
-    """The configuration of `decode_kernel` for `stacked` queries a KV head."""
+    """The configuration of `decode_kernel` for `stacked` queries a KV head; `bm` is how many of them a tile takes."""
     if architecture == "interpreter":
         return _INTERPRETER
     half_precision = _CDNA_DECODE if architecture.startswith("gfx") else _DECODE
     sizes = _DECODE_FLOAT32 if dtype == torch.float32 else half_precision
     return sizes[max(64, padded(head_dim))][stacked > 16]
+
+
+# What one step of `combine_kernel` takes in of the splits (bm), and one of `step_kernel` of the rows (bm) and of half a
+# head (bn): both wait for memory, whatever the part.
+COMBINE = Config(16, 0, 4, 1)
+STEP_ELEMENTS = 2048
+
+
+def choose_step(head_dim: int, rows: int) -> Config:
+    """The configuration of `step_kernel` for `rows` heads times tokens."""
+    half = padded(head_dim) // 2
+    return Config(max(1, min(1 << (rows - 1).bit_length(), STEP_ELEMENTS // half)), half, 4, 1)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsmr_kernels.backends.triton.configs import padded
+from dsmr_kernels.backends.triton.configs import choose_step
 from dsmr_kernels.backends.triton.decode import on_device
 from dsmr_kernels.memory import KVMemory
 
@@ -39,11 +39,11 @@ def _write(
     """Both halves of rows (h, at) of a ring; in int8 as `dsmr_kernels.quantise` has it, bit for bit."""
     if QUANTISED:
         largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))  # [BR]
-        scale = tl.div_rn(largest, largest * 0.0 + 127.0)
+        scale = tl.div_rn(largest, 127.0)
         divisor = tl.where(scale > 0, scale, 1.0)[:, None]
         # Adding and taking away 1.5 * 2 ** 23 rounds to the nearest integer, ties to even.
-        first = tl.div_rn(first, first * 0.0 + divisor) + 12582912.0 - 12582912.0
-        second = tl.div_rn(second, second * 0.0 + divisor) + 12582912.0 - 12582912.0
+        first = tl.div_rn(first, divisor) + 12582912.0 - 12582912.0
+        second = tl.div_rn(second, divisor) + 12582912.0 - 12582912.0
         first, second = (
             tl.minimum(tl.maximum(first, -127.0), 127.0),
             tl.minimum(tl.maximum(second, -127.0), 127.0),
@@ -141,16 +141,6 @@ def step_kernel(
     tl.store(Length + b, tl.minimum(length + new, capacity))
 
 
-ROWS_ELEMENTS = 2048  # of a half that one turn of the loops takes, over all its rows
-WARPS = 4
-
-
-def tile_of(head_dim: int, rows: int) -> tuple[int, int]:
-    """(BR, BH): rows and elements of a half that one turn of the loops takes."""
-    half = padded(head_dim) // 2
-    return max(1, min(triton.next_power_of_2(rows), ROWS_ELEMENTS // half)), half
-
-
 def _turned_dtype(q: Tensor, memory_k: Tensor) -> torch.dtype:
     return q.dtype if memory_k.dtype == torch.int8 else memory_k.dtype
 
@@ -177,7 +167,7 @@ def _launch(
     if turn and turn[0].stride() != turn[1].stride():
         turn = [x.contiguous() for x in turn]
     scales = [x for x in (k_scale, v_scale) if x is not None]
-    br, bh = tile_of(dim, heads * new)
+    config = choose_step(dim, heads * new)
     with on_device(q.device):
         step_kernel[(batch,)](
             q, k, v, *(turn or (q, q)), memory_k, memory_v, *(scales or (out, out)), length, position, out,
@@ -186,7 +176,8 @@ def _launch(
             *memory_k.stride()[:3], *memory_v.stride()[:3], *(stride for x in scales for stride in x.stride()[:2]),
             *(() if scales else (0,) * 4),
             heads, k.shape[1], dim, (dim + 1) // 2, new, memory_k.shape[2],
-            ROTATE=bool(turn), QUANTISED=bool(scales), BR=br, BH=bh, num_warps=WARPS, num_stages=1,
+            ROTATE=bool(turn), QUANTISED=bool(scales), BR=config.bm, BH=config.bn,
+            num_warps=config.warps, num_stages=config.stages,
             enable_fp_fusion=False,  # products and sums are rounded apart, as PyTorch rounds them
         )  # fmt: skip
     return out
