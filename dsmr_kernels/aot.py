@@ -8,6 +8,7 @@ more shared memory than its part has, or uses no matrix instructions where the d
 """
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -107,7 +108,7 @@ def _stored_types(kernel: str) -> dict[str, str]:
 
 
 def compile_kernel(kernel: str, target: Target, head_dim: int, dtype: str, options: dict[str, bool]) -> Compiled:
-    """Compile one kernel as `launch` would call it: aligned pointers and strides, all sizes at run time."""
+    """Compile one kernel as `launch` would call it: aligned pointers, contiguous tensors, all sizes at run time."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -117,6 +118,7 @@ def compile_kernel(kernel: str, target: Target, head_dim: int, dtype: str, optio
     function, config = _kernel_of(kernel, target, head_dim, getattr(torch, dtype))
     dim = configs.padded(head_dim)
     constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "WHOLE_DIM": dim == head_dim, **options}
+    constants |= {"HEAD_DIM": head_dim, "UNIT": math.gcd(16, head_dim)}  # the strides' unit for contiguous tensors
     constants["PRECISION"] = "ieee" if dtype == "float32" else "tf32"
     constants |= DECODING | {"QUANTISED": kernel.endswith("int8"), "BS": config.bm, "BR": config.bm, "BH": config.bn}
     stored = _stored_types(kernel)
@@ -131,7 +133,8 @@ def compile_kernel(kernel: str, target: Target, head_dim: int, dtype: str, optio
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if name.endswith(("_batch", "_head", "_token")) or (name == "head_dim" and head_dim % 16 == 0):
+            strided = name.endswith(("_batch", "_head", "_token")) and "UNIT" not in function.arg_names
+            if strided or (name == "head_dim" and head_dim % 16 == 0):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(function.arg_names.index(name),): constants[name] for name in signature if name in constants}
     source = ASTSource(function, signature, constexprs, attributes)

@@ -53,6 +53,19 @@ def _check_memory(memory: KVMemory, q: Tensor, kv_heads: int) -> None:
     expected = (q.shape[0], kv_heads, q.shape[3])
     if found != expected:
         raise ValueError(f"memory must have (batch, kv_heads, head_dim) = {expected} to fit q and k, got {found}")
+    _check_ring(memory, q)
+
+
+def _check_ring(memory: KVMemory, q: Tensor) -> None:
+    """That a memory, which anyone may put together, fits together."""
+    if memory.v.shape != memory.k.shape:
+        raise ValueError(f"memory.v must have the shape of memory.k, {_shape(memory.k)}, got {_shape(memory.v)}")
+    for name, tensor, dtype in (("length", memory.length, torch.int32), ("position", memory.position, torch.int64)):
+        if tensor.dtype != dtype or tensor.shape != q.shape[:1] or tensor.device != q.device:
+            raise ValueError(
+                f"memory.{name} must be {dtype} of shape ({q.shape[0]},) on {q.device}, "
+                f"got {tensor.dtype} of shape {_shape(tensor)} on {tensor.device}"
+            )
 
 
 def _check_heads(q: Tensor, kv_heads: int) -> None:
@@ -297,6 +310,7 @@ def append_rotated(
         raise ValueError(f"memory must have (batch, head_dim) = {(batch, dim)} to fit q, got {found}")
     if memory.k.device != q.device:
         raise ValueError(f"memory must be on the device of q, {q.device}, got {memory.k.device}")
+    _check_ring(memory, q)
     for name, tensor in (("k", k), ("v", v)):
         _check_tensor(name, tensor, q)
         expected = (batch, memory.kv_heads, new, dim)

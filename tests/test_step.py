@@ -114,3 +114,16 @@ def test_a_memory_in_another_dtype_counts_for_itself() -> None:
     append_rotated(*(torch.zeros(1, 1, 1, 4),) * 3, memory)
     assert int(memory.position) == 21
     assert int(other.position) == 20
+
+
+@every
+def test_counters_of_any_stride_advance(backend: str) -> None:
+    memory = filled_memory(4, 2, 9, 16, [30, 4, 7, 11])
+    other = KVMemory(*(x[::2].clone() for x in (memory.k, memory.v, memory.length, memory.position)))
+    strided = KVMemory(*(x[::2] for x in (memory.k, memory.v, memory.length, memory.position)))
+    tokens = new_tokens(2, 1, 2, 16, torch.float32)
+    append_rotated(*tokens, strided, backend=backend)
+    other.append(*tokens[1:])
+    for name in FIELDS:
+        assert torch.equal(getattr(strided, name), getattr(other, name)), name
+    assert memory.position.tolist() == [32, 4, 9, 11]

@@ -114,7 +114,7 @@ def choose_decode(architecture: str, head_dim: int, dtype: torch.dtype, stacked:
 # What one step of `combine_kernel` takes in of the splits (bm), and one of `step_kernel` of the rows (bm) and of half a
 # head (bn): both wait for memory, whatever the part.
 COMBINE = Config(16, 0, 4, 1)
-STEP_ELEMENTS = 2048
+STEP_ELEMENTS = 1024
 
 
 def choose_step(head_dim: int, rows: int) -> Config:

@@ -7,7 +7,6 @@ serves every length, and sums run in a fixed order. A split without a visible sl
 infinity and contributes nothing.
 """
 
-import contextlib
 import functools
 from typing import Any
 
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsmr_kernels.backends.triton.configs import COMBINE, choose_decode, padded
-from dsmr_kernels.backends.triton.launch import INTERPRETED, LOG2E, architecture
+from dsmr_kernels.backends.triton.launch import INTERPRETED, LOG2E, _on, _rows, architecture
 from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows
 from dsmr_kernels.memory import KVMemory
 
@@ -193,11 +192,6 @@ def _processors(device: torch.device) -> int:
     return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return contextlib.nullcontext() if INTERPRETED else torch.cuda.device(device)
-
-
 def splits_of(capacity: int, programs: int, processors: int, block: int) -> int:
     """Into how many splits a ring is cut: enough to occupy the device four times over, of two blocks at least."""
     wanted = triton.cdiv(4 * processors, programs)
@@ -216,7 +210,8 @@ def _launch(
     alibi: Tensor | None,
     scale: float,
 ) -> Tensor:
-    q = q if q.stride(-1) == 1 or q.shape[-1] == 1 else q.contiguous()
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    length, position = length.contiguous(), position.contiguous()
     batch, heads, new, dim = q.shape
     kv_heads, capacity = k.shape[1], k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -229,12 +224,12 @@ def _launch(
     direct = splits == 1
     parts = out if direct else torch.empty((*q.shape[:3], splits, dim), dtype=torch.float32, device=q.device)
     lse = out if direct else torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
-    scales = [x for x in (k_scale, v_scale) if x is not None]
+    scales = [_rows(x) for x in (k_scale, v_scale) if x is not None]
     # A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
-    with on_device(q.device):
+    with _on(q.device):
         decode_kernel[(programs, splits)](
-            q, k, v, *(scales or (q, q)), length, position, length if visible is None else visible,
-            q if alibi is None else alibi, parts, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            q, k, v, *(scales or (q, q)), length, position, length if visible is None else visible.contiguous(),
+            q if alibi is None else alibi.contiguous(), parts, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *(stride for x in scales for stride in x.stride()[:2]), *(() if scales else (0,) * 4),
             kv_heads, group, dim, scale * LOG2E, new, capacity,
             HAS_VISIBLE=visible is not None, HAS_ALIBI=alibi is not None, QUANTISED=bool(scales), DIRECT=direct,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsmr_kernels.backends.triton.configs import choose_step
-from dsmr_kernels.backends.triton.decode import on_device
+from dsmr_kernels.backends.triton.launch import _on, _rows
 from dsmr_kernels.memory import KVMemory
 
 
@@ -158,19 +158,20 @@ def _launch(
     length: Tensor,
     position: Tensor,
 ) -> Tensor:
-    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = _rows(q), _rows(k), _rows(v)
     batch, heads, new, dim = q.shape
     out = torch.empty(q.shape, dtype=_turned_dtype(q, memory_k), device=q.device)
     if out.numel() == 0:
         return out
-    turn = [x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin) if x is not None]
+    turn = [_rows(x) for x in (cos, sin) if x is not None]
     if turn and turn[0].stride() != turn[1].stride():
         turn = [x.contiguous() for x in turn]
     scales = [x for x in (k_scale, v_scale) if x is not None]
+    counters = (length.contiguous(), position.contiguous())
     config = choose_step(dim, heads * new)
-    with on_device(q.device):
+    with _on(q.device):
         step_kernel[(batch,)](
-            q, k, v, *(turn or (q, q)), memory_k, memory_v, *(scales or (out, out)), length, position, out,
+            q, k, v, *(turn or (q, q)), memory_k, memory_v, *(scales or (out, out)), *counters, out,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *((turn[0].stride(0), turn[0].stride(2)) if turn else (0, 0)),
             *memory_k.stride()[:3], *memory_v.stride()[:3], *(stride for x in scales for stride in x.stride()[:2]),
@@ -180,6 +181,9 @@ def _launch(
             num_warps=config.warps, num_stages=config.stages,
             enable_fp_fusion=False,  # products and sums are rounded apart, as PyTorch rounds them
         )  # fmt: skip
+    for counter, advanced in zip((length, position), counters, strict=True):
+        if advanced is not counter:
+            counter.copy_(advanced)
     return out
 
 
@@ -208,7 +212,14 @@ def _(
 
 
 def append_rotated(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """See `dsmr_kernels.append_rotated`; arguments are taken as checked."""
+    """See `dsmr_kernels.append_rotated`; arguments are taken as checked.
+
+    Raises:
+        ValueError: if the last dimension of the memory's storage is not contiguous.
+    """
+    storage = [x for x in (memory.k, memory.v, memory.k_scale, memory.v_scale) if x is not None]
+    if any(x.stride(-1) != 1 and x.shape[-1] != 1 for x in storage):
+        raise ValueError("memory must be contiguous in its last dimension to be written by the triton backend")
     memory.unshare()
     call = _operator if torch.compiler.is_compiling() else _launch
     ring = (memory.k, memory.v, memory.k_scale, memory.v_scale, memory.length, memory.position)
