@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,9 @@ def test_a_sweep_of_sizes_horizons_and_offsets_compiles_nothing_anew(backend: st
 def test_one_sweep_is_one_compilation_of_each_triton_kernel() -> None:
     """T, S, batch, GQA group, capacity, ring position, horizon, segment length and offset are run-time values."""
     script = Path(__file__).with_name("launch_keys.py")
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    paths = [str(script.parents[1]), os.environ.get("PYTHONPATH", "")]  # the sources beside it, installed or not
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert set(found) == {"16", "20", "40", "64", "80"}

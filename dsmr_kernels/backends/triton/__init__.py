@@ -30,8 +30,8 @@ def unsupported(q: Tensor) -> str | None:
         return f"it computes in {', '.join(names[:-1])}, not {names[-1]}; nearest: {nearest}; {_ELSEWHERE}"
     least, most = HEAD_DIMS
     if not least <= q.shape[3] <= most:
-        nearest = least if q.shape[3] < least else most
-        return f"it serves head_dim from {least} to {most}, not {q.shape[3]}; nearest: {nearest}; {_ELSEWHERE}"
+        edge = least if q.shape[3] < least else most
+        return f"it serves head_dim from {least} to {most}, not {q.shape[3]}; nearest: {edge}; {_ELSEWHERE}"
     return None
 
 

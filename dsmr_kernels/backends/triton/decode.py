@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsmr_kernels.backends.triton.configs import COMBINE, choose_decode, padded
+from dsmr_kernels.backends.triton.configs import choose, padded
 from dsmr_kernels.backends.triton.launch import INTERPRETED, LOG2E, _on, _rows, architecture
 from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows
 from dsmr_kernels.memory import KVMemory
@@ -218,7 +218,7 @@ def _launch(
     if out.numel() == 0:
         return out
     group, bd = heads // kv_heads, padded(dim)
-    config = choose_decode(architecture(q.device), dim, q.dtype, group * new)
+    config = choose("decode" if group * new <= 16 else "decode_many", architecture(q.device), dim, q.dtype)
     programs = triton.cdiv(group * new, config.bm) * batch * kv_heads
     splits = splits_of(capacity, programs, _processors(q.device), config.bn)
     direct = splits == 1
@@ -237,8 +237,9 @@ def _launch(
             BM=config.bm, BN=config.bn, BD=bd, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if not direct:
+            config = choose("combine", architecture(q.device), dim, q.dtype)
             combine_kernel[(batch * heads * new,)](
-                parts, lse, out, dim, splits, BS=COMBINE.bm, BD=bd, num_warps=COMBINE.warps, num_stages=COMBINE.stages
+                parts, lse, out, dim, splits, BS=config.bm, BD=bd, num_warps=config.warps, num_stages=config.stages
             )
     return out
 

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsmr_kernels.backends.triton.configs import choose_step
-from dsmr_kernels.backends.triton.launch import _on, _rows
+from dsmr_kernels.backends.triton.configs import choose, padded
+from dsmr_kernels.backends.triton.launch import _on, _rows, architecture
 from dsmr_kernels.memory import KVMemory
 
 
@@ -168,7 +168,8 @@ def _launch(
         turn = [x.contiguous() for x in turn]
     scales = [x for x in (k_scale, v_scale) if x is not None]
     counters = (length.contiguous(), position.contiguous())
-    config = choose_step(dim, heads * new)
+    config = choose("step", architecture(q.device), dim, q.dtype)
+    rows = min(triton.next_power_of_2(heads * new), config.bm)
     with _on(q.device):
         step_kernel[(batch,)](
             q, k, v, *(turn or (q, q)), memory_k, memory_v, *(scales or (out, out)), *counters, out,
@@ -177,7 +178,7 @@ def _launch(
             *memory_k.stride()[:3], *memory_v.stride()[:3], *(stride for x in scales for stride in x.stride()[:2]),
             *(() if scales else (0,) * 4),
             heads, k.shape[1], dim, (dim + 1) // 2, new, memory_k.shape[2],
-            ROTATE=bool(turn), QUANTISED=bool(scales), BR=config.bm, BH=config.bn,
+            ROTATE=bool(turn), QUANTISED=bool(scales), BR=rows, BH=padded(dim) // 2,
             num_warps=config.warps, num_stages=config.stages,
             enable_fp_fusion=False,  # products and sums are rounded apart, as PyTorch rounds them
         )  # fmt: skip
