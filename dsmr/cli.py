@@ -147,6 +147,9 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pieces read at once.")] = 4,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto.")] = "float32",
+    memory_dtype: Annotated[
+        str, typer.Option(help="Of the memory: float32, bfloat16, int8, or auto: as computed in.")
+    ] = "auto",
     device: Device = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for eval-SPLIT.json and .png.", show_default="the run")
@@ -171,7 +174,15 @@ def evaluate(
             )
 
         report = evaluate_run(
-            run, data, split, out=out, batch_size=batch_size, dtype=dtype, device=device, progress=progress
+            run,
+            data,
+            split,
+            out=out,
+            batch_size=batch_size,
+            dtype=dtype,
+            memory_dtype=memory_dtype,
+            device=device,
+            progress=progress,
         )
     console().print(report.table())
     if baseline:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsmr.attention import DSMRAttention
-from dsmr_kernels import decode_attention
+from dsmr_kernels import append_rotated, decode_attention
 from dsmr_kernels.backends.sdpa.decode import StretchAttention
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class HostRings:
         growing = self.lengths[index] < memory.capacity
         self.lengths[index] += growing
         if memory.k.dtype != torch.float32:
-            dtype = memory.k.dtype
+            dtype = q.dtype if memory.dtype == torch.int8 else memory.dtype
             memory.append(k[:, :, None].to(dtype), v[:, :, None].to(dtype))
             seen = torch.full((self.state.batch,), self._sees(index), dtype=torch.int32)
             slopes = self.layers[index].slopes
@@ -110,14 +110,10 @@ class DeviceRings:
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         layer, memory = self.layers[index], self.memories[index]
-        slots = self.positions.remainder(memory.capacity)[:, None, None, None].expand(*k.shape[:2], 1, k.shape[2])
-        for ring, new in ((memory.k, k), (memory.v, v)):
-            ring.scatter_(2, slots, new[:, :, None].to(ring.dtype))
-        memory.position.add_(1)
-        memory.length.add_(1).clamp_(max=memory.capacity)
+        query = append_rotated(q[:, :, None], k[:, :, None], v[:, :, None], memory)
         offset = torch.zeros_like(self._offset) if layer.visibility == "sliding" else self._offset
         seen = (offset + (layer.horizon + 1)).expand(self.positions.shape)
-        out = decode_attention(q[:, :, None].to(memory.k.dtype), memory, visible=seen, alibi_slopes=layer.slopes)
+        out = decode_attention(query, memory, visible=seen, alibi_slopes=layer.slopes)
         return out[:, :, 0].to(q.dtype)
 
     def advance(self) -> None:

@@ -15,8 +15,9 @@ from dsmr_kernels.backends.sdpa import blocks, flash
 from dsmr_kernels.backends.sdpa.decode import decode_attention
 from dsmr_kernels.backends.sdpa.plan import Group, plan_call
 from dsmr_kernels.backends.sdpa.products import Products
+from dsmr_kernels.rotary import append_rotated
 
-__all__ = ["decode_attention", "memory_attention", "unsupported"]
+__all__ = ["append_rotated", "decode_attention", "memory_attention", "unsupported"]
 
 
 def unsupported(q: Tensor) -> str | None:

@@ -63,8 +63,11 @@ class StretchAttention:
         return out
 
 
-def decode_attention(q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes: Tensor | None, scale: float) -> Tensor:
+def decode_attention(
+    q: Tensor, memory: KVMemory, visible: Tensor | None, alibi_slopes: Tensor | None, scale: float
+) -> Tensor:
     """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
+    visible = memory.length if visible is None else visible
     batch, heads, new, dim = q.shape
     in_step = _in_step(q, memory, visible)
     if in_step is None:
@@ -107,6 +110,6 @@ def _masked(q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes: Tensor |
     # scores in float32 whatever the dtype of q.
     bias = bias.expand(-1, -1, group, -1, -1).flatten(2, 3)
     grouped = q.to(work).reshape(batch, kv_heads, group * new, dim)
-    k, v = memory.k.to(work), memory.v.to(work)
+    k, v = memory.values(work)
     out = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=bias, scale=scale)
     return out.reshape(batch, heads, new, dim).to(q.dtype)
