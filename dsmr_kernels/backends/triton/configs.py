@@ -38,9 +38,9 @@ Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
     64: {
-        "forward": Config(128, 64, 8, 2),  # four warps spill, with 64 queries as well
+        "forward": Config(128, 64, 8, 2),  # four warps spill
         "dq": Config(128, 64, 8, 2),  # 256 queries or 128 keys spill
-        "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, and so do 64 with 64 keys
+        "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, with 64 keys too
     },
     128: {
         "forward": Config(64, 64, 8, 2),  # 128 queries spill
@@ -50,7 +50,7 @@ _AMPERE: Sizes = {
     256: {
         "forward": Config(64, 32, 8, 2),  # 128 queries or 64 keys spill
         "dq": Config(64, 32, 8, 2),  # 128 queries exceed shared memory
-        "dkv": Config(32, 32, 8, 2),  # 64 keys spill, with 16 queries a step as well
+        "dkv": Config(16, 32, 8, 2),  # 64 keys spill with ALiBi, and so do four warps
     },
 }
 _ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
@@ -75,7 +75,7 @@ _HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) ea
     },
     256: {
         "forward": Config(64, 64, 8, 2),  # 128 queries spill
-        "dq": Config(128, 32, 8, 2),  # both warpgroups have 64 queries; with Triton 3.6 it still spills 24 bytes
+        "dq": Config(64, 64, 8, 2),  # 128 queries x 32 keys spill 8 bytes
         "dkv": Config(16, 64, 8, 1),  # a second stage spills
     },
 }
