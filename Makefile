@@ -1,4 +1,4 @@
-# Every target makes its own environment in .venv when it is missing: no set-up comes before them.
+# Every target but gpu makes its own environment in .venv when it is missing: no set-up comes before them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ DEMO ?= demo
 # Rounds and shapes of `make bench`: full, or quick (about a minute).
 BENCH ?= full
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## compose a corpus, train two models on it, measure them, continue a piece, draw
@@ -18,6 +18,9 @@ test: $(READY)  ## the whole test suite
 
 bench: $(READY)  ## the benchmarks: each checks its result against the reference before it is timed
 	DSMR_BENCH=$(BENCH) $(BIN)/python -m pytest benchmarks --benchmark-only -q
+
+gpu:  ## tests, measurements and goals on this machine's GPU, ten minutes; uses PYTHON as it is: torch, triton, pytest
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
 lint: $(READY)  ## style, unused code, types
 	$(BIN)/ruff check .

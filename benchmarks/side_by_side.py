@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.contenders import ConcatenatedSDPA, Shape, check, forward, forward_backward, matmul_rate, ours
+from benchmarks.contenders import Shape, check, forward, forward_backward, matmul_rate, ours
+from benchmarks.peers import MaskedSDPA
 from dsmr.files import atomic_path, write_json, write_text
 
 CLAIM = Shape(1, 8, 8, 1024, 4096, 64)
@@ -60,8 +61,9 @@ def in_turn(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
 def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """One row of the table, correctness first."""
     case = shape.case(dtype)
-    concatenated = ConcatenatedSDPA(case)
-    check(shape, dtype, {"dsmr": ours, "sdpa": concatenated})
+    concatenated = MaskedSDPA(case)
+    check(case, "dsmr", ours)
+    check(case, "sdpa", concatenated)
     row: dict[str, Any] = {"shape": asdict(shape), "label": str(shape), "dtype": name_of(dtype)}
     for key, kind in (("forward", forward), ("forward_backward", forward_backward)):
         mine, theirs, product = in_turn([kind(ours, case), kind(concatenated, case), matmul_rate(dtype, 1024)], rounds)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.contenders import ConcatenatedSDPA, Shape, check, forward, forward_backward, matmul_rate, ours
+from benchmarks.contenders import Shape, check, forward, forward_backward, matmul_rate, ours
+from benchmarks.peers import MaskedSDPA
 
 SHAPES = [
     pytest.param(Shape(1, 8, 8, 256, 512, 64), id="small"),
@@ -26,8 +27,8 @@ PASSES = {"forward": forward, "forward+backward": forward_backward}
 @pytest.mark.parametrize("direction", PASSES)
 def test_attention(benchmark: Any, direction: str, shape: Shape, dtype: torch.dtype, contender: str) -> None:
     case = shape.case(dtype)
-    attention = ours if contender == "dsmr" else ConcatenatedSDPA(case)
-    check(shape, dtype, {contender: attention})
+    attention = ours if contender == "dsmr" else MaskedSDPA(case)
+    check(case, contender, attention)
     benchmark.group = f"CPU: attention {direction}, {shape}, {str(dtype).removeprefix('torch.')}"
     benchmark.pedantic(PASSES[direction](attention, case), rounds=7, iterations=1, warmup_rounds=2)
     benchmark.extra_info.update(

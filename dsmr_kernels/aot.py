@@ -1,122 +1,159 @@
 """Compile every tile configuration for every target, on any machine: registers, spills, shared memory, instructions.
 
-    python -m dsmr_kernels.aot                       # all of it, a few minutes
-    python -m dsmr_kernels.aot --target sm_90 --dim 128
+    python -m dsmr_kernels.aot                       # a sample of every target and kernel, under a minute
+    python -m dsmr_kernels.aot --full                # all of it, with every option: half an hour on one core
+    python -m dsmr_kernels.aot --target sm_90 --dim 128 --variant pieces
 
-Needs Triton but no GPU; NVIDIA's `cuobjdump` comes with Triton's wheel. Exits with 1 if a configuration spills, wants
-more shared memory than its part has, or uses no matrix instructions where the dtype has them.
+Needs Triton but no GPU; NVIDIA's `cuobjdump` and `nvdisasm` come with Triton's wheel. Exits with 1 if a configuration
+spills, wants more shared or tensor memory than its part has, or uses no matrix instructions where the dtype has them.
 """
 
 import argparse
+import itertools
+import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dsmr_kernels.targets import TARGETS
+
+if TYPE_CHECKING:
+    from dsmr_kernels.backends.triton.configs import Config
+
+# Kernel -> the module of the Triton backend that has it, and its name there.
+KERNELS = {"forward": ("forward", "forward_kernel"), "dq": ("backward", "dq_kernel"), "dkv": ("backward", "dkv_kernel")}
+# What is compiled in: the least that a call may need, the usual training call, and all options at once.
+VARIANTS = {
+    "bare": {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": False, "HAS_ALIBI": False, "DETACH": True},
+    "pieces": {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": True, "HAS_ALIBI": False, "DETACH": True},
+    "all": {"SLIDING": True, "HAS_MEMORY": True, "HAS_PIECES": True, "HAS_ALIBI": True, "DETACH": False},
+}
+DIMS = (64, 128, 256)  # a table's entries; compiled with every variant
+OTHER_DIMS = (16, 32, 80, 192)  # those that share an entry, narrower or padded; compiled with one variant
+
 
 @dataclass(frozen=True)
-class Target:
-    """A part to compile for: its name in `configs`, Triton's, shared memory of a block, and its matrix instructions."""
+class Case:
+    """One kernel to compile: `variant` names what is compiled in."""
 
-    name: str
-    backend: str
-    arch: int | str
-    warp: int
-    shared: int
-    matrix: str
-
-
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("sm_80", "cuda", 80, 32, 163 * 1024, r"\bHMMA"),
-        Target("sm_89", "cuda", 89, 32, 99 * 1024, r"\bHMMA"),
-        Target("sm_90", "cuda", 90, 32, 227 * 1024, r"\bHGMMA"),
-        Target("gfx942", "hip", "gfx942", 64, 64 * 1024, r"v_mfma"),
-    )
-}
-KERNELS = ("forward", "dq", "dkv")
+    kernel: str
+    target: str
+    head_dim: int
+    dtype: str
+    variant: str
 
 
 @dataclass(frozen=True)
 class Compiled:
     """What one kernel takes on one target."""
 
-    kernel: str
-    target: str
-    head_dim: int
-    dtype: str
-    config: Any
+    case: Case
+    config: "Config"
     registers: int
     spilled: int  # bytes of stack (NVIDIA); vector registers and bytes of scratch (AMD)
     shared: int
+    tensor_columns: int
     matrix: int
-    seconds: float
+    seconds: float  # of compilation; 0 if Triton had it in its cache
 
     @property
     def faults(self) -> list[str]:
         """Why this configuration must not be shipped; empty if it may."""
-        limit, found = TARGETS[self.target].shared, []
+        target, found = TARGETS[self.case.target], []
         if self.spilled:
             found.append(f"spills {self.spilled}")
-        if self.shared > limit:
-            found.append(f"wants {self.shared} of {limit} bytes of shared memory")
-        if self.dtype != "float32" and not self.matrix:
+        if self.shared > target.shared:
+            found.append(f"wants {self.shared} of {target.shared} bytes of shared memory")
+        if self.tensor_columns > target.tensor_columns:
+            found.append(f"wants {self.tensor_columns} of {target.tensor_columns} columns of tensor memory")
+        if self.case.dtype != "float32" and not self.matrix:
             found.append("uses no matrix instructions")
         return found
+
+    def row(self) -> dict[str, Any]:
+        """The row of the report."""
+        target = TARGETS[self.case.target]
+        occupancy = target.occupancy(
+            warps=self.config.warps,
+            registers=self.registers,
+            shared=self.shared,
+            tensor_columns=self.tensor_columns,
+        )
+        row = asdict(self.case) | asdict(self.config)
+        row |= {"registers": self.registers, "stack": self.spilled, "shared": self.shared}
+        row |= {"shared_limit": target.shared, "tensor_columns": self.tensor_columns, "matrix": self.matrix}
+        return row | {"occupancy": round(occupancy, 3), "seconds": round(self.seconds, 2), "faults": self.faults}
 
 
 _POINTERS = {"Length": "*i32", "Position": "*i64", "PieceStart": "*i32", "Slopes": "*fp32"}
 _FLOATS = {"Lse": "*fp32", "Delta": "*fp32"}
-_ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
-def compile_kernel(kernel: str, target: Target, head_dim: int, dtype: str, options: dict[str, bool]) -> Compiled:
-    """Compile one kernel as `launch` would call it: aligned pointers and strides, all sizes at run time."""
+def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
+    """Compile one kernel as `launch` would call it: aligned pointers, contiguous tensors, all sizes at run time.
+
+    Args:
+        case: what to compile.
+        config: instead of the one of the table.
+    """
+    import importlib
+
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dsmr_kernels.backends.triton import backward, configs, forward
+    from dsmr_kernels.backends.triton import configs
 
-    function = {"forward": forward.forward_kernel, "dq": backward.dq_kernel, "dkv": backward.dkv_kernel}[kernel]
-    config = configs.choose(kernel, target.name, head_dim, getattr(torch, dtype))
+    target, head_dim = TARGETS[case.target], case.head_dim
+    module, name = KERNELS[case.kernel]
+    function = getattr(importlib.import_module(f"dsmr_kernels.backends.triton.{module}"), name)
+    config = config or configs.from_table(case.kernel, target.name, head_dim, getattr(torch, case.dtype))
     dim = configs.padded(head_dim)
-    constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "WHOLE_DIM": dim == head_dim, **options}
-    constants["PRECISION"] = "ieee" if dtype == "float32" else "tf32"
+    constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "HEAD_DIM": head_dim}
+    constants["UNIT"] = math.gcd(16, head_dim)  # the strides' unit for contiguous tensors
+    constants |= {"PRECISION": "ieee" if case.dtype == "float32" else "tf32", **VARIANTS[case.variant]}
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
         if name.isupper() and name not in ("Q", "K", "V", "DQ", "DK", "DV"):
             signature[name] = "constexpr"
         elif name[0].isupper():
-            signature[name] = _POINTERS.get(name) or _FLOATS.get(name) or f"*{_ELEMENTS[dtype]}"
+            signature[name] = _POINTERS.get(name) or _FLOATS.get(name) or f"*{ELEMENTS[case.dtype]}"
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name.startswith("scale"):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if name.endswith(("_batch", "_head", "_token")) or (name == "head_dim" and head_dim % 16 == 0):
-                attributes[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(function.arg_names.index(name),): constants[name] for name in signature if name in constants}
     source = ASTSource(function, signature, constexprs, attributes)
+    hits: list[bool] = []
+    listener = triton.knobs.compilation.listener
+    triton.knobs.compilation.listener = lambda **found: hits.append(found["cache_hit"])
     begin = time.perf_counter()
-    result = triton.compile(
-        source,
-        target=GPUTarget(target.backend, target.arch, target.warp),
-        options={"num_warps": config.warps, "num_stages": config.stages},
-    )
-    seconds = time.perf_counter() - begin
+    try:
+        result = triton.compile(
+            source,
+            target=GPUTarget(target.backend, target.arch, target.warp),
+            options={"num_warps": config.warps, "num_stages": config.stages},
+        )
+    finally:
+        triton.knobs.compilation.listener = listener
+    seconds = 0.0 if hits == [True] else time.perf_counter() - begin
     registers, spilled, listing = _read_nvidia(result) if target.backend == "cuda" else _read_amd(result)
-    matrix = len(re.findall(target.matrix, listing))
-    shared = result.metadata.shared
-    return Compiled(kernel, target.name, head_dim, dtype, config, registers, spilled, shared, matrix, seconds)
+    older = (case.kernel, target.name, dim) in configs.OLDER_INSTRUCTIONS
+    matrix = len(re.findall(target.older if older else target.matrix, listing))
+    columns = getattr(result.metadata, "tmem_size", None) or 0
+    return Compiled(case, config, registers, spilled, result.metadata.shared, columns, matrix, seconds)
 
 
 def _tool(name: str) -> str:
@@ -129,12 +166,10 @@ def _read_nvidia(result: Any) -> tuple[int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        listing = subprocess.run(
-            [_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage, listing = (
+            subprocess.run([_tool(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
     registers = max(int(count) for count in re.findall(r"REG:(\d+)", usage))
     return registers, max(int(count) for count in re.findall(r"STACK:(\d+)", usage)), listing
 
@@ -149,41 +184,139 @@ def _read_amd(result: Any) -> tuple[int, int, str]:
     return registers, spilled, listing
 
 
-# The usual call, and the one with everything in it.
-PLAIN = {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": True, "HAS_ALIBI": False, "DETACH": True}
-FULL = {"SLIDING": True, "HAS_MEMORY": True, "HAS_PIECES": True, "HAS_ALIBI": True, "DETACH": False}
+def every_case() -> Iterator[Case]:
+    """All that is shipped: both element sizes (float16 compiles as bfloat16 does), every width, every option."""
+    for target, dtype, kernel in itertools.product(TARGETS, ("bfloat16", "float32"), KERNELS):
+        for head_dim, variant in itertools.product(DIMS, VARIANTS):
+            yield Case(kernel, target, head_dim, dtype, variant)
+        for head_dim in OTHER_DIMS:
+            yield Case(kernel, target, head_dim, dtype, "pieces")
 
 
-def main() -> int:
+def sample() -> Iterator[Case]:
+    """A case of every target and of every kernel, of both element sizes, padded and not: seconds each."""
+    kernels = list(KERNELS)
+    for index, target in enumerate(TARGETS):
+        yield Case(kernels[index % len(kernels)], target, (128, 64, 80)[index // 2 % 3], "bfloat16", "pieces")
+    yield from (Case(kernel, "sm_90", 64, "bfloat16", "bare") for kernel in kernels)
+    yield Case("forward", "sm_89", 256, "float32", "bare")
+
+
+HEAD = (
+    "kernel   target  dim  dtype     variant  tile, warps, stages  registers  stack  shared, of  tensor  matrix  "
+    "occupancy  seconds"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the terminal, under `HEAD`."""
+    tile = f"{row['bm']} x {row['bn']}, {row['warps']}, {row['stages']}"
+    shared = f"{row['shared']}/{row['shared_limit'] // 1024}K"
+    seconds = f"{row['seconds']:8.1f}" if row["seconds"] else "  cached"
+    return (
+        f"{row['kernel']:8} {row['target']:7} {row['head_dim']:3}  {row['dtype']:8}  {row['variant']:7}  {tile:19}  "
+        f"{row['registers']:9} {row['stack']:6} {shared:>11} {row['tensor_columns']:7} {row['matrix']:7} "
+        f"{row['occupancy']:9.0%} {seconds}  {'; '.join(row['faults'])}"
+    ).rstrip()
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a table."""
+    lines = [
+        f"Compiled by `python -m dsmr_kernels.aot` with Triton {report['triton']}, without a GPU: {len(report['rows'])}"
+        f" kernels, {sum(bool(row['faults']) for row in report['rows'])} of them faulty. Occupancy is estimated from"
+        " registers, shared memory and tensor memory.",
+        "",
+        "| kernel | target | head_dim | dtype | variant | queries x keys | warps | stages | registers | stack "
+        "| shared, bytes | of | tensor memory | matrix instructions | occupancy | compiled in, s | faults |",
+        "|---|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for row in report["rows"]:
+        lines.append(
+            f"| {row['kernel']} | {row['target']} | {row['head_dim']} | {row['dtype']} | {row['variant']} "
+            f"| {row['bm']} x {row['bn']} | {row['warps']} | {row['stages']} | {row['registers']} | {row['stack']} "
+            f"| {row['shared']} | {row['shared_limit']} | {row['tensor_columns']} | {row['matrix']} "
+            f"| {row['occupancy']:.0%} | {row['seconds'] or 'cached'} | {'; '.join(row['faults']) or 'none'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a row stands in the report."""
+    names = list(TARGETS)
+    place = names.index(row["target"]) if row["target"] in names else len(names)
+    return place, row["dtype"], row["head_dim"], row["kernel"], row["variant"]
+
+
+def merged(old: Any, new: dict[str, Any]) -> dict[str, Any]:
+    """The new report with those rows of the old that are of the same sources and Triton and were not made anew."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    same = isinstance(old, dict) and all(old.get(key) == new[key] for key in ("triton", "sources"))
+    for row in (old["rows"] if same else []) + new["rows"]:
+        if row["seconds"] == 0.0 and _key(row) in rows:  # it was timed when it was compiled
+            row = row | {"seconds": rows[_key(row)]["seconds"]}
+        rows[_key(row)] = row
+    return new | {"rows": [rows[key] for key in sorted(rows)]}
+
+
+def _write(report: dict[str, Any], json_file: Path | None, markdown_file: Path | None) -> None:
+    from dsmr_kernels.storage import write_text
+
+    if json_file is not None:
+        old = json.loads(json_file.read_text()) if json_file.exists() else None
+        report = merged(old, report)
+        write_text(json_file, json.dumps(report, indent=1) + "\n")
+    if markdown_file is not None:
+        write_text(markdown_file, markdown(report))
+
+
+def _config(text: str) -> "Config":
+    from dsmr_kernels.backends.triton.configs import Config
+
+    bm, bn, warps, stages = (int(number) for number in text.split(","))
+    return Config(bm, bn, warps, stages)
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Compile, print a table, and say what must not be shipped."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels for all targets, without a GPU.")
+    parser.add_argument("--full", action="store_true", help="every target, head_dim, dtype, kernel and variant")
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this one (may be given again)")
     parser.add_argument("--dim", type=int, action="append", help="only this head_dim (may be given again)")
-    parser.add_argument("--dtype", choices=_ELEMENTS, action="append", help="only this dtype (may be given again)")
+    parser.add_argument("--dtype", choices=ELEMENTS, action="append", help="only this dtype (may be given again)")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one (may be given again)")
-    parser.add_argument("--full", action="store_true", help="with ALiBi and sliding visibility compiled in")
-    arguments = parser.parse_args()
+    parser.add_argument("--variant", choices=VARIANTS, action="append", help="only this one (may be given again)")
+    parser.add_argument("--config", type=_config, metavar="BM,BN,WARPS,STAGES", help="instead of the table's")
+    parser.add_argument("--json", type=Path, help="write the report; rows of the same sources and Triton are kept")
+    parser.add_argument("--markdown", type=Path, help="write the report as a table")
+    asked = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("unset TRITON_INTERPRET: under the interpreter nothing is compiled", file=sys.stderr)
         return 1
-    faulty = 0
-    print("kernel   target  dim  dtype     queries x keys, warps, stages  registers  spilled  shared  matrix  seconds")
-    for name in arguments.target or TARGETS:
-        for head_dim in arguments.dim or (64, 80, 128, 256):
-            for dtype in arguments.dtype or ("bfloat16", "float32"):
-                for kernel in arguments.kernel or KERNELS:
-                    options = FULL if arguments.full else PLAIN
-                    found = compile_kernel(kernel, TARGETS[name], head_dim, dtype, options)
-                    c = found.config
-                    tile = f"{c.bm} x {c.bn}, {c.warps}, {c.stages}"
-                    faults = "; ".join(found.faults)
-                    faulty += bool(faults)
-                    print(
-                        f"{kernel:8} {name:7} {head_dim:3}  {dtype:8}  {tile:28} {found.registers:9} {found.spilled:8} "
-                        f"{found.shared:7} {found.matrix:7} {found.seconds:7.1f}  {faults}",
-                        flush=True,
-                    )
-    print(f"{faulty} configurations must not be shipped" if faulty else "all configurations are clean")
+    import triton
+
+    from dsmr_kernels.backends.triton.tuned import kernel_sources
+
+    chosen = any((asked.target, asked.dim, asked.dtype, asked.kernel, asked.variant))
+    filters = {"target": asked.target, "dtype": asked.dtype, "kernel": asked.kernel, "variant": asked.variant}
+    cases = [
+        case
+        for case in (every_case() if asked.full or chosen else sample())
+        if all(wanted is None or getattr(case, name) in wanted for name, wanted in filters.items())
+        and (asked.dim is None or case.head_dim in asked.dim)
+    ]
+    if not cases:
+        print("nothing fits: the head dimensions compiled are " + ", ".join(map(str, DIMS)), file=sys.stderr)
+        return 2
+    report: dict[str, Any] = {"triton": triton.__version__, "sources": kernel_sources(), "rows": []}
+    print(HEAD)
+    for number, case in enumerate(cases, 1):
+        report["rows"].append(compile_kernel(case, asked.config).row())
+        print(line(report["rows"][-1]), f" [{number}/{len(cases)}]", flush=True)
+    if asked.config is None:  # the report is of what is shipped
+        _write(report, asked.json, asked.markdown)
+    faulty = sum(bool(row["faults"]) for row in report["rows"])
+    print(f"{faulty} configurations must not be shipped" if faulty else f"all {len(cases)} configurations are clean")
     return 1 if faulty else 0
 
 

@@ -50,6 +50,14 @@ def _check_memory(memory: KVMemory, q: Tensor, kv_heads: int) -> None:
     expected = (q.shape[0], kv_heads, q.shape[3])
     if found != expected:
         raise ValueError(f"memory must have (batch, kv_heads, head_dim) = {expected} to fit q and k, got {found}")
+    if memory.v.shape != memory.k.shape:
+        raise ValueError(f"memory.v must have the shape of memory.k, {_shape(memory.k)}, got {_shape(memory.v)}")
+    for name, tensor, dtype in (("length", memory.length, torch.int32), ("position", memory.position, torch.int64)):
+        if tensor.dtype != dtype or tensor.shape != q.shape[:1] or tensor.device != q.device:
+            raise ValueError(
+                f"memory.{name} must be {dtype} of shape ({q.shape[0]},) on {q.device}, "
+                f"got {tensor.dtype} of shape {_shape(tensor)} on {tensor.device}"
+            )
 
 
 def _check_heads(q: Tensor, kv_heads: int) -> None:

@@ -30,12 +30,12 @@ class Case:
     grad: Tensor
     options: dict[str, Any] = field(default_factory=dict)
 
-    def to(self, dtype: torch.dtype) -> "Case":
-        """The same case in another dtype."""
-        memory = None if self.memory is None else self.memory.to(dtype=dtype)
-        return Case(
-            self.q.to(dtype), self.k.to(dtype), self.v.to(dtype), memory, self.grad.to(dtype), dict(self.options)
-        )
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Case":
+        """The same case in another dtype or on another device."""
+        memory = None if self.memory is None else self.memory.to(device=device, dtype=dtype)
+        q, k, v, grad = (x.to(device=device, dtype=dtype) for x in (self.q, self.k, self.v, self.grad))
+        options = {name: x.to(device=device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        return Case(q, k, v, memory, grad, options)
 
 
 def filled_memory(

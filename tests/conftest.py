@@ -3,10 +3,12 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined; ignored where Triton is missing
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported; ignored where it is missing
 
 torch.set_num_threads(1)
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from attention_cases import CASES, pieces
+from attention_strategy import attention_calls
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dsmr_kernels import KVMemory, available_backends, memory_attention
 from dsmr_kernels.testing import (
@@ -21,91 +22,6 @@ from dsmr_kernels.testing import (
 BACKENDS = [name for name in available_backends() if name != "triton"]
 fast = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 every = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def pieces(*rows: list[int]) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int32)
-
-
-CASES = {
-    "memory full": {"seen": [40, 40], "horizon": 40},
-    "memory wrapped": {"seen": [57, 57], "horizon": 40},
-    "memory part full": {"seen": [13, 13], "horizon": 40},
-    "memory empty": {"seen": [0, 0], "horizon": 40},
-    "no memory": {"horizon": 40},
-    "rows differ": {"seen": [57, 7], "horizon": 40},
-    "one row empty": {"seen": [0, 95], "horizon": 40},
-    "horizon 0": {"seen": [57, 57], "horizon": 0},
-    "horizon 1": {"seen": [57, 57], "horizon": 1},
-    "horizon below capacity": {"seen": [57, 57], "horizon": 17},
-    "horizon above capacity": {"seen": [57, 57], "horizon": 100},
-    "segments": {"seen": [57, 30], "horizon": 17, "segment_length": 7},
-    "segments, horizon spans several": {"seen": [57, 30], "horizon": 40, "segment_length": 5},
-    "segment of one": {"seen": [57, 57], "horizon": 3, "segment_length": 1},
-    "begins within a segment": {"seen": [57, 30], "horizon": 17, "segment_length": 9, "segment_offset": 4},
-    "begins within an endless segment": {"seen": [57, 30], "horizon": 17, "segment_offset": 4},
-    "gradients across segments": {"seen": [57, 30], "horizon": 17, "segment_length": 7, "detach_segments": False},
-    "sliding": {"seen": [57, 30], "horizon": 17, "visibility": "sliding"},
-    "sliding, segments detached": {"seen": [57, 30], "horizon": 17, "visibility": "sliding", "segment_length": 7},
-    "sliding, not detached": {
-        "seen": [57, 30],
-        "horizon": 17,
-        "visibility": "sliding",
-        "segment_length": 7,
-        "detach_segments": False,
-    },
-    "sliding, horizon 0": {"seen": [57, 30], "horizon": 0, "visibility": "sliding"},
-    "sliding, horizon 1": {"seen": [57, 30], "horizon": 1, "visibility": "sliding"},
-    "sliding, all": {"seen": [57, 30], "horizon": 200, "visibility": "sliding"},
-    "two pieces in a segment": {
-        "seen": [57, 30],
-        "horizon": 40,
-        "piece_start": pieces([-1] * 12 + [12] * 21, [-5] * 33),
-    },
-    "pieces and segments": {
-        "seen": [57, 30],
-        "horizon": 20,
-        "segment_length": 8,
-        "piece_start": pieces([0] * 3 + [3] * 17 + [20] * 13, [-1] * 31 + [31] * 2),
-    },
-    "pieces, sliding": {
-        "seen": [57, 30],
-        "horizon": 9,
-        "visibility": "sliding",
-        "piece_start": pieces([0] * 3 + [3] * 17 + [20] * 13, [-1] * 31 + [31] * 2),
-    },
-    "more keys than queries": {"seen": [57, 30], "horizon": 17, "queries": 12, "tokens": 33},
-    "more keys than queries, segments": {
-        "seen": [57, 30],
-        "horizon": 17,
-        "queries": 12,
-        "tokens": 33,
-        "segment_length": 10,
-        "segment_offset": 3,
-    },
-    "more keys than queries, not detached": {
-        "horizon": 30,
-        "queries": 12,
-        "tokens": 33,
-        "segment_length": 10,
-        "detach_segments": False,
-    },
-    "one query": {"seen": [57, 30], "horizon": 40, "queries": 1},
-    "no batch": {"batch": 0, "seen": [], "horizon": 40},
-    "no queries": {"seen": [57, 30], "horizon": 40, "queries": 0},
-    "multi-head": {"heads": 3, "kv_heads": 3, "seen": [57, 57], "horizon": 40, "segment_length": 20},
-    "multi-query": {"heads": 8, "kv_heads": 1, "seen": [57, 30], "horizon": 40, "segment_length": 20},
-    "odd head_dim": {"head_dim": 23, "seen": [57, 30], "horizon": 40, "segment_length": 20},
-    "own scale": {"seen": [57, 30], "horizon": 40, "scale": 0.3},
-    "alibi": {"seen": [57, 30], "horizon": 40, "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
-    "alibi, segments": {
-        "seen": [57, 30],
-        "horizon": 17,
-        "segment_length": 7,
-        "segment_offset": 2,
-        "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]),
-    },
-}
 
 
 @fast
@@ -302,46 +218,9 @@ def test_autocast_does_not_change_what_the_call_computes_in(backend: str) -> Non
 
 @fast
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_any_arguments_agree_with_oracle(backend: str, data: st.DataObject) -> None:
+@given(case=attention_calls())
+def test_any_arguments_agree_with_oracle(backend: str, case: Case) -> None:
     """Property: over the whole argument space."""
-    draw = data.draw
-    batch, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    tokens = draw(st.integers(1, 40))
-    queries = draw(st.integers(1, tokens))
-    capacity = draw(st.integers(0, 30))
-    length = draw(st.none() | st.integers(1, 20))
-    options = {
-        "horizon": draw(st.integers(0, 40)),
-        "segment_length": length,
-        "segment_offset": draw(st.integers(0, (length or 20) - 1)),
-        "visibility": draw(st.sampled_from(["segment", "sliding"])),
-        "detach_segments": draw(st.booleans()),
-    }
-    if draw(st.booleans()):
-        rows = []
-        for _ in range(batch):
-            row, start = [], draw(st.sampled_from([-1, 0]))
-            for token in range(tokens):
-                start = token if token and draw(st.integers(0, 9)) == 0 else start
-                row.append(start)
-            rows.append(row)
-        options["piece_start"] = pieces(*rows)
-    if draw(st.booleans()):
-        options["alibi_slopes"] = torch.rand(kv_heads * group)
-    case = random_case(
-        batch=batch,
-        heads=kv_heads * group,
-        kv_heads=kv_heads,
-        queries=queries,
-        tokens=tokens,
-        head_dim=draw(st.sampled_from([1, 8, 10])),
-        capacity=capacity,
-        seen=draw(st.none() | st.lists(st.integers(0, 70), min_size=batch, max_size=batch)),
-        dtype=torch.float64,
-        seed=draw(st.integers(0, 1000)),
-        **options,
-    )
     assert_agrees_with_oracle(case, backend)
 
 

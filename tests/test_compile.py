@@ -1,12 +1,21 @@
 """Under `torch.compile` a call is one operator: no graph breaks, and no compilation for a new horizon or length."""
 
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from dsmr_kernels import KVMemory, available_backends, memory_attention
-from dsmr_kernels.testing import error, random_case, run
+from dsmr_kernels.testing import Case, error, random_case, run
 
-every = pytest.mark.parametrize("backend", [name for name in available_backends() if name != "triton"])
+# On a GPU the Triton kernels take CUDA tensors: there `test_triton_gpu.py` compiles them.
+BACKENDS = [name for name in available_backends() if name != "triton" or not torch.cuda.is_available()]
+every = pytest.mark.parametrize("backend", BACKENDS)
+operators = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +31,11 @@ def test_fullgraph_gives_the_same_outputs_and_gradients(backend: str, name: str)
         "no memory": {},
         "pieces and ALiBi": {
             "seen": [57, 30],
-            "piece_start": torch.tensor([[-1] * 12 + [12] * 21, [0] * 33], dtype=torch.int32),
-            "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]),
+            "piece_start": torch.tensor([[-1] * 6 + [6] * 13, [0] * 19], dtype=torch.int32),
+            "alibi_slopes": torch.tensor([0.5, 0.25]),
         },
     }[name]
-    case = random_case(horizon=17, segment_length=9, **options)
+    case = random_case(heads=2, kv_heads=1, queries=19, horizon=17, segment_length=9, **options)
     expected = run(case, backend)
     compiled = torch.compile(memory_attention, fullgraph=True, backend="aot_eager")
     leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
@@ -37,33 +46,45 @@ def test_fullgraph_gives_the_same_outputs_and_gradients(backend: str, name: str)
         assert error(leaf.grad, expected[gradient]) < 1e-6
 
 
-def test_a_sweep_of_horizons_lengths_and_offsets_compiles_nothing_anew() -> None:
-    def step(q: torch.Tensor, memory: KVMemory, horizon: int, offset: int) -> torch.Tensor:
+@operators
+def test_a_sweep_of_sizes_horizons_and_offsets_compiles_nothing_anew(backend: str) -> None:
+    def step(q: torch.Tensor, memory: KVMemory, horizon: int, length: int, offset: int) -> torch.Tensor:
         out = memory_attention(
-            q, q, q, memory, horizon=horizon, segment_length=64, segment_offset=offset, backend="sdpa"
+            q, q, q, memory, horizon=horizon, segment_length=length, segment_offset=offset, backend=backend
         )
         memory.append(q, q)
         return out
 
+    torch._dynamo.utils.counters.clear()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter)
-    memory, other = (KVMemory.empty(1, 2, 40, 8) for _ in range(2))
+    memory = KVMemory.empty(1, 1, 40, 16)
     with torch.no_grad():
         for index in range(3):  # the compiler learns which integers vary
-            compiled(torch.randn(1, 2, 8, 8), memory, 5 + index, 2 + index)
-        before = counter.frame_count
-        for index in range(20):
-            q = torch.randn(1, 2, 8, 8)
+            compiled(torch.randn(1, 1, 8 + index, 16), memory, 5 + index, 64 + index, 2 + index)
+        before = counter.frame_count, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for index in range(12):
+            q = torch.randn(1, 1, 2 + 3 * index, 16)
             memory_before = memory.clone()
-            out = compiled(q, memory, 2 * index, (8 * index) % 64)
-            exact = memory_attention(
-                q, q, q, memory_before, horizon=2 * index, segment_length=64, segment_offset=(8 * index) % 64
-            )
-            memory_before.append(q, q)
+            sizes = (5 * index, 30 + 3 * index, (8 * index) % 30)
+            out = compiled(q, memory, *sizes)
+            exact = step(q, memory_before, *sizes)
             assert error(out, exact) < 1e-6
             assert torch.equal(memory.k, memory_before.k)
-    assert counter.frame_count == before
-    del other
+    assert (counter.frame_count, torch._dynamo.utils.counters["stats"]["unique_graphs"]) == before
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed")
+def test_one_sweep_is_one_compilation_of_each_triton_kernel() -> None:
+    """T, S, batch, GQA group, capacity, ring position, horizon, segment length and offset are run-time values."""
+    script = Path(__file__).with_name("launch_keys.py")
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert set(found) == {"16", "20", "40", "64", "80"}
+    for head_dim, keys in found.items():
+        assert keys == {"forward_kernel": 1, "dq_kernel": 1, "dkv_kernel": 1}, f"head_dim {head_dim}"
 
 
 def test_training_step_with_append_in_the_graph() -> None:
@@ -85,27 +106,30 @@ def test_training_step_with_append_in_the_graph() -> None:
     assert torch.equal(memory.k, eager_memory.k)
 
 
-def test_operators_pass_opcheck() -> None:
-    case = random_case(queries=9, seen=[57, 30], horizon=17)
-    q, k, v = (x.clone().requires_grad_() for x in (case.q, case.k, case.v))
+def _operator_arguments(case: Case) -> tuple:
     memory = case.memory
-    arguments = (
-        q,
-        k,
-        v,
-        memory.k,
-        memory.v,
-        memory.length,
-        memory.position,
-        None,
-        None,
-        17,
-        4,
-        1,
-        "segment",
-        True,
-        0.25,
-    )
-    torch.library.opcheck(torch.ops.dsmr_kernels.sdpa_forward, arguments)
-    without_memory = (q, k, v, None, None, None, None, None, None, 17, 0, 0, "sliding", False, 0.25)
-    torch.library.opcheck(torch.ops.dsmr_kernels.sdpa_forward, without_memory)
+    ring = (None,) * 4 if memory is None else (memory.k, memory.v, memory.length, memory.position)
+    options = {"piece_start": None, "alibi_slopes": None, **case.options}
+    pieces, slopes = options["piece_start"], options["alibi_slopes"]
+    leaves = (x.clone().requires_grad_() for x in (case.q, case.k, case.v))
+    return *leaves, *ring, pieces, slopes, options["horizon"], 4, 1, "segment", True, 0.25
+
+
+@operators
+@pytest.mark.parametrize("name", ["memory", "no memory", "pieces and ALiBi"])
+def test_operators_pass_opcheck(backend: str, name: str) -> None:
+    options = {
+        "memory": {"seen": [57]},
+        "no memory": {},
+        "pieces and ALiBi": {
+            "seen": [57],
+            "piece_start": torch.tensor([[-1] * 3 + [3] * 6], dtype=torch.int32),
+            "alibi_slopes": torch.tensor([0.5, 0.25]),
+        },
+    }[name]
+    case = random_case(batch=1, heads=2, kv_heads=1, queries=9, horizon=17, **options)
+    arguments = _operator_arguments(case)
+    forward, backward = (getattr(torch.ops.dsmr_kernels, f"{backend}_{way}") for way in ("forward", "backward"))
+    torch.library.opcheck(forward, arguments)
+    plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    torch.library.opcheck(backward, (case.grad, *forward(*plain), *plain))

@@ -12,6 +12,7 @@ from dsmr_kernels.backends.triton.configs import DTYPES, HEAD_DIMS
 from dsmr_kernels.backends.triton.launch import INTERPRETED, Call
 
 __all__ = ["memory_attention", "unsupported"]
+_ELSEWHERE = "backend 'sdpa' serves it as it is"
 
 
 def unsupported(q: Tensor) -> str | None:
@@ -20,11 +21,14 @@ def unsupported(q: Tensor) -> str | None:
         return f"it runs on {'CPU tensors under TRITON_INTERPRET=1' if INTERPRETED else 'GPUs'}, not on {q.device}"
     dtypes = (torch.float16, torch.float32) if INTERPRETED else DTYPES  # the interpreter errs in bfloat16
     if q.dtype not in dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"it computes in {names}, not {q.dtype}; the sdpa backend does"
+        names = [str(dtype).removeprefix("torch.") for dtype in (*dtypes, q.dtype)]
+        # Eight-bit floats are nearest to the narrowest dtype, float64 to the widest.
+        nearest = names[0] if q.dtype.itemsize < 2 else "float16" if q.dtype == torch.bfloat16 else names[-2]
+        return f"it computes in {', '.join(names[:-1])}, not {names[-1]}; nearest: {nearest}; {_ELSEWHERE}"
     least, most = HEAD_DIMS
     if not least <= q.shape[3] <= most:
-        return f"it serves head_dim from {least} to {most}, not {q.shape[3]}; the sdpa backend does"
+        nearest = least if q.shape[3] < least else most
+        return f"it serves head_dim from {least} to {most}, not {q.shape[3]}; nearest: {nearest}; {_ELSEWHERE}"
     return None
 
 

@@ -1,10 +1,15 @@
 """Tile sizes, warps and pipeline stages by architecture, head dimension and dtype: fixed, so that runs reproduce.
 
 The choice is deterministic and needs no tuning. `python -m dsmr_kernels.aot` compiles every entry for every target
-without a GPU and shows what it takes; an entry that spills registers is not kept, but for one: the forward in float32
-at head_dim 256 on sm_89 spills 16 bytes whatever the tile.
+without a GPU and shows what it takes; an entry that spills registers is not kept. Behind each entry stands why it is
+not larger, as far as compiling tells; which of the clean ones is fastest, a GPU tells (`python -m dsmr_kernels.tune`).
 """
 
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,56 +33,213 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# architecture -> padded head_dim -> kernel -> Config; "default" and "gfx" serve parts that are not named. Each entry is
-# the largest tile tried that is clean with every option compiled in. Hopper takes two warpgroups of matrix units,
-# parts with less shared memory or fewer registers narrower tiles. Float32 runs in exact arithmetic, for checking: its
-# tiles are small everywhere.
-_AMPERE = {
-    64: {"forward": Config(128, 64, 4, 2), "dq": Config(128, 64, 8, 2), "dkv": Config(32, 128, 8, 2)},
-    128: {"forward": Config(64, 64, 8, 2), "dq": Config(64, 64, 8, 2), "dkv": Config(32, 64, 8, 2)},
-    256: {"forward": Config(64, 32, 8, 2), "dq": Config(64, 32, 8, 2), "dkv": Config(32, 64, 8, 1)},
+# architecture -> padded head_dim -> kernel -> Config; head dimensions below 64 take the entry of 64.
+Sizes = dict[int, dict[str, Config]]
+
+_AMPERE: Sizes = {
+    64: {
+        "forward": Config(128, 64, 4, 2),  # 256 queries or 128 keys spill, and so does a third stage with ALiBi
+        "dq": Config(128, 64, 8, 2),  # 256 queries or 128 keys spill
+        "dkv": Config(32, 128, 8, 2),  # 64 queries a step or 256 keys spill
+    },
+    128: {
+        "forward": Config(64, 64, 8, 2),  # 128 queries spill
+        "dq": Config(64, 64, 8, 2),  # 128 queries spill
+        "dkv": Config(32, 64, 8, 2),  # 128 keys spill
+    },
+    256: {
+        "forward": Config(64, 32, 8, 2),  # 128 queries or 64 keys spill
+        "dq": Config(64, 32, 8, 2),  # 128 queries exceed shared memory
+        "dkv": Config(16, 64, 8, 1),  # 128 keys exceed shared memory, 32 queries a step spill
+    },
 }
-_ADA = {  # as Ampere, with less shared memory
+_ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
     64: _AMPERE[64],
     128: _AMPERE[128],
-    256: {"forward": Config(64, 32, 8, 2), "dq": Config(64, 32, 8, 1), "dkv": Config(32, 32, 8, 2)},
+    256: {
+        "forward": _AMPERE[256]["forward"],
+        "dq": Config(64, 32, 8, 1),  # Ampere's two stages take 99 KiB and more
+        "dkv": Config(32, 32, 8, 2),  # Ampere's 64 keys take more than there is
+    },
 }
-_HOPPER = {
-    64: {"forward": Config(128, 128, 8, 2), "dq": Config(128, 64, 8, 2), "dkv": Config(64, 128, 8, 2)},
-    128: {"forward": Config(128, 64, 8, 3), "dq": Config(128, 64, 8, 2), "dkv": Config(32, 128, 8, 2)},
-    256: {"forward": Config(128, 32, 8, 2), "dq": Config(64, 32, 8, 2), "dkv": Config(16, 64, 8, 2)},
+_HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) each
+    64: {
+        "forward": Config(128, 128, 8, 2),  # 256 queries or keys spill
+        "dq": Config(128, 64, 8, 2),  # 256 queries spill; 128 keys are clean, with half the registers to spare
+        "dkv": Config(64, 128, 8, 2),  # 128 queries a step or 256 keys spill
+    },
+    128: {
+        "forward": Config(128, 64, 8, 3),  # 256 queries spill; 128 keys are clean, in all of the shared memory
+        "dq": Config(128, 64, 8, 2),  # 256 queries spill; 128 keys are clean, in all of the registers
+        "dkv": Config(32, 128, 8, 2),  # 64 queries a step, 256 keys or a third stage spill
+    },
+    256: {
+        "forward": Config(128, 32, 8, 2),  # 256 queries or 64 keys spill
+        "dq": Config(128, 32, 8, 2),  # both warpgroups have 64 queries
+        "dkv": Config(16, 64, 8, 2),  # 32 queries a step, 128 keys or a third stage spill
+    },
 }
-_CDNA = {
-    64: {"forward": Config(128, 64, 4, 1), "dq": Config(64, 64, 4, 1), "dkv": Config(64, 64, 4, 1)},
-    128: {"forward": Config(128, 64, 4, 1), "dq": Config(64, 64, 4, 1), "dkv": Config(32, 64, 4, 1)},
-    256: {"forward": Config(64, 32, 4, 1), "dq": Config(32, 16, 4, 1), "dkv": Config(32, 32, 4, 1)},
+_BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 512 columns of it
+    64: {
+        "forward": Config(128, 64, 8, 2),  # 256 columns and 124 registers: two blocks share an SM
+        "dq": Config(128, 64, 8, 2),  # likewise, with 128 registers
+        "dkv": Config(64, 128, 8, 1),  # a second stage, or 128 queries a step, spill
+    },
+    128: {
+        "forward": Config(128, 64, 8, 2),  # four warps spill; 128 keys are clean, in all of the tensor memory
+        "dq": Config(128, 32, 8, 2),  # 256 columns and 104 registers: two blocks share an SM; 64 keys spill
+        "dkv": Config(32, 128, 8, 1),  # 64 queries a step or a second stage spill
+    },
+    256: {
+        "forward": Config(128, 32, 8, 2),  # 64 keys spill
+        "dq": Config(128, 32, 8, 1),  # a second stage takes 208 of 227 KiB
+        "dkv": Config(32, 32, 8, 2),  # 64 keys, the least that tensor memory serves, spill: see OLDER_INSTRUCTIONS
+    },
 }
-_FLOAT32 = {
-    64: {"forward": Config(16, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
-    128: {"forward": Config(32, 16, 8, 1), "dq": Config(16, 16, 4, 1), "dkv": Config(32, 32, 8, 1)},
-    256: {"forward": Config(16, 32, 8, 1), "dq": Config(16, 16, 8, 1), "dkv": Config(16, 16, 4, 1)},
+_CDNA: Sizes = {  # 64 KiB of shared memory, no asynchronous copies to pipeline: one stage
+    64: {
+        "forward": Config(128, 64, 4, 1),  # the largest of the clean tiles tried
+        "dq": Config(64, 64, 4, 1),  # likewise
+        "dkv": Config(64, 64, 4, 1),  # likewise
+    },
+    128: {
+        "forward": Config(128, 64, 4, 1),  # likewise
+        "dq": Config(64, 64, 4, 1),  # likewise
+        "dkv": Config(32, 64, 4, 1),  # likewise
+    },
+    256: {
+        "forward": Config(64, 32, 4, 1),  # likewise
+        "dq": Config(32, 16, 4, 1),  # likewise
+        "dkv": Config(32, 32, 4, 1),  # likewise
+    },
 }
-_ADA_FLOAT32 = {
-    64: {**_FLOAT32[64], "forward": Config(16, 16, 4, 1)},
-    128: {**_FLOAT32[128], "forward": Config(16, 16, 8, 1)},
-    256: _FLOAT32[256],
+# Float32 is computed in exact arithmetic, without matrix units, for checking: small tiles, and the clean ones at that.
+_FLOAT32: Sizes = {
+    64: {
+        "forward": Config(16, 16, 4, 1),  # 32 keys spill at head_dim 16 and on Ada
+        "dq": Config(32, 32, 4, 1),  # the largest of the clean tiles tried
+        "dkv": Config(32, 32, 4, 1),  # likewise
+    },
+    128: {
+        "forward": Config(16, 16, 8, 1),  # 32 queries spill on Ada
+        "dq": Config(16, 16, 4, 1),  # the largest of the clean tiles tried
+        "dkv": Config(32, 32, 8, 1),  # likewise
+    },
+    256: {
+        "forward": Config(16, 16, 8, 2),  # with one stage, or other warps, the compiler spills 8 to 32 bytes
+        "dq": Config(16, 16, 8, 1),  # the least tile
+        "dkv": Config(16, 32, 16, 1),  # with 16 keys, or fewer warps, the compiler spills 8 to 16 bytes
+    },
 }
-_CDNA_FLOAT32 = {
-    64: {"forward": Config(32, 32, 4, 1), "dq": Config(32, 32, 4, 1), "dkv": Config(32, 32, 4, 1)},
-    128: {"forward": Config(16, 32, 4, 1), "dq": Config(16, 32, 4, 1), "dkv": Config(16, 32, 4, 1)},
-    256: {"forward": Config(16, 16, 4, 1), "dq": Config(16, 16, 4, 1), "dkv": Config(16, 16, 4, 1)},
+_CDNA_FLOAT32: Sizes = {
+    64: {
+        "forward": Config(32, 32, 4, 1),  # the largest of the clean tiles tried
+        "dq": Config(32, 32, 4, 1),  # likewise
+        "dkv": Config(32, 32, 4, 1),  # likewise
+    },
+    128: {
+        "forward": Config(16, 32, 4, 1),  # the largest of the clean tiles tried
+        "dq": Config(16, 32, 4, 1),  # likewise
+        "dkv": Config(16, 32, 4, 1),  # likewise
+    },
+    256: {
+        "forward": Config(16, 16, 4, 1),  # the least tile
+        "dq": Config(16, 16, 4, 1),  # likewise
+        "dkv": Config(16, 16, 4, 1),  # likewise
+    },
 }
-TABLE = {"sm_80": _AMPERE, "sm_89": _ADA, "sm_90": _HOPPER, "gfx942": _CDNA, "default": _ADA, "gfx": _CDNA}
+TABLE = {"sm_80": _AMPERE, "sm_89": _ADA, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_120": _ADA, "gfx942": _CDNA}
+FLOAT32_TABLE = {name: _CDNA_FLOAT32 if name.startswith("gfx") else _FLOAT32 for name in TABLE}
+# (kernel, architecture, padded head_dim) where no clean tile uses the fast matrix instructions: the older ones serve.
+OLDER_INSTRUCTIONS = {("dkv", "sm_100", 256)}
+
+
+def family(architecture: str) -> str:
+    """The part of the table that serves an architecture: itself, or the one that has no more than it has."""
+    if architecture in TABLE:
+        return architecture
+    if architecture.startswith("gfx"):
+        return "gfx942"
+    if architecture.startswith("sm_10"):  # B300 beside B200
+        return "sm_100"
+    return "sm_80" if architecture == "sm_87" else "sm_89"
+
+
 _INTERPRETER = Config(16, 16, 4, 1)  # small, so that tests of few tokens have several blocks
+
+_asked: dict[tuple[str, int, str], Config] | None = None  # by `use_tuned`; None: not decided yet
+_trial: dict[str, Config] = {}  # by `trying`: kernel -> Config
 
 
 def choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
-    """The configuration of a kernel: "forward", "dq" or "dkv"."""
+    """The configuration of a kernel: "forward", "dq" or "dkv".
+
+    The table's, unless the environment variable DSMR_TUNED or `use_tuned` names a file of measured ones.
+    """
+    return _trial.get(kernel) or _choose(kernel, architecture, head_dim, dtype)
+
+
+@functools.cache
+def _choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
     if architecture == "interpreter":
         return _INTERPRETER
-    amd = architecture.startswith("gfx")
-    if dtype == torch.float32:
-        sizes = _CDNA_FLOAT32 if amd else _ADA_FLOAT32 if architecture == "sm_89" else _FLOAT32
-    else:
-        sizes = TABLE.get(architecture, TABLE["gfx" if amd else "default"])
+    path = os.environ.get("DSMR_TUNED")
+    if _asked is None and path:
+        use_tuned(path, architecture=architecture, fallback=os.environ.get("DSMR_TUNED_FALLBACK") == "1")
+    tuned = (_asked or {}).get((kernel, padded(head_dim), str(dtype).removeprefix("torch.")))
+    return tuned or from_table(kernel, architecture, head_dim, dtype)
+
+
+def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
+    """The table's configuration of a kernel."""
+    sizes = (FLOAT32_TABLE if dtype == torch.float32 else TABLE)[family(architecture)]
     return sizes[max(64, padded(head_dim))][kernel]
+
+
+def use_tuned(
+    path: str | os.PathLike[str] | None,
+    *,
+    architecture: str | None = None,
+    fallback: bool = False,
+    machine: dict[str, str] | None = None,
+) -> None:
+    """Use the configurations that `python -m dsmr_kernels.tune` wrote to `path`; None: the table again, whatever
+    the environment says.
+
+    Args:
+        path: the file.
+        architecture: of the GPU that will run, as the table names it; default: whatever the file says.
+        fallback: warn and use the table where the file cannot be used, rather than raise.
+        machine: what the file must agree with, for tests; default: this machine.
+
+    Raises:
+        ValueError: in one sentence, if the file is missing, damaged or was made for something else.
+    """
+    from dsmr_kernels.backends.triton import tuned
+
+    global _asked
+    entries: dict[tuple[str, int, str], Config] = {}
+    if path is not None:
+        try:
+            found = tuned.read(path, machine)
+            if architecture not in (None, found.architecture):
+                raise ValueError(
+                    f"tuned configurations {path} are for {found.architecture}, this GPU is {architecture}"
+                )
+            entries = found.entries
+        except ValueError as error:
+            if not fallback:
+                raise
+            warnings.warn(f"{error}; the fixed table is used", stacklevel=2)
+    _asked = entries
+    _choose.cache_clear()
+
+
+@contextlib.contextmanager
+def trying(kernel: str, config: Config) -> Iterator[None]:
+    """Launch `kernel` with `config` inside the block: for `dsmr_kernels.tune`."""
+    _trial[kernel] = config
+    try:
+        yield
+    finally:
+        del _trial[kernel]

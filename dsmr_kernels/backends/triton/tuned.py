@@ -1,0 +1,113 @@
+"""Configurations that were measured on one machine, in a file: written by `dsmr_kernels.tune`, used when asked for.
+
+A file serves the machine that it was made on and nothing else: the GPU's name, the versions of torch and Triton and the
+kernels' sources must be what they were. Whatever does not fit is refused in one sentence.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsmr_kernels.backends.triton.configs import DTYPES, Config
+from dsmr_kernels.storage import write_text
+
+FORMAT = 1
+Key = tuple[str, int, str]  # kernel, padded head_dim, dtype without "torch."
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a file holds: the architecture as `configs` names it, and the configurations that differ from the table."""
+
+    architecture: str
+    entries: dict[Key, Config]
+
+
+def kernel_sources() -> str:
+    """A hash of the kernels and their launches: configurations that were measured with others say nothing."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.name not in ("configs.py", "tuned.py"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def this_machine() -> dict[str, str]:
+    """What a file must agree with."""
+    import triton
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "device": device,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "sources": kernel_sources(),
+    }
+
+
+def write(path: str | os.PathLike[str], machine: dict[str, str], tuned: Tuned, measured: list[dict[str, Any]]) -> None:
+    """Write a file, whole or not at all; `measured` is kept for readers of the file and never read back."""
+    entries = [
+        {"kernel": kernel, "padded_head_dim": dim, "dtype": dtype, **asdict(config)}
+        for (kernel, dim, dtype), config in sorted(tuned.entries.items())
+    ]
+    content = {"format": FORMAT, **machine, "architecture": tuned.architecture, "entries": entries}
+    write_text(path, json.dumps(content | {"measured": measured}, indent=1) + "\n")
+
+
+_WORDS = {"device": "for", "torch": "with torch", "triton": "with Triton", "sources": "with kernels of source hash"}
+
+
+def read(path: str | os.PathLike[str], machine: dict[str, str] | None = None) -> Tuned:
+    """Read a file and check that it was made here.
+
+    Args:
+        path: the file.
+        machine: what it must agree with; default `this_machine()`.
+
+    Raises:
+        ValueError: in one sentence, if the file is missing, damaged, or was made for something else.
+    """
+    machine = this_machine() if machine is None else machine
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"tuned configurations {path} cannot be read: {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"tuned configurations {path} are damaged: not JSON, {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"tuned configurations {path} must be of format {FORMAT}, got {found!r}")
+    for key, words in _WORDS.items():
+        if content.get(key) != machine[key]:
+            raise ValueError(
+                f"tuned configurations {path} are stale: made {words} {content.get(key)!r}, here is {machine[key]!r}; "
+                "run `python -m dsmr_kernels.tune` again"
+            )
+    try:
+        entries = dict(_entry(entry) for entry in content["entries"])
+        return Tuned(str(content["architecture"]), entries)
+    except (KeyError, TypeError, ValueError) as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"tuned configurations {path} are damaged: {said}") from error
+
+
+def _entry(entry: dict[str, Any]) -> tuple[Key, Config]:
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    if entry["dtype"] not in names:
+        raise ValueError(f"dtype must be one of {', '.join(names)}, got {entry['dtype']!r}")
+    numbers = [entry[name] for name in ("padded_head_dim", "bm", "bn", "warps", "stages")]
+    dim, bm, bn, warps, stages = numbers
+    if not all(isinstance(number, int) and number > 0 for number in numbers):
+        raise ValueError(f"sizes, warps and stages must be positive integers, got {numbers}")
+    if any(number & (number - 1) for number in (dim, bm, bn, warps)) or min(bm, bn) < 16 or warps > 32 or stages > 8:
+        raise ValueError(
+            f"tiles must be powers of two of at least 16, warps of at most 32, stages at most 8, got {numbers[1:]}"
+        )
+    return (str(entry["kernel"]), dim, entry["dtype"]), Config(bm, bn, warps, stages)

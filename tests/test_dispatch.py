@@ -1,0 +1,119 @@
+"""Who serves a call: what is missing is said in a sentence, before any work; nothing of it needs a GPU."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dsmr_kernels import KVMemory, available_backends, backends, memory_attention
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton and its interpreter",
+)
+
+
+@pytest.fixture(autouse=True)
+def _looked_for_anew() -> Iterator[None]:
+    backends._triton.cache_clear()
+    yield
+    backends._triton.cache_clear()
+
+
+def call(device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 16, **options: Any) -> Any:
+    q = torch.empty(1, 2, 3, head_dim, device=device, dtype=dtype)
+    return memory_attention(q, q, q, horizon=0, **options)
+
+
+def test_without_triton_its_absence_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="backend 'triton' cannot serve: Triton is not installed"):
+        call(backend="triton")
+    assert available_backends() == ("sdpa", "reference")
+    assert call().shape == (1, 2, 3, 16)
+
+
+def test_without_a_gpu_its_absence_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot serve: there is no GPU \(TRITON_INTERPRET=1"):
+        call(backend="triton")
+    assert "triton" not in available_backends()
+
+
+@needs_triton
+def test_gpu_tensors_are_refused_by_the_interpreter_and_cpu_tensors_by_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode(), pytest.raises(ValueError, match="CPU tensors under TRITON_INTERPRET=1, not on cuda:0"):
+        call(device="cuda:0", backend="triton")
+    from dsmr_kernels.backends import triton
+
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="cannot serve these inputs: it runs on GPUs, not on cpu"):
+        call(backend="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float64}, "in float16, bfloat16, float32, not float64; nearest: float32; backend 'sdpa'"),
+        ({"dtype": torch.float8_e5m2}, "in .*, not float8_e5m2; nearest: float16; backend 'sdpa'"),
+        ({"head_dim": 15}, "head_dim from 16 to 256, not 15; nearest: 16; backend 'sdpa'"),
+        ({"head_dim": 257}, "head_dim from 16 to 256, not 257; nearest: 256; backend 'sdpa'"),
+    ],
+)
+def test_on_a_gpu_the_nearest_supported_is_named(
+    change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsmr_kernels.backends import triton
+
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    with FakeTensorMode(), pytest.raises(ValueError, match=message):
+        call(device="cuda:0", backend="triton", **change)
+
+
+def test_bfloat16_is_not_trusted_to_the_interpreter() -> None:
+    if "triton" not in available_backends() or torch.cuda.is_available():
+        pytest.skip("needs Triton's interpreter")
+    with pytest.raises(ValueError, match="in float16, float32, not bfloat16; nearest: float16"):
+        call(dtype=torch.bfloat16, backend="triton")
+
+
+@pytest.mark.parametrize("asked", ["argument", "environment"])
+def test_a_backend_that_was_asked_for_is_never_replaced(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    if asked == "environment":
+        monkeypatch.setenv("DSMR_BACKEND", "triton")
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        call(backend="triton" if asked == "argument" else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "v",
+            torch.zeros(1, 2, 7, 8),
+            r"memory.v must have the shape of memory.k, \(1, 2, 7, 16\), got \(1, 2, 7, 8\)",
+        ),
+        (
+            "length",
+            torch.zeros(2, dtype=torch.int32),
+            r"memory.length must be torch.int32 of shape \(1,\) on cpu, got ",
+        ),
+        ("length", torch.zeros(1), r"memory.length must be .*, got torch.float32 of shape \(1,\) on cpu"),
+        ("position", torch.zeros(1, dtype=torch.int32), r"memory.position must be torch.int64 .*, got torch.int32"),
+        ("position", torch.zeros(1, dtype=torch.int64, device="meta"), r"memory.position must be .*, got .* on meta"),
+    ],
+)
+def test_a_memory_put_together_wrongly_is_refused(name: str, value: torch.Tensor, message: str) -> None:
+    """Kernels read where the shapes say: nothing else would stop them."""
+    memory = KVMemory.empty(1, 2, 7, 16)
+    setattr(memory, name, value)
+    with pytest.raises(ValueError, match=message):
+        call(memory=memory)
