@@ -1,4 +1,4 @@
-"""The `dsmr` program: prepare, pack, train, eval, generate, budget, demo.
+"""The `dsmr` program: prepare, pack, train, eval, generate, budget, profile, demo.
 
 Each command only reads its arguments, calls the function that does the work, and prints what it returns. What the user
 can mend ends in one sentence on stderr and exit code 1; wrong usage in 2; Ctrl-C in 130. `DSMR_DEBUG=1` shows the
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dsmr.cli_profile import profile
 from dsmr.cli_train import train
 from dsmr.errors import UserError
 from dsmr.terminal import command, console, fail, parse_schedule
@@ -259,7 +260,7 @@ def generate(
         fail("interrupted; what was played until then is written", 130)
 
 
-# --- budget, demo -------------------------------------------------------------------------------------------------
+# --- budget, profile, demo --------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -290,6 +291,9 @@ def budget(
     if json is not None:
         write_json(json, found.to_json())
     console().print(found.table())
+
+
+app.command()(profile)
 
 
 @app.command()

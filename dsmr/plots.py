@@ -28,7 +28,7 @@ def loss_figure(records: Iterable[Mapping[str, Any]], png_path: str | Path, titl
     """Draw the training and validation losses of a run's metrics (nats a token, over steps)."""
     records = list(records)
     steps, losses = _columns(records, "train", "loss")
-    figure, axes = _figure()
+    figure, axes = new_figure()
     if len(steps):
         window = max(1, len(losses) // 100)
         smooth = _running_mean(losses, window)
@@ -44,12 +44,12 @@ def loss_figure(records: Iterable[Mapping[str, Any]], png_path: str | Path, titl
         axes.set_ylim(min(low, float(losses.min()) - 0.05), high)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
-    _finish(figure, axes, png_path, title)
+    finish(figure, axes, png_path, title)
 
 
 def position_figure(reports: "Mapping[str, EvaluationReport]", png_path: str | Path, title: str = "") -> None:
     """Draw the loss against the position in the piece, one line for each report, over how many tokens each bin has."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     below = axes.twinx()
     for number, (name, report) in enumerate(reports.items()):
         bins = report.by_position
@@ -65,7 +65,7 @@ def position_figure(reports: "Mapping[str, EvaluationReport]", png_path: str | P
     below.tick_params(axis="y", colors="0.6")
     axes.set_xlabel("position in the piece (tokens)")
     axes.set_ylabel("loss (nats a token)")
-    _finish(figure, axes, png_path, title)
+    finish(figure, axes, png_path, title)
 
 
 def _columns(records: list[Mapping[str, Any]], kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -81,23 +81,29 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[ends] - sums[begins]) / (ends - begins)
 
 
-def _figure() -> tuple[Any, Any]:
-    # A bare Figure, without pyplot: no window system, no state shared with the caller's own plots.
+def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.5, 4.2), **options: Any) -> Any:
+    """A figure and its axes, without pyplot: no window system, no state shared with the caller's own plots."""
     if not available():
         raise UserError("drawing needs Matplotlib, which is not installed: pip install matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(rows, columns, **options)
 
 
-def _finish(figure: Any, axes: Any, png_path: str | Path, title: str) -> None:
+def finish(figure: Any, axes: Any, png_path: str | Path, title: str) -> None:
+    """Grid, title, legend, and write the picture, whole or not at all."""
     axes.grid(alpha=0.3)
     if title:
         axes.set_title(title)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
+    save(figure, png_path)
+
+
+def save(figure: Any, png_path: str | Path) -> None:
+    """Write the picture, whole or not at all."""
     with atomic_path(png_path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")

@@ -35,6 +35,7 @@ COMMANDS = [
     "eval",
     "generate",
     "budget",
+    "profile",
     "demo",
     "pack",
     "prepare midi",
