@@ -20,7 +20,7 @@ from benchmarks.peers import Missing
 from dsmr.devices import autocast
 from dsmr.model import DSMRConfig, DSMRModel
 from dsmr.positions import Rotary, token_positions
-from dsmr_kernels.testing import GRADIENT_FACTOR
+from dsmr_kernels.testing import allowed_error, error
 
 SAME_SIZE = 0.02  # of the parameters
 
@@ -158,7 +158,6 @@ class XTransformersXL:
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-OURS = "ours, "
 CONTENDERS: dict[str, Callable[[Sizes], Loss]] = {
     "ours, two_scale": lambda sizes: Ours(sizes, "two_scale"),
     "ours, full": lambda sizes: Ours(sizes, "full"),
@@ -170,10 +169,15 @@ CONTENDERS: dict[str, Callable[[Sizes], Loss]] = {
 class Training:
     """A contender that learns the same random batch again and again, its memory full from the first step on."""
 
-    def __init__(self, sizes: Sizes, make: Callable[[Sizes], Loss]) -> None:
+    def __init__(self, sizes: Sizes, make: Callable[[Sizes], Loss], backend: str | None = None) -> None:
         torch.manual_seed(0)
         self.sizes, self.contender = sizes, make(sizes)
         self.parameters = sum(parameter.numel() for parameter in self.contender.model.parameters())
+        if backend is not None:
+            for block in self.contender.model.blocks:  # type: ignore[union-attr]
+                block.attention.backend = backend  # type: ignore[union-attr]
+        if sizes.dtype == torch.float64:
+            self.contender.model.double()
         generator = torch.Generator().manual_seed(1)
         drawn = torch.randint(sizes.vocabulary, (sizes.batch, sizes.segment + 1), generator=generator).to(sizes.device)
         self.tokens, self.targets = drawn[:, :-1], drawn[:, 1:]
@@ -183,14 +187,15 @@ class Training:
                 self._loss()
 
     def _loss(self) -> Tensor:
-        with autocast(self.sizes.device, self.sizes.dtype):
+        narrow = self.sizes.dtype if self.sizes.dtype.itemsize < 4 else torch.float32
+        with autocast(self.sizes.device, narrow):
             return self.contender(self.tokens, self.targets)
 
-    def loss_and_gradients(self) -> tuple[Tensor, list[Tensor]]:
-        """Of a step that does not learn."""
-        parameters = list(self.contender.model.parameters())
+    def loss_and_gradients(self) -> tuple[Tensor, Tensor]:
+        """Of a step that does not learn: the loss, and all gradients in a row."""
         loss = self._loss()
-        return loss.detach(), list(torch.autograd.grad(loss, parameters, allow_unused=True))  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(loss, list(self.contender.model.parameters()))
+        return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
     def __call__(self) -> Tensor:
         """One step; the loss before it."""
@@ -200,3 +205,33 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.contender.model.parameters(), 1.0)
         self.optimizer.step()
         return loss.detach()
+
+
+class ReferenceStep:
+    """Loss and gradients of our model with a schedule, by the reference backend in float64, and how far another way of
+    computing them may lie from these: the rule of `dsmr_kernels.testing`, with the reference backend in the model's own
+    precision as what plain PyTorch makes."""
+
+    def __init__(self, sizes: Sizes, schedule: str) -> None:
+        def made(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            own = replace(sizes, dtype=dtype)
+            return Training(own, lambda own: Ours(own, schedule), "reference").loss_and_gradients()
+
+        self.exact, self.plain, self.dtype = made(torch.float64), made(sizes.dtype), sizes.dtype
+
+    def hold(self, name: str, training: Training) -> None:
+        """Fail unless the loss and the gradients of `training` keep the tolerance."""
+        found = training.loss_and_gradients()
+        for result, value, exact, plain in zip(("loss", "dq"), found, self.exact, self.plain, strict=True):
+            what = "the loss" if result == "loss" else "a gradient"
+            err, allowed = error(value, exact), allowed_error(result, plain, exact, self.dtype)
+            assert err <= allowed, f"{name}: {what} errs by {err:.3g}, allowed {allowed:.3g}"
+
+
+def check_learning(name: str, training: Training, parameters: int) -> None:
+    """Fail unless the model has nearly as many parameters as ours and its loss is finite and falls."""
+    apart = abs(training.parameters / parameters - 1)
+    assert apart <= SAME_SIZE, f"{name}: {training.parameters:,} parameters, ours has {parameters:,}"
+    losses = [float(training()) for _ in range(3)]
+    assert all(map(math.isfinite, losses)), f"{name}: the loss is {losses}"
+    assert losses[-1] < losses[0], f"{name}: the loss does not fall: {losses}"
