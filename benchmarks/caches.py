@@ -26,7 +26,7 @@ class Cache:
     def append(self, k: Tensor, v: Tensor) -> None:
         raise NotImplementedError
 
-    def keys(self) -> tuple[Tensor, Tensor]:
+    def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the tokens held, (batch, kv_heads, held, head_dim) each."""
         return self.k, self.v
 
@@ -42,7 +42,7 @@ class Ring(Cache):
     def append(self, k: Tensor, v: Tensor) -> None:
         self.memory.append(k, v)
 
-    def keys(self) -> tuple[Tensor, Tensor]:
+    def held(self) -> tuple[Tensor, Tensor]:
         return self.memory.k, self.memory.v
 
 
@@ -64,7 +64,7 @@ class Rolled(Cache):
 
 
 class HuggingFaceSliding(Cache):
-    """The layer of transformers' cache for sliding windows; it keeps one token less, since it is asked before a call."""
+    """The layer of transformers' cache for sliding windows; it counts the token to come as one of them."""
 
     def __init__(self, memory: KVMemory) -> None:
         if importlib.util.find_spec("transformers") is None:
@@ -78,7 +78,7 @@ class HuggingFaceSliding(Cache):
     def append(self, k: Tensor, v: Tensor) -> None:
         self.layer.update(k, v)
 
-    def keys(self) -> tuple[Tensor, Tensor]:
+    def held(self) -> tuple[Tensor, Tensor]:
         return self.layer.keys, self.layer.values
 
 

@@ -37,13 +37,17 @@ class Sizes:
     batch: int
     vocabulary: int = 746
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    on: str = "cpu"
 
     def __str__(self) -> str:
         return (
             f"{self.layers} layers, width {self.width}, {self.heads} heads, batch {self.batch}, segments of "
             f"{self.segment}, memory {self.memory:,}"
         )
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.on)
 
     @property
     def tokens(self) -> int:
@@ -76,7 +80,8 @@ class Sizes:
 class Loss(Protocol):
     """A model with its memory: reads a segment, remembers it, gives the mean loss."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor: ...
 
@@ -175,7 +180,7 @@ class Training:
         self.parameters = sum(parameter.numel() for parameter in self.contender.model.parameters())
         if backend is not None:
             for block in self.contender.model.blocks:  # type: ignore[union-attr]
-                block.attention.backend = backend  # type: ignore[union-attr]
+                block.attention.backend = backend
         if sizes.dtype == torch.float64:
             self.contender.model.double()
         generator = torch.Generator().manual_seed(1)

@@ -1,9 +1,10 @@
 """One row of a benchmark: what it says of itself, and how it is timed. Every benchmark file goes through here.
 
-On a CPU a row's time is the wall clock. On CUDA three times are told apart: pytest-benchmark's own column is an eager
-call with the device synchronised after it (launches and Python included, L2 cache as the last call left it); "kernel_ms"
-is the GPU's own work by events, the L2 cache overwritten before each call; "graph_ms" is a replay of the call's CUDA
-graph, timed like the kernels. Compilation and warm-up come before the clock.
+On a CPU a row's time is the wall clock, and rates are those of the fastest round: what else the machine does can only
+make a round slower. On CUDA three times are told apart: pytest-benchmark's own column is an eager call with the device
+synchronised after it (launches and Python included, L2 cache as the last call left it); "kernel_ms" is the GPU's own
+work by events, the L2 cache overwritten before each call, and what rates are made of; "graph_ms" is a replay of the
+call's CUDA graph, timed like the kernels. Compilation and warm-up come before the clock.
 """
 
 import contextlib
@@ -139,7 +140,7 @@ def timed(benchmark: Any, row: Row, call: Callable[[], Any]) -> None:
     benchmark.pedantic(waited, rounds=rounds, iterations=iterations, warmup_rounds=1)
     if benchmark.stats is None:  # --benchmark-disable
         return
-    seconds = benchmark.stats["median"]
+    seconds = benchmark.stats["min"]
     if DEVICE.type == "cuda":
         seconds = _on_gpu(benchmark.extra_info, call)
     benchmark.extra_info.update(_derived(row, seconds))

@@ -50,13 +50,13 @@ def by_ours(cache: Cache, q: Tensor) -> Tensor:
 
 def by_sdpa(cache: Cache, q: Tensor) -> Tensor:
     """`scaled_dot_product_attention` over all that the cache holds, without a mask."""
-    k, v = cache.keys()
+    k, v = cache.held()
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def written_out(cache: Cache, q: Tensor) -> Tensor:
     """The softmax in PyTorch."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in cache.keys())
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in cache.held())
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 

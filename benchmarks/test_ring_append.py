@@ -24,13 +24,13 @@ SHAPES = {
 
 def check_appended(cache: Cache, memory: KVMemory, news: list[tuple[Tensor, Tensor]]) -> None:
     """Fail unless the cache holds exactly the newest tokens of the memory and what is appended to it; appends it."""
-    old, held = memory.ordered()[:2], memory.k.shape[2]
+    old, most = memory.ordered()[:2], memory.k.shape[2]
     for k, v in news:
         cache.append(k, v)
-    found = cache.memory.ordered()[:2] if isinstance(cache, Ring) else cache.keys()
+    found = cache.memory.ordered()[:2] if isinstance(cache, Ring) else cache.held()
     for side, name in enumerate("kv"):
-        expected = torch.cat([old[side], *(new[side] for new in news)], 2)[:, :, -held:]
-        assert torch.equal(found[side], expected), f"{type(cache).__name__}: {name} is not the newest {held} tokens"
+        expected = torch.cat([old[side], *(new[side] for new in news)], 2)[:, :, -most:]
+        assert torch.equal(found[side], expected), f"{type(cache).__name__}: {name} is not the newest {most} tokens"
 
 
 @pytest.mark.parametrize("contender", CACHES)

@@ -19,7 +19,7 @@ from dsmr.schedule import MemorySchedule
 @pytest.mark.parametrize("schedule", SIZES.schedules)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_schedule(benchmark: Any, dtype: torch.dtype, schedule: str) -> None:
-    sizes, text = replace(SIZES, dtype=dtype, device=DEVICE), SIZES.schedules[schedule]
+    sizes, text = replace(SIZES, dtype=dtype, on=str(DEVICE)), SIZES.schedules[schedule]
     row = Row(
         question="schedules",
         case=f"{name_of(dtype)}: {sizes}",

@@ -95,7 +95,7 @@ class InTurn:
 
 
 class ConcatenatedInTurn(InTurn):
-    """`scaled_dot_product_attention` with a mask over concatenated tensors, the memory cut from them after each call."""
+    """`scaled_dot_product_attention` with a mask over concatenated tensors, from which the memory is cut."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
@@ -107,8 +107,9 @@ class ConcatenatedInTurn(InTurn):
         self.past = self.first
 
     def attend(self, part: Case) -> Tensor:
-        self.both = tuple(torch.cat([past, new], 2) for past, new in zip(self.past, (part.k, part.v), strict=True))
-        return F.scaled_dot_product_attention(part.q, *self.both, attn_mask=self.seen)
+        k, v = (torch.cat([past, new], 2) for past, new in zip(self.past, (part.k, part.v), strict=True))
+        self.both = (k, v)
+        return F.scaled_dot_product_attention(part.q, k, v, attn_mask=self.seen)
 
     def remember(self, part: Case) -> None:
         k, v = (x[:, :, self.length :].detach() for x in self.both)
