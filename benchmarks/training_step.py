@@ -36,7 +36,7 @@ from dsmr_kernels.cost import human_bytes
 from dsmr_kernels.timing import synchronize
 
 SIZES = Sizes(8, 512, 8, 512, 2048, 2)
-CHECKED = Sizes(4, 64, 2, 32, 96, 2, vocabulary=64)
+CHECKED = Sizes(4, 128, 2, 32, 96, 2, vocabulary=64)
 XL = "x-transformers, XL memory"
 DTYPES = ("float32", "bfloat16")
 GOALS = (  # contender, dtype, figure, whether at least or at most, bound
