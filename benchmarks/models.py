@@ -237,6 +237,6 @@ def check_learning(name: str, training: Training, parameters: int) -> None:
     """Fail unless the model has nearly as many parameters as ours and its loss is finite and falls."""
     apart = abs(training.parameters / parameters - 1)
     assert apart <= SAME_SIZE, f"{name}: {training.parameters:,} parameters, ours has {parameters:,}"
-    losses = [float(training()) for _ in range(3)]
+    losses = [float(training()) for _ in range(2)]
     assert all(map(math.isfinite, losses)), f"{name}: the loss is {losses}"
     assert losses[-1] < losses[0], f"{name}: the loss does not fall: {losses}"

@@ -2,7 +2,7 @@
 
     pytest benchmarks/ --benchmark-only --benchmark-json=run.json
     python -m benchmarks.report run.json                            # a Markdown table for each question
-    python -m benchmarks.report run.json --out DIR                  # also DIR/benchmarks.md and a PNG for each question
+    python -m benchmarks.report run.json --out DIR                  # also DIR/benchmarks.md and DIR/images/*.png
     python -m benchmarks.report before.json after.json              # what became slower; exit code 1 if anything did
 
 Rows are compared by the fastest round (on CUDA by the GPU's own work): what else the machine does can only make a round
@@ -38,6 +38,18 @@ COLUMNS = (
     ("KV, MiB", "kv_mib", "{:.2f}"),
     ("parameters", "parameters", "{:,}"),
 )
+PAGE = """# Benchmarks
+
+Written by `python -m benchmarks.report RUN.json --out docs` from a run of `pytest benchmarks/ --benchmark-only
+--benchmark-json=RUN.json`; `make bench` does both for your machine. Each row is compared with the float64 oracle by the
+rule of `dsmr_kernels/testing.py` before it is timed, and fails instead if it is wrong; models, whose results cannot be
+equal, are held to the same number of parameters and a loss that falls, ours also to the reference backend. Ratios
+and rates are those of the fastest round (on CUDA of the GPU's own work, cold L2 cache). "GFLOP/s" counts what the result
+needs, "nominal" what ordinary attention with all its gradients makes for it; "of the ceiling" is the least time by the
+machine's measured matrix rate and copy bandwidth (`python -m dsmr_kernels.ceilings`) over the time taken. Rows of ours
+are set in bold.
+
+"""
 OTHERS = {"schedules": "full memory"}  # what rows are held against, where it is not a peer
 
 Key = tuple[str, ...]
@@ -140,6 +152,11 @@ def slug(question: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", question.lower()).strip("-")
 
 
+def picture(folder: Path, question: str) -> Path:
+    """Where a question's picture lies."""
+    return folder / "images" / f"bench-{slug(question)}.png"
+
+
 def draw(run: Run, folder: Path) -> list[Path]:
     """For each question a picture of how many times as fast as the best of the others ours is, case by case."""
     from dsmr.plots import new_figure, save
@@ -166,7 +183,7 @@ def draw(run: Run, folder: Path) -> list[Path]:
         axes.spines[["top", "right"]].set_visible(False)
         other = OTHERS.get(question, "the best peer")
         axes.set_title(f"{question}, {run.machine.get('device', '?')}: times as fast as {other}", fontsize=9)
-        written.append(folder / f"{slug(question)}.png")
+        written.append(picture(folder, question))
         save(figure, written[-1])
     return written
 
@@ -242,8 +259,10 @@ def main(arguments: list[str] | None = None) -> int:
             text = markdown(runs[0])
         print(text)
         if options.out is not None:
-            write_text(options.out / "benchmarks.md", text)
-            for path in draw(runs[-1], options.out):
+            drawn = draw(runs[-1], options.out) if len(runs) == 1 else []
+            shown = "".join(f"\n![{path.stem}]({path.relative_to(options.out)})\n" for path in drawn)
+            write_text(options.out / "benchmarks.md", PAGE + text + shown)
+            for path in drawn:
                 print(f"wrote {path}", file=sys.stderr)
     except UserError as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)

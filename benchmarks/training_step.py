@@ -38,7 +38,7 @@ from dsmr_kernels.timing import synchronize
 SIZES = Sizes(8, 512, 8, 512, 2048, 2)
 CHECKED = Sizes(4, 128, 2, 32, 96, 2, vocabulary=64)
 XL = "x-transformers, XL memory"
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("bfloat16", "float32")
 GOALS = (  # contender, dtype, figure, whether at least or at most, bound
     ("ours, two_scale", "bfloat16", "tokens/s", True, 4.0),
     ("ours, full", "bfloat16", "tokens/s", True, 2.5),
@@ -127,26 +127,25 @@ class Contender:
             self.seconds.append(said["seconds"])
 
 
-def measure(sizes: Sizes, dtypes: list[str], names: list[str], turns: int, line: ProgressLine) -> list[Contender]:
+def measure(sizes: Sizes, dtype: str, names: list[str], turns: int, line: ProgressLine) -> list[Contender]:
     """Start every contender, one after another, and let them take turns."""
     command = [sys.executable, "-m", "benchmarks.training_step", "--worker"]
     plain = {name: getattr(sizes, name) for name in Sizes.__dataclass_fields__ if name != "dtype"}
     with contextlib.ExitStack() as stack:
         contenders: list[Contender] = []
-        for dtype in dtypes:
-            for name in names:
-                line.update(f"checking {name}, {dtype}")
-                process = stack.enter_context(
-                    subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-                )
-                stack.callback(process.kill)
-                one = Contender(name, dtype, process)
-                contenders.append(one)
-                task = {"contender": name, "dtype": dtype, "sizes": plain, "threads": torch.get_num_threads()}
-                assert process.stdin is not None
-                process.stdin.write(json.dumps(task) + "\n")
-                process.stdin.flush()
-                one.hear()
+        for name in names:
+            line.update(f"checking {name}, {dtype}")
+            process = stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+            stack.callback(process.kill)
+            one = Contender(name, dtype, process)
+            contenders.append(one)
+            task = {"contender": name, "dtype": dtype, "sizes": plain, "threads": torch.get_num_threads()}
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(task) + "\n")
+            process.stdin.flush()
+            one.hear()
         for turn in range(turns):
             for one in contenders:
                 if one.alive:
@@ -242,6 +241,17 @@ def draw(rows: list[Row], path: Path) -> None:
     save(figure, path)
 
 
+def write(contenders: list[Contender], sizes: Sizes, turns: int, folder: Path) -> str:
+    """Write what is known as JSON, Markdown and PNG; the Markdown."""
+    rows, stem = rows_of(contenders, sizes), f"{sizes.device.type}-training-step"
+    goals = goals_of(rows)
+    text = text_of(rows, goals, sizes, turns)
+    write_json(folder / f"{stem}.json", {"machine": about(), "sizes": str(sizes), "rows": rows, "goals": goals})
+    write_text(folder / f"{stem}.md", text)
+    draw(rows, folder / f"{stem}.png")
+    return text
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print, write; 1 with a sentence for what the user can mend."""
     parser = argparse.ArgumentParser(
@@ -266,17 +276,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError("turns, layers, width, segment and memory must be at least 1")
         if sizes.width % sizes.heads:
             raise UserError(f"width must be a multiple of the {sizes.heads} heads, got {sizes.width}")
-        with ProgressLine() as line:
-            contenders = measure(sizes, options.dtypes, options.contenders, options.turns, line)
-        rows = rows_of(contenders, sizes)
-        goals, stem = goals_of(rows), f"{device.type}-training-step"
-        text = text_of(rows, goals, sizes, options.turns)
+        contenders: list[Contender] = []
+        for dtype in options.dtypes:  # what is known is written after each
+            with ProgressLine() as line:
+                contenders += measure(sizes, dtype, options.contenders, options.turns, line)
+            text = write(contenders, sizes, options.turns, options.out)
         Console().print(text, soft_wrap=True, highlight=False)
-        write_json(
-            options.out / f"{stem}.json", {"machine": about(), "sizes": str(sizes), "rows": rows, "goals": goals}
-        )
-        write_text(options.out / f"{stem}.md", text)
-        draw(rows, options.out / f"{stem}.png")
     except UserError as error:
         print(f"benchmarks.training_step: {error}", file=sys.stderr)
         return 1
