@@ -44,9 +44,9 @@ Written by `python -m benchmarks.report RUN.json --out docs` from a run of `pyte
 --benchmark-json=RUN.json`; `make bench` does both for your machine. Each row is compared with the float64 oracle by the
 rule of `dsmr_kernels/testing.py` before it is timed, and fails instead if it is wrong; models, whose results cannot be
 equal, are held to the same number of parameters and a loss that falls, ours also to the reference backend. Ratios
-and rates are those of the fastest round (on CUDA of the GPU's own work, cold L2 cache). "GFLOP/s" counts what the result
-needs, "nominal" what ordinary attention with all its gradients makes for it; "of the ceiling" is the least time by the
-machine's measured matrix rate and copy bandwidth (`python -m dsmr_kernels.ceilings`) over the time taken. Rows of ours
+and rates are those of the fastest round (on CUDA of the GPU's own work, cold L2 cache). "GFLOP/s" counts what the
+result needs, "nominal" what ordinary attention with all its gradients makes for it; "of the ceiling" is the least time
+by the measured matrix rate and copy bandwidth (`python -m dsmr_kernels.ceilings`) over the time taken. Rows of ours
 are set in bold.
 
 """

@@ -127,8 +127,8 @@ class Contender:
             self.seconds.append(said["seconds"])
 
 
-def measure(sizes: Sizes, dtype: str, names: list[str], turns: int, line: ProgressLine) -> list[Contender]:
-    """Start every contender, one after another, and let them take turns."""
+def measure(sizes: Sizes, dtype: str, names: list[str], turns: int, line: ProgressLine) -> Iterator[list[Contender]]:
+    """Start every contender, one after another, and let them take turns; all of them after each turn."""
     command = [sys.executable, "-m", "benchmarks.training_step", "--worker"]
     plain = {name: getattr(sizes, name) for name in Sizes.__dataclass_fields__ if name != "dtype"}
     with contextlib.ExitStack() as stack:
@@ -151,7 +151,7 @@ def measure(sizes: Sizes, dtype: str, names: list[str], turns: int, line: Progre
                 if one.alive:
                     line.update(f"turn {turn + 1} of {turns}: {one.name}, {one.dtype}")
                     one.step()
-        return contenders
+            yield contenders
 
 
 def rows_of(contenders: list[Contender], sizes: Sizes) -> list[Row]:
@@ -276,11 +276,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError("turns, layers, width, segment and memory must be at least 1")
         if sizes.width % sizes.heads:
             raise UserError(f"width must be a multiple of the {sizes.heads} heads, got {sizes.width}")
-        contenders: list[Contender] = []
-        for dtype in options.dtypes:  # what is known is written after each
+        text, done, now = "", list[Contender](), list[Contender]()
+        for dtype in options.dtypes:
             with ProgressLine() as line:
-                contenders += measure(sizes, dtype, options.contenders, options.turns, line)
-            text = write(contenders, sizes, options.turns, options.out)
+                for now in measure(sizes, dtype, options.contenders, options.turns, line):
+                    text = write(done + now, sizes, options.turns, options.out)  # outlives an interruption
+            done += now
         Console().print(text, soft_wrap=True, highlight=False)
     except UserError as error:
         print(f"benchmarks.training_step: {error}", file=sys.stderr)
