@@ -5,7 +5,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRITON = ['triton>=3.6; sys_platform == "linux"']
-TIMING = ["pytest>=8", "pytest-benchmark>=5"]
+BENCH = ["pytest>=8", "pytest-benchmark>=5"]
+PEERS = ["x-transformers>=2.3", "transformers>=4.50"]
+PLAY = ["mido>=1.3", "python-rtmidi>=1.5"]
 
 setup(
     name="dsmr",
@@ -23,11 +25,14 @@ setup(
         # MidiTok reads and writes MIDI, matplotlib draws; training on a prepared corpus needs neither.
         "music": ["miditok>=3.1", "matplotlib>=3.8"],
         "triton": TRITON,
-        # The peers that ours is compared with; without them their rows are skipped.
-        "bench": [*TIMING, "matplotlib>=3.8", "x-transformers>=2", "transformers>=5"],
+        # Real-time playing through MIDI ports.
+        "play": PLAY,
+        # The peers that ours is measured against; where they are missing, their rows are skipped.
+        "bench": [*BENCH, *PEERS, "matplotlib>=3.8"],
         "dev": [
-            *TIMING,
+            *BENCH,
             "hypothesis>=6",
+            "mido>=1.3",
             "pytest-xdist>=3",
             "ruff>=0.12",
             "mypy>=1.15",

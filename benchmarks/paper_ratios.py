@@ -18,8 +18,8 @@ from rich.console import Console
 
 from dsmr.devices import resolve_device, resolve_dtype
 from dsmr.files import write_json, write_text
-from dsmr.profiling import measured_row, tokens_per_second
-from dsmr.profiling_job import Job, Sizes
+from dsmr.profiling.job import Job, Sizes
+from dsmr.profiling.profile import measured_row, tokens_per_second
 from dsmr.progress import ProgressLine
 from dsmr_kernels.ceilings import device_name
 from dsmr_kernels.cost import human_bytes
@@ -99,7 +99,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     on_gpu = device.type == "cuda"
-    layers, long, short = (12, 8192, 1024) if on_gpu else (8, 4096, 256)
+    layers, long, short = (12, 8192, 1024) if on_gpu else (6, 8192, 512)
     sizes = Sizes(
         d_model=512 if on_gpu else 256,
         heads=8 if on_gpu else 4,

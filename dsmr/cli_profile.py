@@ -92,7 +92,7 @@ def _sizes(given: dict[str, Any], dtype: str, device: str, thorough: bool) -> tu
     import torch
 
     from dsmr.devices import resolve_device, resolve_dtype
-    from dsmr.profiling_job import Sizes
+    from dsmr.profiling.job import Sizes
 
     place = resolve_device(device)
     defaults = DEFAULTS[place.type]
@@ -128,11 +128,11 @@ def _run(
 
     from dsmr import plots
     from dsmr.files import write_json
-    from dsmr.profiling import Profile
-    from dsmr.profiling import profile as work
-    from dsmr.profiling_budget import parse_bytes, propose
-    from dsmr.profiling_job import KINDS
-    from dsmr.profiling_report import tables
+    from dsmr.profiling.budget import parse_bytes, propose
+    from dsmr.profiling.job import KINDS
+    from dsmr.profiling.profile import Profile
+    from dsmr.profiling.profile import profile as work
+    from dsmr.profiling.report import tables
     from dsmr.progress import ProgressLine
     from dsmr_kernels.ceilings import ceilings_of
 
@@ -168,7 +168,7 @@ def _run(
         write_json(out / "profile.json", found.to_json())
         written: list[Path] = []
         if plots.available():
-            from dsmr.profiling_plots import pictures
+            from dsmr.profiling.plots import pictures
 
             written = pictures(found, out)
         else:

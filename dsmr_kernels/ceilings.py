@@ -12,6 +12,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
@@ -218,11 +219,36 @@ def _start_seconds(device: torch.device, yardstick: Yardstick) -> dict[str, floa
     return {"forward": forward / parts, "backward": backward / parts}
 
 
+def split_pair(narrow: float, wide: float, least_slope: float, least_rest: float) -> tuple[float, float]:
+    """What a pair takes for each element of a head, and beside that, from the seconds of a pair at two widths; neither
+    below what the device's best rates allow, and then the other as fits both widths best."""
+    slope = (wide - narrow) / (WIDE - NARROW)
+    rest = narrow - NARROW * slope
+    if rest < least_rest:
+        rest = least_rest
+        slope = ((narrow - rest) / NARROW + (wide - rest) / WIDE) / 2
+    if slope < least_slope:
+        slope = least_slope
+        rest = ((narrow - NARROW * slope) + (wide - WIDE * slope)) / 2
+    return slope, max(rest, least_rest)
+
+
+def edges_of(short: tuple[int, float], long: tuple[int, float]) -> list[float]:
+    """Keys more a query on the causal edge, from the (queries, seconds) of two calls without memory: those whose pairs,
+    m * (m + 1) / 2 + m * min(edge, (m - 1) / 2), take as long in the one as in the other. One below the short call's
+    limit explains the two as well as one above it does, so both are given."""
+    (m, brief), (n, lasting) = short, long
+    slope = max(2 * (lasting / n - brief / m) / (n - m), 1e-30)
+    below, above = lasting / n / slope - (n + 1) / 2, lasting / n * m * m / brief - (n + 1) / 2
+    limit = (m - 1) / 2
+    return [min(max(below, 0.0), limit), min(max(above, limit), (n - 1) / 2)]
+
+
 def _attained(bare: Ceilings, start: dict[str, float], yardstick: Yardstick, dtype: str) -> dict[str, dict[str, float]]:
     """The shares of `Ceilings.attained`.
 
     A pair behind a memory takes a + b * head_dim seconds: two widths tell what products and what exponentials take. Of
-    m queries without a memory, the pairs m * (m + 1) / 2 + edge * m: two lengths tell the edge.
+    m queries without a memory, two lengths tell the edge.
     """
     device = yardstick.device
     sizes = REFERENCE[device.type]
@@ -246,20 +272,15 @@ def _attained(bare: Ceilings, start: dict[str, float], yardstick: Yardstick, dty
             past = PARTS[direction](call)["past"]
             pair[dim] = max(more[number] - alone[number], 0.1 * more[number]) / past.exponentials
         products = past.flops / past.exponentials / WIDE  # operations for each element of a head
-        slope = min(max((pair[WIDE] - pair[NARROW]) / (WIDE - NARROW), 0.01 * pair[WIDE] / WIDE), pair[NARROW] / NARROW)
-        rest = max(pair[NARROW] - NARROW * slope, 0.01 * pair[NARROW])
+        slope, rest = split_pair(pair[NARROW], pair[WIDE], products / bare.matrix_flops[dtype], 1 / bare.exponentials)
         rates = (products / bare.matrix_flops[dtype] / slope, 1 / bare.exponentials / rest)
         m, n = short.queries, long.queries
-        rise = 2 * (lasting[number] / n - brief[number] / m) / (n - m)
-        edge = lasting[number] / n / rise - (n + 1) / 2 if rise > 0 else m
-        edge = min(max(edge, 0.0), float(m))
-        bound = bound_seconds(with_edge(long, PARTS[direction](long)["own"], edge), bare, dtype, *rates)
-        found[direction] = {
-            "products": rates[0],
-            "exponentials": rates[1],
-            "own": bound / lasting[number],
-            "edge": edge,
-        }
+        part, fits = PARTS[direction](long)["own"], []
+        for edge in edges_of((m, brief[number]), (n, lasting[number])):
+            own = bound_seconds(with_edge(long, part, edge), bare, dtype, *rates) / lasting[number]
+            fits.append((abs(math.log(own)), own, edge))
+        _, own, edge = min(fits)  # a pair of the segment should cost about what a pair of the memory does
+        found[direction] = {"products": rates[0], "exponentials": rates[1], "own": own, "edge": edge}
     return found
 
 

@@ -29,7 +29,7 @@ class Ceilings:
         operator_seconds: to start one small PyTorch operator.
         attained: by dtype and then by pass the shares of the rates that the kernels attain, "products" and
             "exponentials", and by how much the segment's own pairs differ: "own", a factor, and "edge", the keys more
-            than it sees that each query costs on the causal edge.
+            than it sees that each query costs on the causal edge, in segments that have so many.
     """
 
     device: str
@@ -67,9 +67,10 @@ PARTS = {"forward": forward_parts, "backward": backward_parts}
 
 
 def with_edge(call: Call, work: Work, edge: float) -> Work:
-    """The work of a call's "own" part with `edge` keys more for each query."""
+    """The work of a call's "own" part with `edge` keys more for each query, but no more than all of its segment."""
     pairs = call.pairs.own
-    more = 1 + edge * call.queries / pairs if pairs else 1.0
+    longest = min(call.queries, call.segment_length or call.queries)
+    more = 1 + min(edge, (longest - 1) / 2) * call.queries / pairs if pairs else 1.0
     return replace(work, flops=work.flops * more, exponentials=work.exponentials * more)
 
 

@@ -66,7 +66,6 @@ def check(
     rows: list[dict[str, Any]] = []
     for dtype in DTYPES:
         for number, call in enumerate(calls):
-            progress(f"{dtype}, shape {number + 1} of {len(calls)}: {label(call)}")
             measured, quiet = yardstick.fastest(functools.partial(timed_attention, call, device, DTYPES[dtype], rounds))
             for direction, predicted, seconds in zip(
                 ("forward", "backward"), attention_seconds(call, ceilings, dtype), measured, strict=True
@@ -82,6 +81,8 @@ def check(
                         "quiet": quiet,
                     }
                 )
+            ratios = ", ".join(f"{row['direction']} {row['ratio']:.2f}" for row in rows[-2:])
+            progress(f"{dtype}, {number + 1} of {len(calls)}, {label(call)}: predicted / measured {ratios}")
     return rows
 
 

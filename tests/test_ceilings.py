@@ -84,7 +84,7 @@ def test_the_program_measures_this_machine(cache: Path, monkeypatch: pytest.Monk
     for directions in found.attained.values():
         for share in directions.values():
             assert min(share["products"], share["exponentials"], share["own"]) > 0
-            assert 0 <= share["edge"] <= 64
+            assert 0 <= share["edge"] <= 127.5
     assert program.main(["--device", "cpu"]) == 0  # from the cache now
     printed = capsys.readouterr().out
     assert f"{found.copy_bytes / 1e9:.1f} GB/s" in printed
@@ -112,16 +112,35 @@ def test_seconds_follow_from_the_counts_and_the_rates() -> None:
 
 
 def test_the_edge_and_the_own_factor_touch_the_segment_alone() -> None:
-    share = {**SHARE, "own": 0.5, "edge": 100.0}
+    share = {**SHARE, "own": 0.5, "edge": 20.0}
     other = replace(KNOWN, attained={"float32": {"forward": share, "backward": share}})
     alone, behind = Call(64, 0), Call(64, 512, held=512)
     (plain, _), (edged, _) = (attention_seconds(alone, c, "float32") for c in (KNOWN, other))
     pairs = 64 * 65 / 2
-    assert (edged - 1e-3) / (plain - 1e-3) == pytest.approx(2 * (pairs + 100 * 64) / pairs)
+    assert (edged - 1e-3) / (plain - 1e-3) == pytest.approx(2 * (pairs + 20 * 64) / pairs)
     past = [
         attention_seconds(behind, c, "float32")[0] - attention_seconds(alone, c, "float32")[0] for c in (KNOWN, other)
     ]
     assert past[0] == pytest.approx(past[1])
+    short = [attention_seconds(Call(64, 0, segment_length=8), c, "float32")[0] - 8e-3 for c in (KNOWN, other)]
+    assert short[1] / short[0] == pytest.approx(2 * 64 / 36)  # no more than the whole square of a segment
+
+
+@pytest.mark.parametrize("edge", [0.0, 40.0, 127.5, 200.0, 511.5])
+def test_the_edge_is_found_from_two_lengths(edge: float) -> None:
+    def seconds(m: int) -> tuple[int, float]:
+        return m, 1e-9 * m * ((m + 1) / 2 + min(edge, (m - 1) / 2))
+
+    found = program.edges_of(seconds(256), seconds(1024))
+    assert min(abs(candidate - edge) for candidate in found) < 1e-6
+
+
+def test_products_and_exponentials_are_told_apart_by_two_widths() -> None:
+    assert program.split_pair(3e-9 + 32e-11, 3e-9 + 128e-11, 1e-12, 1e-10) == pytest.approx((1e-11, 3e-9))
+    for narrow, wide in ((1e-9, 9e-9), (5e-9, 5.1e-9), (1e-12, 1e-12)):  # noise: still no faster than the device is
+        slope, rest = program.split_pair(narrow, wide, 1e-11, 2e-10)
+        assert slope >= 1e-11
+        assert rest >= 2e-10
 
 
 def test_work_that_moves_much_and_computes_little_is_bound_by_bytes() -> None:

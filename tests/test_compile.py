@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +32,11 @@ def test_fullgraph_gives_the_same_outputs_and_gradients(backend: str, name: str)
         "no memory": {},
         "pieces and ALiBi": {
             "seen": [57, 30],
-            "piece_start": torch.tensor([[-1] * 6 + [6] * 13, [0] * 19], dtype=torch.int32),
+            "piece_start": torch.tensor([[-1] * 6 + [6] * 11, [0] * 17], dtype=torch.int32),
             "alibi_slopes": torch.tensor([0.5, 0.25]),
         },
     }[name]
-    case = random_case(heads=2, kv_heads=1, queries=19, horizon=17, segment_length=9, **options)
+    case = random_case(heads=2, kv_heads=1, queries=17, horizon=17, segment_length=9, **options)
     expected = run(case, backend)
     compiled = torch.compile(memory_attention, fullgraph=True, backend="aot_eager")
     leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
@@ -63,10 +64,10 @@ def test_a_sweep_of_sizes_horizons_and_offsets_compiles_nothing_anew(backend: st
         for index in range(3):  # the compiler learns which integers vary
             compiled(torch.randn(1, 1, 8 + index, 16), memory, 5 + index, 64 + index, 2 + index)
         before = counter.frame_count, torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        for index in range(12):
-            q = torch.randn(1, 1, 2 + 3 * index, 16)
+        for index in range(6):
+            q = torch.randn(1, 1, 2 + 6 * index, 16)
             memory_before = memory.clone()
-            sizes = (5 * index, 30 + 3 * index, (8 * index) % 30)
+            sizes = (10 * index, 30 + 6 * index, (8 * index) % 30)
             out = compiled(q, memory, *sizes)
             exact = step(q, memory_before, *sizes)
             assert error(out, exact) < 1e-6
@@ -79,7 +80,9 @@ def test_a_sweep_of_sizes_horizons_and_offsets_compiles_nothing_anew(backend: st
 def test_one_sweep_is_one_compilation_of_each_triton_kernel() -> None:
     """T, S, batch, GQA group, capacity, ring position, horizon, segment length and offset are run-time values."""
     script = Path(__file__).with_name("launch_keys.py")
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    paths = [str(script.parents[1]), os.environ.get("PYTHONPATH", "")]  # the sources beside it, installed or not
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert set(found) == {"16", "20", "40", "64", "80"}
@@ -116,18 +119,17 @@ def _operator_arguments(case: Case) -> tuple:
 
 
 @operators
-@pytest.mark.parametrize("name", ["memory", "no memory", "pieces and ALiBi"])
+@pytest.mark.parametrize("name", ["no memory", "memory, pieces and ALiBi"])
 def test_operators_pass_opcheck(backend: str, name: str) -> None:
     options = {
-        "memory": {"seen": [57]},
         "no memory": {},
-        "pieces and ALiBi": {
-            "seen": [57],
-            "piece_start": torch.tensor([[-1] * 3 + [3] * 6], dtype=torch.int32),
+        "memory, pieces and ALiBi": {
+            "seen": [7],
+            "piece_start": torch.tensor([[-1] * 3 + [3] * 4], dtype=torch.int32),
             "alibi_slopes": torch.tensor([0.5, 0.25]),
         },
     }[name]
-    case = random_case(batch=1, heads=2, kv_heads=1, queries=9, horizon=17, **options)
+    case = random_case(batch=1, heads=2, kv_heads=1, queries=7, horizon=9, **options)
     arguments = _operator_arguments(case)
     forward, backward = (getattr(torch.ops.dsmr_kernels, f"{backend}_{way}") for way in ("forward", "backward"))
     torch.library.opcheck(forward, arguments)

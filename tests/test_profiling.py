@@ -10,18 +10,19 @@ import torch
 from known_ceilings import KNOWN
 from typer.testing import CliRunner
 
-from dsmr import profiling, profiling_row
 from dsmr.cli import app
 from dsmr.cli_profile import DEFAULTS
 from dsmr.errors import UserError
 from dsmr.files import read_json
 from dsmr.model import DSMRConfig, DSMRModel
-from dsmr.profiling import length_curves, measured_row, predicted_row, profile
-from dsmr.profiling_budget import families, parse_bytes, propose, solve
-from dsmr.profiling_cost import held_bytes, keys_at, parameters_of, predict_piece, predict_step, predict_token
-from dsmr.profiling_job import Job, Sizes
-from dsmr.profiling_plots import pareto_front
-from dsmr.profiling_report import labels
+from dsmr.profiling import profile as profile_module
+from dsmr.profiling import row as row_module
+from dsmr.profiling.budget import families, parse_bytes, propose, solve
+from dsmr.profiling.cost import held_bytes, keys_at, parameters_of, predict_piece, predict_step, predict_token
+from dsmr.profiling.job import Job, Sizes
+from dsmr.profiling.plots import pareto_front
+from dsmr.profiling.profile import length_curves, measured_row, predicted_row, profile
+from dsmr.profiling.report import labels
 from dsmr.schedule import MemorySchedule
 from dsmr_kernels.cost import visible_pairs
 
@@ -145,7 +146,7 @@ def test_schedules_of_one_family_are_told_apart() -> None:
 
 @pytest.mark.parametrize("kind", ["train", "piece"])
 def test_the_parts_of_a_measured_step_add_up_to_it(kind: str) -> None:
-    row = profiling_row.measure(Job(str(GROUPED), kind, SIZES))
+    row = row_module.measure(Job(str(GROUPED), kind, SIZES))
     assert row["tokens"] == (2 * 16 if kind == "train" else 48)
     assert row["checked"] == 3
     assert row["kv_bytes"] == list(held_bytes(SIZES, GROUPED, kind))
@@ -165,7 +166,7 @@ def test_the_parts_of_a_measured_step_add_up_to_it(kind: str) -> None:
 def test_the_recorder_leaves_the_model_as_it_was() -> None:
     import dsmr.attention
 
-    steps = profiling_row.Steps(Job(str(TWO), "train", SIZES))
+    steps = row_module.Steps(Job(str(TWO), "train", SIZES))
     before = dsmr.attention.memory_attention
     with steps.recorder.recording():
         first = steps.recorded()
@@ -179,7 +180,7 @@ def test_the_recorder_leaves_the_model_as_it_was() -> None:
 def test_what_is_kept_grows_with_the_tokens_and_leaves_out_the_weights() -> None:
     def kept(tokens: int) -> int:
         sizes = replace(SIZES, segment_length=tokens)
-        steps = profiling_row.Steps(Job(str(TWO), "train", sizes))
+        steps = row_module.Steps(Job(str(TWO), "train", sizes))
         with steps.recorder.recording(), steps.recorder.counting():
             steps.forward()
         return sum(steps.recorder.saved.values())
@@ -189,11 +190,11 @@ def test_what_is_kept_grows_with_the_tokens_and_leaves_out_the_weights() -> None
 
 
 def test_decoding_is_timed_at_every_position_with_memories_as_full_as_they_would_be() -> None:
-    row = profiling_row.measure(Job(str(TWO), "decode", SIZES))
+    row = row_module.measure(Job(str(TWO), "decode", SIZES))
     assert [entry["position"] for entry in row["positions"]] == [0, 100]
     assert row["kv_bytes"] == list(held_bytes(SIZES, TWO, "decode"))
     model = DSMRModel(DSMRConfig(50, TWO, d_model=32, n_heads=4, segment_length=16))
-    state = profiling_row.filled_state(model, SIZES, 1, 100, aligned=False)
+    state = row_module.filled_state(model, SIZES, 1, 100, aligned=False)
     assert [int(memory.length) for memory in state.memories] == [80, 32, 32]
     assert (int(state.position), state.offset) == (100, 100 % 16)
 
@@ -209,13 +210,13 @@ def test_wrong_attention_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(sdpa, "memory_attention", wrong)
     with pytest.raises(AssertionError, match="errs by"):
-        profiling_row.measure(Job(str(TWO), "train", SIZES))
+        row_module.measure(Job(str(TWO), "train", SIZES))
 
 
 def test_peak_memory_sees_what_was_taken_and_given_back() -> None:
-    if not profiling_row.resident_bytes("VmHWM"):
+    if not row_module.resident_bytes("VmHWM"):
         pytest.skip("this system does not tell a process its peak resident size")
-    peak = profiling_row.Peak(torch.device("cpu"))
+    peak = row_module.Peak(torch.device("cpu"))
     with peak:
         torch.ones(32 * 2**20)  # 128 MiB, touched, freed
     if not os.access("/proc/self/clear_refs", os.W_OK):
@@ -228,9 +229,9 @@ def test_peak_memory_sees_what_was_taken_and_given_back() -> None:
 
 def test_a_row_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def row(job: Job) -> dict:
-        return {"error": "out of memory"} if "uniform" in job.schedule else profiling_row.measure(job)
+        return {"error": "out of memory"} if "uniform" in job.schedule else row_module.measure(job)
 
-    monkeypatch.setattr(profiling, "measured_row", row)
+    monkeypatch.setattr(profile_module, "measured_row", row)
     said: list[str] = []
     schedules = [MemorySchedule.uniform(3, 8), TWO]
     found = profile(
@@ -248,9 +249,9 @@ def test_what_was_measured_outlives_an_interruption(tmp_path: Path, monkeypatch:
     def row(job: Job) -> dict:
         if job.schedule == str(TWO):
             raise KeyboardInterrupt
-        return profiling_row.measure(job)
+        return row_module.measure(job)
 
-    monkeypatch.setattr(profiling, "measured_row", row)
+    monkeypatch.setattr(profile_module, "measured_row", row)
     with pytest.raises(KeyboardInterrupt):
         profile([GROUPED, TWO], SIZES, KNOWN, kinds=["train"], json_path=tmp_path / "p.json")
     assert [entry["schedule"] for entry in read_json(tmp_path / "p.json")["schedules"]] == [str(GROUPED)]
@@ -284,7 +285,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     from dsmr_kernels import ceilings
 
     monkeypatch.setattr(ceilings, "ceilings_of", lambda device, **options: KNOWN)
-    monkeypatch.setattr(profiling, "measured_row", profiling_row.measure)
+    monkeypatch.setattr(profile_module, "measured_row", row_module.measure)
 
 
 def test_the_program_prints_tables_and_writes_json_pictures_and_a_trace(quick: None, tmp_path: Path) -> None:
@@ -305,7 +306,7 @@ def test_the_program_prints_tables_and_writes_json_pictures_and_a_trace(quick: N
 
 
 def test_a_budget_alone_measures_nothing(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "measured_row", lambda job: pytest.fail("measured"))
+    monkeypatch.setattr(profile_module, "measured_row", lambda job: pytest.fail("measured"))
     result = run("--budget", "1MiB", "--layers", "4", *SMALL, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert "fhcr(layers=4" in result.stdout.replace("\n", "")
@@ -340,7 +341,7 @@ def test_what_cannot_be_is_one_sentence(
 
 
 def test_rows_that_failed_end_in_a_sentence(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "measured_row", lambda job: {"error": "out of memory"})
+    monkeypatch.setattr(profile_module, "measured_row", lambda job: {"error": "out of memory"})
     result = run("--schedule", TWO, *SMALL, "--out", tmp_path)
     assert result.exit_code == 1
     assert "out of memory" in result.stdout

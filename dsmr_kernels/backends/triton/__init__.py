@@ -1,7 +1,8 @@
 """Fused Triton kernels: one online softmax over ring memory and current keys, forward and backward.
 
 `primitives` holds the visibility rule for a tile, `forward` and `backward` the kernels, `configs` their tile sizes by
-architecture, `launch` the way from tensors to launches. Under TRITON_INTERPRET=1 they run on CPU tensors, for tests.
+architecture, `launch` the way from tensors to launches; `decode` serves the newest tokens alone, `step` stores them
+before. Under TRITON_INTERPRET=1 they run on CPU tensors, for tests.
 """
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from dsmr_kernels.backends.autograd import Inputs, Method, attention_by
 from dsmr_kernels.backends.triton.configs import DTYPES, HEAD_DIMS
+from dsmr_kernels.backends.triton.decode import decode_attention
 from dsmr_kernels.backends.triton.launch import INTERPRETED, Call
+from dsmr_kernels.backends.triton.step import append_rotated
 
-__all__ = ["memory_attention", "unsupported"]
+__all__ = ["append_rotated", "decode_attention", "memory_attention", "unsupported"]
 _ELSEWHERE = "backend 'sdpa' serves it as it is"
 
 
@@ -27,8 +30,8 @@ def unsupported(q: Tensor) -> str | None:
         return f"it computes in {', '.join(names[:-1])}, not {names[-1]}; nearest: {nearest}; {_ELSEWHERE}"
     least, most = HEAD_DIMS
     if not least <= q.shape[3] <= most:
-        nearest = least if q.shape[3] < least else most
-        return f"it serves head_dim from {least} to {most}, not {q.shape[3]}; nearest: {nearest}; {_ELSEWHERE}"
+        edge = least if q.shape[3] < least else most
+        return f"it serves head_dim from {least} to {most}, not {q.shape[3]}; nearest: {edge}; {_ELSEWHERE}"
     return None
 
 

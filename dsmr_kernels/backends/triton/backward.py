@@ -14,7 +14,6 @@ from dsmr_kernels.backends.triton.primitives import (
     head_of,
     load_rows,
     query_tile,
-    row_stride,
     store_rows,
     visit_keys,
 )
@@ -85,34 +84,41 @@ def dq_kernel(
     d = tl.arange(0, BD)
     valid = row < queries
     at = line.to(tl.int64) * queries + row
-    grad = head_of(Grad, b, h, g_batch, g_head, UNIT)
-    grad = load_rows(grad, row, row_stride(g_token, UNIT), d, valid, HEAD_DIM, HEAD_DIM == BD)  # [BM, BD]
-    out = load_rows(Out, at, HEAD_DIM, d, valid, HEAD_DIM, HEAD_DIM == BD)  # [BM, BD]
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)  # [BM]
+    g_base = head_of(Grad, b, h, g_batch, g_head, UNIT)
+    delta = tl.zeros([BM], dtype=tl.float32)
+    for column in tl.static_range(0, BD, min(BD, 64)):  # by parts: two whole tiles in float32 fill the registers
+        part = column + tl.arange(0, min(BD, 64))
+        out = load_rows(Out, at, HEAD_DIM, part, valid, HEAD_DIM, HEAD_DIM == BD)  # [BM, 64]
+        grad = load_rows(g_base, row, g_token, part, valid, HEAD_DIM, HEAD_DIM == BD, False, UNIT)  # [BM, 64]
+        delta += tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    grad = load_rows(g_base, row, g_token, d, valid, HEAD_DIM, HEAD_DIM == BD, False, UNIT)  # [BM, BD]
     tl.store(Delta + at, delta, mask=valid)
     lse = tl.load(Lse + at, mask=valid, other=0.0) * 1.4426950408889634
     q = head_of(Q, b, h, q_batch, q_head, UNIT)
-    q = load_rows(q, row, row_stride(q_token, UNIT), d, valid, HEAD_DIM, HEAD_DIM == BD)  # [BM, BD]
+    q = load_rows(q, row, q_token, d, valid, HEAD_DIM, HEAD_DIM == BD, False, UNIT)  # [BM, BD]
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
     dq, _, _ = visit_keys(
         q, grad, tl.zeros([BM, BD], dtype=tl.float32), lse, delta,
         head_of(MemoryK, b, kv, mk_batch, mk_head, UNIT), head_of(MemoryV, b, kv, mv_batch, mv_head, UNIT),
-        row_stride(mk_token, UNIT), row_stride(mv_token, UNIT),
+        mk_token, mv_token,
         head_of(K, b, kv, k_batch, k_head, UNIT), head_of(V, b, kv, v_batch, v_head, UNIT),
-        row_stride(k_token, UNIT), row_stride(v_token, UNIT),
+        k_token, v_token,
         d, p, low, position, capacity, scale_log2, slope,
-        True, HAS_MEMORY, HAS_ALIBI, PRECISION, HEAD_DIM, HEAD_DIM == BD, BN,
+        True, HAS_MEMORY, HAS_ALIBI, PRECISION, HEAD_DIM, HEAD_DIM == BD, UNIT, BN,
     )  # fmt: skip
     store_rows(DQ, line, row, queries, d, dq * scale, HEAD_DIM)
 
 
 @triton.jit
-def _blind_from(j, tokens, horizon, segment_length, segment_offset, SLIDING: tl.constexpr, DETACH: tl.constexpr):
-    """The first query after the key j >= 0 that does not take part in its gradient, whatever the pieces.
+def _blind_from(
+    j, Start, shift, tokens, horizon, segment_length, segment_offset,
+    SLIDING: tl.constexpr, DETACH: tl.constexpr, HAS_PIECES: tl.constexpr,
+):  # fmt: skip
+    """For each key j [BN] >= 0 of the call, the first token after it that does not take part in its gradient.
 
-    `lowest_visible` turned round: it never decreases along the keys either.
+    `lowest_visible` turned round: it never decreases along the keys either. `Start`: the row's piece starts.
     """
     length = tl.maximum(segment_length, 1)
     until = j * 0 + tokens
@@ -124,32 +130,28 @@ def _blind_from(j, tokens, horizon, segment_length, segment_offset, SLIDING: tl.
     if DETACH:
         end = ((j + segment_offset) // length + 1) * length - segment_offset
         until = tl.where(segment_length > 0, tl.minimum(until, end), until)
+    if HAS_PIECES:  # the first token of a later piece: piece starts never decrease, so halve the stretch
+        low = tl.maximum(j, shift)
+        while tl.max(until - low, 0) > 0:
+            middle = (low + until) // 2
+            open = low < until
+            later = tl.load(Start + middle, mask=open, other=0) > j
+            low = tl.where(open & ~later, middle + 1, low)
+            until = tl.where(open & later, middle, until)
     return until
 
 
 @triton.jit
-def _piece_after(Start, j, low, high):
-    """The first token of low ... high - 1 whose piece begins after key j; max(low, high) if there is none."""
-    while low < high:
-        middle = (low + high) // 2
-        after = tl.load(Start + middle) > j
-        low = tl.where(after, low, middle + 1)
-        high = tl.where(after, middle, high)
-    return low
-
-
-@triton.jit
 def _dkv_block(
-    k, v, dk, dv, j, until, start, stop, edge, Q, Grad, Lse, Delta, Start, q_stride, g_stride, d, shift, scale_log2,
-    slope,
-    HAS_PIECES: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WHOLE_DIM: tl.constexpr, BM: tl.constexpr,
+    k, v, dk, dv, j, until, start, stop, edge, Q, Grad, Lse, Delta, q_stride, g_stride, d, shift, scale_log2, slope,
+    HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WHOLE_DIM: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """One block of queries start ... : adds its share to dk and dv [BN, BD]. Scores are transposed, [BN, BM]."""
     p = start + tl.arange(0, BM)
     valid = p < stop
-    q = load_rows(Q, p - shift, q_stride, d, valid, HEAD_DIM, WHOLE_DIM)  # [BM, BD]
-    grad = load_rows(Grad, p - shift, g_stride, d, valid, HEAD_DIM, WHOLE_DIM)  # [BM, BD]
+    q = load_rows(Q, p - shift, q_stride, d, valid, HEAD_DIM, WHOLE_DIM, False, UNIT)  # [BM, BD]
+    grad = load_rows(Grad, p - shift, g_stride, d, valid, HEAD_DIM, WHOLE_DIM, False, UNIT)  # [BM, BD]
     lse = tl.load(Lse + (p - shift), mask=valid, other=0.0) * 1.4426950408889634
     delta = tl.load(Delta + (p - shift), mask=valid, other=0.0)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [BN, BM]
@@ -157,8 +159,6 @@ def _dkv_block(
         s -= slope * (p[None, :] - j[:, None]).to(tl.float32)
     if edge:
         seen = (j[:, None] <= p[None, :]) & (p[None, :] < until[:, None])
-        if HAS_PIECES:
-            seen = seen & (tl.load(Start + p, mask=valid, other=0)[None, :] <= j[:, None])
         s = tl.where(seen, s, -float("inf"))
     w = tl.exp2(s - lse[None, :])
     dv = tl.dot(w.to(grad.dtype), grad, dv, input_precision=PRECISION)
@@ -222,20 +222,16 @@ def dkv_kernel(
     j_last = tl.minimum(j_first + BN, tokens) - 1
     d = tl.arange(0, BD)
     shift = tokens - queries
+    until = _blind_from(
+        j, PieceStart + b * piece_stride, shift, tokens, horizon, segment_length, segment_offset,
+        SLIDING, DETACH, HAS_PIECES,
+    )  # fmt: skip
     # Queries begin ... stop - 1 see one of the keys; those from j_last to every - 1 see them all.
-    until = _blind_from(j, tokens, horizon, segment_length, segment_offset, SLIDING, DETACH)
-    stop = _blind_from(j_last, tokens, horizon, segment_length, segment_offset, SLIDING, DETACH)
-    every = _blind_from(j_first, tokens, horizon, segment_length, segment_offset, SLIDING, DETACH)
-    begin = tl.maximum(j_first, shift)
-    stop = tl.maximum(stop, begin)
-    piece = PieceStart + b * piece_stride
-    if HAS_PIECES:
-        stop = _piece_after(piece, j_last, begin, stop)
-        every = _piece_after(piece, j_first, begin, tl.minimum(every, stop))
+    begin, every = tl.maximum(j_first, shift), tl.min(until, 0)
+    stop = tl.maximum(tl.max(until, 0), begin)
     k, v = head_of(K, b, kv, k_batch, k_head, UNIT), head_of(V, b, kv, v_batch, v_head, UNIT)
-    k = load_rows(k, j, row_stride(k_token, UNIT), d, j < tokens, HEAD_DIM, HEAD_DIM == BD)  # [BN, BD]
-    v = load_rows(v, j, row_stride(v_token, UNIT), d, j < tokens, HEAD_DIM, HEAD_DIM == BD)  # [BN, BD]
-    q_stride, g_stride = row_stride(q_token, UNIT), row_stride(g_token, UNIT)
+    k = load_rows(k, j, k_token, d, j < tokens, HEAD_DIM, HEAD_DIM == BD, False, UNIT)  # [BN, BD]
+    v = load_rows(v, j, v_token, d, j < tokens, HEAD_DIM, HEAD_DIM == BD, False, UNIT)  # [BN, BD]
     dk = tl.zeros([BN, BD], dtype=tl.float32)
     dv = tl.zeros([BN, BD], dtype=tl.float32)
     for g in range(group):
@@ -248,8 +244,8 @@ def dkv_kernel(
         for start in tl.range(begin, stop, BM):
             edge = (start < j_last) | (start + BM > every)  # masked; in the blocks between, every query sees every key
             dk, dv = _dkv_block(
-                k, v, dk, dv, j, until, start, stop, edge, q_base, g_base, Lse + at, Delta + at, piece, q_stride,
-                g_stride, d, shift, scale_log2, slope, HAS_PIECES, HAS_ALIBI, PRECISION, HEAD_DIM, HEAD_DIM == BD, BM,
+                k, v, dk, dv, j, until, start, stop, edge, q_base, g_base, Lse + at, Delta + at, q_token, g_token,
+                d, shift, scale_log2, slope, HAS_ALIBI, PRECISION, HEAD_DIM, HEAD_DIM == BD, UNIT, BM,
             )  # fmt: skip
     store_rows(DK, line, j, tokens, d, dk * scale, HEAD_DIM)
     store_rows(DV, line, j, tokens, d, dv, HEAD_DIM)

@@ -38,9 +38,9 @@ Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
     64: {
-        "forward": Config(128, 64, 4, 2),  # 256 queries or 128 keys spill, and so does a third stage with ALiBi
+        "forward": Config(128, 64, 8, 2),  # four warps spill, with 64 queries as well
         "dq": Config(128, 64, 8, 2),  # 256 queries or 128 keys spill
-        "dkv": Config(32, 128, 8, 2),  # 64 queries a step or 256 keys spill
+        "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, and so do 64 with 64 keys
     },
     128: {
         "forward": Config(64, 64, 8, 2),  # 128 queries spill
@@ -50,7 +50,7 @@ _AMPERE: Sizes = {
     256: {
         "forward": Config(64, 32, 8, 2),  # 128 queries or 64 keys spill
         "dq": Config(64, 32, 8, 2),  # 128 queries exceed shared memory
-        "dkv": Config(16, 64, 8, 1),  # 128 keys exceed shared memory, 32 queries a step spill
+        "dkv": Config(32, 32, 8, 2),  # 64 keys spill, with 16 queries a step as well
     },
 }
 _ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
@@ -59,30 +59,30 @@ _ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
     256: {
         "forward": _AMPERE[256]["forward"],
         "dq": Config(64, 32, 8, 1),  # Ampere's two stages take 99 KiB and more
-        "dkv": Config(32, 32, 8, 2),  # Ampere's 64 keys take more than there is
+        "dkv": _AMPERE[256]["dkv"],
     },
 }
 _HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) each
     64: {
         "forward": Config(128, 128, 8, 2),  # 256 queries or keys spill
         "dq": Config(128, 64, 8, 2),  # 256 queries spill; 128 keys are clean, with half the registers to spare
-        "dkv": Config(64, 128, 8, 2),  # 128 queries a step or 256 keys spill
+        "dkv": Config(32, 128, 8, 2),  # 64 queries a step spill without pieces
     },
     128: {
         "forward": Config(128, 64, 8, 3),  # 256 queries spill; 128 keys are clean, in all of the shared memory
         "dq": Config(128, 64, 8, 2),  # 256 queries spill; 128 keys are clean, in all of the registers
-        "dkv": Config(32, 128, 8, 2),  # 64 queries a step, 256 keys or a third stage spill
+        "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, and so do 64 keys with four warps
     },
     256: {
-        "forward": Config(128, 32, 8, 2),  # 256 queries or 64 keys spill
-        "dq": Config(128, 32, 8, 2),  # both warpgroups have 64 queries
-        "dkv": Config(16, 64, 8, 2),  # 32 queries a step, 128 keys or a third stage spill
+        "forward": Config(64, 64, 8, 2),  # 128 queries spill
+        "dq": Config(128, 32, 8, 2),  # both warpgroups have 64 queries; with Triton 3.6 it still spills 24 bytes
+        "dkv": Config(16, 64, 8, 1),  # a second stage spills
     },
 }
 _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 512 columns of it
     64: {
-        "forward": Config(128, 64, 8, 2),  # 256 columns and 124 registers: two blocks share an SM
-        "dq": Config(128, 64, 8, 2),  # likewise, with 128 registers
+        "forward": Config(128, 128, 8, 2),  # with 64 keys the compiler keeps to 128 registers, and spills
+        "dq": Config(128, 64, 8, 2),  # 256 columns: two blocks share an SM
         "dkv": Config(64, 128, 8, 1),  # a second stage, or 128 queries a step, spill
     },
     128: {
@@ -154,6 +154,40 @@ FLOAT32_TABLE = {name: _CDNA_FLOAT32 if name.startswith("gfx") else _FLOAT32 for
 OLDER_INSTRUCTIONS = {("dkv", "sm_100", 256)}
 
 
+# Decoding. "decode" takes up to 16 stacked queries (a group's heads times the new tokens), "decode_many" more of them;
+# reading the ring is what takes the time, so a block is what keeps enough loads under way. "combine" takes in `bm`
+# splits at a time and "step" `bm` rows and `bn` elements of half a head: both wait for memory, whatever the part.
+DECODING = ("decode", "decode_many", "combine", "step")
+_DECODE = {
+    64: {"decode": Config(16, 64, 4, 3), "decode_many": Config(32, 64, 4, 2)},
+    128: {"decode": Config(16, 64, 4, 3), "decode_many": Config(32, 64, 4, 2)},
+    256: {"decode": Config(16, 32, 4, 3), "decode_many": Config(32, 32, 8, 2)},
+}
+_CDNA_DECODE = {
+    64: {"decode": Config(16, 64, 4, 1), "decode_many": Config(32, 64, 4, 1)},
+    128: {"decode": Config(16, 64, 4, 1), "decode_many": Config(32, 64, 4, 1)},
+    256: {"decode": Config(16, 32, 4, 1), "decode_many": Config(32, 32, 4, 1)},
+}
+_DECODE_FLOAT32 = {
+    64: {"decode": Config(16, 32, 4, 1), "decode_many": Config(16, 32, 4, 1)},
+    128: {"decode": Config(16, 16, 4, 1), "decode_many": Config(16, 16, 4, 1)},
+    256: {"decode": Config(16, 16, 8, 1), "decode_many": Config(16, 16, 8, 1)},
+}
+_COMBINE = Config(16, 0, 4, 1)
+_STEP_ELEMENTS = 1024  # twice as many spill where the memory is int8
+
+
+def _for_decoding(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
+    if kernel == "combine":
+        return _COMBINE
+    if kernel == "step":
+        half = padded(head_dim) // 2
+        return Config(_STEP_ELEMENTS // half, half, 4, 1)
+    half_precision = _CDNA_DECODE if architecture.startswith("gfx") else _DECODE
+    sizes = _DECODE_FLOAT32 if dtype == torch.float32 else half_precision
+    return sizes[max(64, padded(head_dim))][kernel]
+
+
 def family(architecture: str) -> str:
     """The part of the table that serves an architecture: itself, or the one that has no more than it has."""
     if architecture in TABLE:
@@ -172,7 +206,7 @@ _trial: dict[str, Config] = {}  # by `trying`: kernel -> Config
 
 
 def choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
-    """The configuration of a kernel: "forward", "dq" or "dkv".
+    """The configuration of a kernel: "forward", "dq", "dkv" or one of `DECODING`.
 
     The table's, unless the environment variable DSMR_TUNED or `use_tuned` names a file of measured ones.
     """
@@ -192,6 +226,8 @@ def _choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -
 
 def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
     """The table's configuration of a kernel."""
+    if kernel in DECODING:
+        return _for_decoding(kernel, architecture, head_dim, dtype)
     sizes = (FLOAT32_TABLE if dtype == torch.float32 else TABLE)[family(architecture)]
     return sizes[max(64, padded(head_dim))][kernel]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dsmr.profiling import Profile, Row, attention_share, tokens_per_second
-from dsmr.profiling_cost import DIRECTIONS, LAYER_PARTS
+from dsmr.profiling.cost import DIRECTIONS, LAYER_PARTS
+from dsmr.profiling.profile import Profile, Row, attention_share, tokens_per_second
 from dsmr.schedule import MemorySchedule
 from dsmr_kernels.cost import human_bytes
 
@@ -52,7 +52,7 @@ def tables(found: Profile) -> Iterator[Table]:
 def _table(title: str, columns: dict[str, str], caption: str | None = None) -> Table:
     from rich.table import Table
 
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", padding=(0, 0))
     for name, justify in columns.items():
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     return table

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsmr.profiling_job import Sizes
+from dsmr.profiling.job import Sizes
 from dsmr.schedule import MemorySchedule
 from dsmr_kernels.cost import Call, Work, decode_work, linear_work, memory_bytes, memory_capacity
 from dsmr_kernels.predict import Ceilings, attention_seconds, plain_seconds
@@ -23,8 +23,10 @@ DIRECTIONS = ("forward", "backward")
 # Bytes of float32 that AdamW and clipping move for a parameter: gradient read for the norm, read and written to be
 # scaled; then weight, gradient and two moments read, all but the gradient written.
 OPTIMIZER_BYTES = 4 * (1 + 2 + 4 + 3)
-# Operators that a token costs in a layer when it comes alone: norms, projections, positions, append, residual, ffn.
-DECODE_OPERATORS = 40
+# Operators, views included, that a token alone costs in a layer: two norms, four linear layers, heads split and joined,
+# keys and queries rotated in float32, the append's slots, activation and residuals; and the checks of the calls, which
+# cost as much Python.
+DECODE_OPERATORS = 100
 
 
 @dataclass(frozen=True)

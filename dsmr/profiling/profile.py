@@ -1,6 +1,6 @@
 """`dsmr profile`: what memory schedules cost on this device, predicted and measured, layer by layer.
 
-Every row (a schedule and a kind of work) is measured by `dsmr.profiling_row` in a process of its own. A row that fails
+Every row (a schedule and a kind of work) is measured by `dsmr.profiling.row` in a process of its own. A row that fails
 or does not fit is reported as such, and the others go on; what is known is written after each schedule, whole.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from dsmr.files import write_json
-from dsmr.profiling_budget import Proposal
-from dsmr.profiling_cost import (
+from dsmr.profiling.budget import Proposal
+from dsmr.profiling.cost import (
     Predicted,
     held_bytes,
     least_bytes,
@@ -28,13 +28,13 @@ from dsmr.profiling_cost import (
     predict_step,
     predict_token,
 )
-from dsmr.profiling_job import KINDS, Job, Sizes
+from dsmr.profiling.job import KINDS, Job, Sizes
 from dsmr.schedule import MemorySchedule
 from dsmr_kernels.cost import human_bytes
 from dsmr_kernels.predict import Ceilings
 
 Row = dict[str, Any]
-"""A measured row as `dsmr.profiling_row` gives it, with "predicted" beside it; or no more than "error"."""
+"""A measured row as `dsmr.profiling.row` gives it, with "predicted" beside it; or no more than "error"."""
 
 LENGTHS = tuple(1024 * 2**i for i in range(7))  # of pieces, for the curves: 1k to 64k tokens
 
@@ -135,7 +135,7 @@ def measured_row(job: Job) -> Row:
     here = str(Path(__file__).resolve().parent.parent)
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
     with subprocess.Popen(
-        [sys.executable, "-m", "dsmr.profiling_row"],
+        [sys.executable, "-m", "dsmr.profiling.row"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

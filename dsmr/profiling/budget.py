@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsmr.errors import UserError
-from dsmr.profiling_cost import predict_step, predict_token
-from dsmr.profiling_job import Sizes
+from dsmr.profiling.cost import predict_step, predict_token
+from dsmr.profiling.job import Sizes
 from dsmr.schedule import MOST_TOKENS, MemorySchedule
 from dsmr_kernels.cost import human_bytes
 from dsmr_kernels.predict import Ceilings

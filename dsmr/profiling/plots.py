@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from dsmr.plots import finish, new_figure, save
-from dsmr.profiling import Profile, tokens_per_second
-from dsmr.profiling_cost import LAYER_PARTS
-from dsmr.profiling_report import labels, seconds_by_part
+from dsmr.profiling.cost import LAYER_PARTS
+from dsmr.profiling.profile import Profile, tokens_per_second
+from dsmr.profiling.report import labels, seconds_by_part
 
 COLOURS = {"attention": "C0", "projections": "C1", "ffn": "C2", "memory (keys, values)": "C0", "kept": "C4"}
 MOST_SCHEDULES = 4  # of which the layers are drawn

@@ -1,4 +1,4 @@
-"""One row of a profile, measured in a process of its own: `python -m dsmr.profiling_row`, a job in, a result out.
+"""One row of a profile, measured in a process of its own: `python -m dsmr.profiling.row`, a job in, a result out.
 
 A fresh process is what makes peak memory true, and keeps a row that runs out of memory from taking the others along.
 Correctness goes first: the attention that the model will use is compared with the oracle before anything is timed.
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from dsmr.devices import autocast
+from dsmr.files import atomic_path
 from dsmr.model import DSMRModel
-from dsmr.profiling_job import Job, Sizes
-from dsmr.profiling_record import Parts, Recorder
+from dsmr.profiling.job import Job, Sizes
+from dsmr.profiling.record import Parts, Recorder
 from dsmr.schedule import MemorySchedule
 from dsmr.state import DSMRState
 from dsmr_kernels.timing import Timing, seconds_of, synchronize
@@ -228,7 +229,8 @@ def write_trace(steps: Steps, path: str) -> None:
     with profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(2):
             steps()
-    profiler.export_chrome_trace(path)
+    with atomic_path(path) as temporary:
+        profiler.export_chrome_trace(str(temporary))
 
 
 def measure_decode(job: Job) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A mark is taken when a layer's input arrives, when its attention begins and ends, when its feed-forward layer begins; in
 the backward, when the gradients of these tensors are complete. The differences are the parts of
-`dsmr.profiling_cost`. What autograd saves is counted once for each storage, under the layer that saved it.
+`dsmr.profiling.cost`. What autograd saves is counted once for each storage, under the layer that saved it.
 """
 
 from __future__ import annotations

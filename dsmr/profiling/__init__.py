@@ -1,0 +1,5 @@
+"""What memory schedules cost on the present device: the work behind `dsmr profile`.
+
+`cost` predicts, `row` measures one kind of work in a process of its own, described by `job` and kept as `record`;
+`profile` goes through schedules and rows, `report` and `plots` show the result, and `budget` proposes schedules.
+"""
