@@ -38,9 +38,9 @@ Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
     64: {
-        "forward": Config(128, 64, 4, 2),  # 256 queries or 128 keys spill, and so does a third stage with ALiBi
+        "forward": Config(128, 64, 8, 2),  # four warps spill, with 64 queries as well
         "dq": Config(128, 64, 8, 2),  # 256 queries or 128 keys spill
-        "dkv": Config(32, 128, 8, 2),  # 64 queries a step or 256 keys spill
+        "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, and so do 64 with 64 keys
     },
     128: {
         "forward": Config(64, 64, 8, 2),  # 128 queries spill
@@ -50,7 +50,7 @@ _AMPERE: Sizes = {
     256: {
         "forward": Config(64, 32, 8, 2),  # 128 queries or 64 keys spill
         "dq": Config(64, 32, 8, 2),  # 128 queries exceed shared memory
-        "dkv": Config(16, 64, 8, 1),  # 128 keys exceed shared memory, 32 queries a step spill
+        "dkv": Config(32, 32, 8, 2),  # 64 keys spill, with 16 queries a step as well
     },
 }
 _ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
@@ -59,7 +59,7 @@ _ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
     256: {
         "forward": _AMPERE[256]["forward"],
         "dq": Config(64, 32, 8, 1),  # Ampere's two stages take 99 KiB and more
-        "dkv": Config(32, 32, 8, 2),  # Ampere's 64 keys take more than there is
+        "dkv": _AMPERE[256]["dkv"],
     },
 }
 _HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) each
@@ -75,7 +75,7 @@ _HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) ea
     },
     256: {
         "forward": Config(64, 64, 8, 2),  # 128 queries spill
-        "dq": Config(128, 32, 8, 2),  # both warpgroups have 64 queries; with Triton 3.6 it still spills 8 bytes
+        "dq": Config(128, 32, 8, 2),  # both warpgroups have 64 queries; with Triton 3.6 it still spills 24 bytes
         "dkv": Config(16, 64, 8, 1),  # a second stage spills
     },
 }
