@@ -163,6 +163,7 @@ _DECODE = {
     128: {"decode": Config(16, 64, 4, 3), "decode_many": Config(32, 64, 4, 2)},
     256: {"decode": Config(16, 32, 4, 3), "decode_many": Config(32, 32, 8, 2)},
 }
+_ADA_DECODE = _DECODE | {128: _DECODE[128] | {"decode": Config(16, 64, 4, 2)}}  # three stages spill
 _CDNA_DECODE = {
     64: {"decode": Config(16, 64, 4, 1), "decode_many": Config(32, 64, 4, 1)},
     128: {"decode": Config(16, 64, 4, 1), "decode_many": Config(32, 64, 4, 1)},
@@ -174,7 +175,7 @@ _DECODE_FLOAT32 = {
     256: {"decode": Config(16, 16, 8, 1), "decode_many": Config(16, 16, 8, 1)},
 }
 _COMBINE = Config(16, 0, 4, 1)
-_STEP_ELEMENTS = 1024  # twice as many spill where the memory is int8
+_STEP_ELEMENTS = 1024
 
 
 def _for_decoding(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
@@ -183,7 +184,8 @@ def _for_decoding(kernel: str, architecture: str, head_dim: int, dtype: torch.dt
     if kernel == "step":
         half = padded(head_dim) // 2
         return Config(_STEP_ELEMENTS // half, half, 4, 1)
-    half_precision = _CDNA_DECODE if architecture.startswith("gfx") else _DECODE
+    part = family(architecture)
+    half_precision = {"gfx942": _CDNA_DECODE, "sm_90": _DECODE, "sm_100": _DECODE}.get(part, _ADA_DECODE)
     sizes = _DECODE_FLOAT32 if dtype == torch.float32 else half_precision
     return sizes[max(64, padded(head_dim))][kernel]
 
