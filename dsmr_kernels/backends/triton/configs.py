@@ -33,7 +33,7 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# architecture -> padded head_dim -> kernel -> Config; head dimensions below 64 take the entry of 64.
+# architecture -> padded head_dim -> kernel -> Config; head dimensions that have none take the entry of 64.
 Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
@@ -53,7 +53,9 @@ _AMPERE: Sizes = {
         "dkv": Config(16, 32, 8, 2),  # 64 keys spill with ALiBi, and so do four warps
     },
 }
+_AMPERE[32] = {**_AMPERE[64], "forward": Config(128, 64, 4, 2)}  # with eight warps the compiler keeps to 128 registers
 _ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
+    32: _AMPERE[32],
     64: _AMPERE[64],
     128: _AMPERE[128],
     256: {
@@ -231,7 +233,7 @@ def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype
     if kernel in DECODING:
         return _for_decoding(kernel, architecture, head_dim, dtype)
     sizes = (FLOAT32_TABLE if dtype == torch.float32 else TABLE)[family(architecture)]
-    return sizes[max(64, padded(head_dim))][kernel]
+    return sizes.get(padded(head_dim), sizes[64])[kernel]
 
 
 def use_tuned(
