@@ -38,7 +38,7 @@ Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
     64: {
-        "forward": Config(128, 64, 8, 2),  # four warps spill
+        "forward": Config(64, 64, 4, 2),  # 128 queries spill at head_dim 64, with eight warps at 32
         "dq": Config(128, 64, 8, 2),  # 256 queries or 128 keys spill
         "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, with 64 keys too
     },
@@ -88,13 +88,13 @@ _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 5
         "dkv": Config(64, 128, 8, 1),  # a second stage, or 128 queries a step, spill
     },
     128: {
-        "forward": Config(128, 64, 8, 2),  # four warps spill; 128 keys are clean, in all of the tensor memory
+        "forward": Config(64, 64, 4, 2),  # 128 queries spill at head_dim 64, with eight warps at 32; 128 keys are clean, in all of the tensor memory
         "dq": Config(128, 32, 8, 2),  # 256 columns and 104 registers: two blocks share an SM; 64 keys spill
         "dkv": Config(32, 128, 8, 1),  # 64 queries a step or a second stage spill
     },
     256: {
         "forward": Config(128, 32, 8, 2),  # 64 keys spill
-        "dq": Config(128, 32, 8, 1),  # a second stage takes 208 of 227 KiB
+        "dq": Config(64, 32, 8, 2),  # 128 queries spill with ALiBi, with 16 keys too
         "dkv": Config(32, 32, 8, 2),  # 64 keys, the least that tensor memory serves, spill: see OLDER_INSTRUCTIONS
     },
 }
