@@ -88,7 +88,7 @@ _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 5
         "dkv": Config(64, 128, 8, 1),  # a second stage, or 128 queries a step, spill
     },
     128: {
-        "forward": Config(64, 64, 4, 2),  # 128 queries spill at head_dim 64, with eight warps at 32; 128 keys are clean, in all of the tensor memory
+        "forward": Config(64, 64, 4, 2),  # 128 queries spill at head_dim 64, with eight warps at 32
         "dq": Config(128, 32, 8, 2),  # 256 columns and 104 registers: two blocks share an SM; 64 keys spill
         "dkv": Config(32, 128, 8, 1),  # 64 queries a step or a second stage spill
     },
