@@ -107,7 +107,7 @@ def test_decode_attention(benchmark: Any, place: str, dtype: torch.dtype, conten
         ours=own,
         shape=str(shape),
         dtype=dtype,
-        backend=choose(case.q, None, "decode_attention").__name__.rsplit(".", 1)[-1] if own else contender,
+        backend=choose(case.q, None).__name__.rsplit(".", 1)[-1] if own else contender,
         work=decode_work(call_of(shape, dtype), shape.memory),
         tokens=shape.batch,
     )

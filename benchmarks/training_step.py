@@ -29,7 +29,7 @@ from benchmarks.rows import about
 from dsmr.devices import resolve_device
 from dsmr.errors import UserError
 from dsmr.files import write_json, write_text
-from dsmr.profiling_row import Peak, resident_bytes
+from dsmr.profiling.row import Peak, resident_bytes
 from dsmr.progress import ProgressLine
 from dsmr.terminal import out_of_memory
 from dsmr_kernels.cost import human_bytes
