@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 TRITON = ['triton>=3.6; sys_platform == "linux"']
 BENCH = ["pytest>=8", "pytest-benchmark>=5"]
+PEERS = ["x-transformers>=2.3", "transformers>=4.50"]
+PLAY = ["mido>=1.3", "python-rtmidi>=1.5"]
 
 setup(
     name="dsmr",
@@ -23,10 +25,14 @@ setup(
         # MidiTok reads and writes MIDI, matplotlib draws; training on a prepared corpus needs neither.
         "music": ["miditok>=3.1", "matplotlib>=3.8"],
         "triton": TRITON,
-        "bench": BENCH,
+        # Real-time playing through MIDI ports.
+        "play": PLAY,
+        # The peers that ours is measured against; where they are missing, their rows are skipped.
+        "bench": [*BENCH, *PEERS, "matplotlib>=3.8"],
         "dev": [
             *BENCH,
             "hypothesis>=6",
+            "mido>=1.3",
             "pytest-xdist>=3",
             "ruff>=0.12",
             "mypy>=1.15",

@@ -149,12 +149,13 @@ class DSMRAttention(nn.Module):
         )
         if isinstance(place, Rotary):
             q, k = place(q), place(k)
-        stored = memory.k.dtype
-        q, k, v = q.to(stored), k.to(stored), v.to(stored)
+        if memory.dtype != torch.int8:
+            q, k, v = (x.to(memory.dtype) for x in (q, k, v))
+        # A token attends to its segment's keys as they will be stored: else outputs depended on where calls begin.
         out = memory_attention(
             q,
-            k,
-            v,
+            memory.as_stored(k),
+            memory.as_stored(v),
             memory if memory.capacity else None,
             horizon=self.horizon,
             segment_length=self.segment_length,

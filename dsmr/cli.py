@@ -1,4 +1,4 @@
-"""The `dsmr` program: prepare, pack, train, eval, generate, budget, profile, demo.
+"""The `dsmr` program: prepare, pack, train, eval, generate, play, budget, profile, demo.
 
 Each command only reads its arguments, calls the function that does the work, and prints what it returns. What the user
 can mend ends in one sentence on stderr and exit code 1; wrong usage in 2; Ctrl-C in 130. `DSMR_DEBUG=1` shows the
@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
+from dsmr.cli_play import generate, play
 from dsmr.cli_profile import profile
 from dsmr.cli_train import train
 from dsmr.errors import UserError
-from dsmr.terminal import command, console, fail, parse_schedule
+from dsmr.terminal import command, console, parse_schedule
 
 HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
@@ -130,7 +131,7 @@ def pack(
 app.command()(train)
 
 
-# --- eval, generate -----------------------------------------------------------------------------------------------
+# --- eval, generate, play -----------------------------------------------------------------------------------------
 
 
 @app.command("eval")
@@ -146,6 +147,9 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pieces read at once.")] = 4,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto.")] = "float32",
+    memory_dtype: Annotated[
+        str, typer.Option(help="Of the memory: float32, bfloat16, int8, or auto: as computed in.")
+    ] = "auto",
     device: Device = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for eval-SPLIT.json and .png.", show_default="the run")
@@ -170,7 +174,15 @@ def evaluate(
             )
 
         report = evaluate_run(
-            run, data, split, out=out, batch_size=batch_size, dtype=dtype, device=device, progress=progress
+            run,
+            data,
+            split,
+            out=out,
+            batch_size=batch_size,
+            dtype=dtype,
+            memory_dtype=memory_dtype,
+            device=device,
+            progress=progress,
         )
     console().print(report.table())
     if baseline:
@@ -190,74 +202,8 @@ def compare_with_trigram(report: Any, run: Path, data: Path | None, split: str) 
     out.print(f"the model is {abs(ahead):.4f} nats a note {'better' if ahead > 0 else 'worse'} than the trigram")
 
 
-@app.command()
-@command
-def generate(
-    run: Annotated[Path, typer.Argument(help="A run directory written by `train`.", show_default=False)],
-    prompt: Annotated[Path, typer.Option(help="The MIDI file to continue.", show_default=False)],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="MIDI file of the whole; X-continuation.mid and X.png beside it.")
-    ] = Path("continued.mid"),
-    prompt_seconds: Annotated[
-        float | None, typer.Option(help="Continue from here, in seconds.", show_default="the end of the file")
-    ] = None,
-    seconds: Annotated[
-        float | None,
-        typer.Option(help="Length of the continuation in seconds.", show_default="60, if no length is given"),
-    ] = None,
-    notes: Annotated[int | None, typer.Option(help="Length in notes.", show_default="no limit")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Length in tokens.", show_default="no limit")] = None,
-    temperature: Annotated[float, typer.Option(help="Below 1 safer, above 1 wilder; 0 always the likeliest.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest.", show_default="all")] = None,
-    top_p: Annotated[float, typer.Option(help="Draw among the fewest that reach this probability; 1 is all.")] = 0.98,
-    min_p: Annotated[float, typer.Option(help="Drop what is so many times less likely than the likeliest.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed plays the same.", show_default="a new one")] = None,
-    stop_at_end: Annotated[bool, typer.Option("--stop-at-end", help="Let the model end the piece earlier.")] = False,
-    device: Device = "auto",
-) -> None:
-    """Continue the beginning of a piece: MIDI of the whole, MIDI of the continuation alone, and a piano roll."""
-    from dsmr.continuation import Played, continue_piece
-    from dsmr.generation import Sampling
-    from dsmr.progress import ProgressLine, duration
-    from dsmr_kernels.cost import human_bytes
-
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    with ProgressLine() as line:
-
-        def show(played: Played) -> None:
-            if played.tokens % 16 == 0:
-                line.update(
-                    f"{duration(played.seconds)} played, {played.notes:,} notes, "
-                    f"{played.tokens_a_second:,.0f} tokens/s, {played.times_real_time:.1f} × real time"
-                )
-
-        done = continue_piece(
-            run,
-            prompt,
-            out,
-            prompt_seconds=prompt_seconds,
-            seconds=seconds,
-            notes=notes,
-            tokens=tokens,
-            sampling=sampling,
-            stop_at_end=stop_at_end,
-            device=device,
-            on_progress=show,
-        )
-    played = done.played
-    print_to = console()
-    for reason, count in done.left_out.items():
-        print_to.print(f"{prompt}: {count:,} notes left out: {reason}", soft_wrap=True)
-    print_to.print(
-        f"{done.whole}: {done.prompt_seconds:.1f} s of prompt ({done.prompt_notes:,} notes), "
-        f"then {played.seconds:.1f} s ({played.notes:,} notes, {played.tokens:,} tokens)\n"
-        f"{done.continuation}: the continuation alone\n{done.picture}: piano roll\n"
-        f"{played.tokens_a_second:,.0f} tokens/s, {played.times_real_time:.1f} × real time, "
-        f"memory {human_bytes(done.state_bytes)}",
-        soft_wrap=True,
-    )
-    if done.interrupted:
-        fail("interrupted; what was played until then is written", 130)
+app.command()(generate)
+app.command()(play)
 
 
 # --- budget, profile, demo --------------------------------------------------------------------------------------------

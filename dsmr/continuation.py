@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,12 @@ import numpy as np
 from dsmr.devices import resolve_device
 from dsmr.errors import UserError
 from dsmr.files import check_writable
-from dsmr.generation import Sampling, may_stop, stream
+from dsmr.generation import Limits, Player, Sampling, may_stop
+from dsmr.recorder import Recorder
+from dsmr.saved_stream import load_player, save_player
+from dsmr.sounding import Event, Sounding
+from dsmr.stepping.weights import resolve_precision
+from dsmr.stopping import graceful_stop
 
 if TYPE_CHECKING:
     from dsmr.data.vocabulary import Vocabulary
@@ -35,6 +40,7 @@ class Played:
     notes: int = 0
     seconds: float = 0.0
     elapsed: float = 0.0
+    behind: float = 0.0  # the most that computing has lain behind the music, had both begun with the first token
 
     @property
     def tokens_a_second(self) -> float:
@@ -58,12 +64,55 @@ class Continuation:
     left_out: dict[str, int]  # reason -> notes of the prompt's file that the model cannot be told
     played: Played
     state_bytes: int
-    interrupted: bool  # Ctrl-C ended it before the asked length
+    precision: str  # of the weights
+    interrupted: bool  # Ctrl-C or SIGTERM ended it before the asked length
+
+
+class Take:
+    """One variation while it is played: its tokens, how far they came, and the file that grows with it."""
+
+    def __init__(self, prompt: np.ndarray, vocabulary: Vocabulary, recorder: Recorder | None) -> None:
+        self.prompt, self.vocabulary, self.recorder = prompt, vocabulary, recorder
+        self.made: list[int] = []
+        self.played = Played()
+        self._sounding = Sounding(vocabulary)
+        for token in prompt.tolist():
+            self._record(self._sounding.push(token))
+        self._began, self._started = self._sounding.clock.seconds, time.perf_counter()
+
+    def _record(self, events: list[Event]) -> list[Event]:
+        if self.recorder is not None:
+            self.recorder.add(events, self._sounding.clock.seconds)
+        return events
+
+    def push(self, token: int) -> list[Event]:
+        """Take the next token; the events that it settles."""
+        self.made.append(token)
+        events = self._record(self._sounding.push(token))
+        seconds, elapsed = self._sounding.clock.seconds - self._began, time.perf_counter() - self._started
+        if len(self.made) == 1:  # reading the prompt is no part of keeping up
+            self._latency = elapsed
+        behind = max(self.played.behind, elapsed - self._latency - seconds)
+        notes = self.played.notes + bool(self.vocabulary.is_note[token])
+        self.played = Played(len(self.made), notes, seconds, elapsed, behind)
+        if self.recorder is not None and self.played.notes:
+            self.recorder.save()
+        return events
 
 
 def continue_piece(
     run_dir: str | os.PathLike[str],
-    prompt_midi: str | os.PathLike[str],
+    prompt_midi: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str],
+    **options: Any,
+) -> Continuation:
+    """`continue_variations` with one variation, written to `out` itself."""
+    return continue_variations(run_dir, prompt_midi, out, **options)[0]
+
+
+def continue_variations(
+    run_dir: str | os.PathLike[str],
+    prompt_midi: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     *,
     prompt_seconds: float | None = None,
@@ -73,58 +122,116 @@ def continue_piece(
     sampling: Sampling | None = None,
     stop_at_end: bool = False,
     device: str = "auto",
+    variations: int = 1,
+    dtype: str | None = None,
+    growing: bool = False,
+    save_state: str | os.PathLike[str] | None = None,
+    load_state: str | os.PathLike[str] | None = None,
     on_progress: Callable[[Played], None] | None = None,
-) -> Continuation:
+    on_event: Callable[[int, Event], None] | None = None,
+) -> list[Continuation]:
     """Continue the first `prompt_seconds` of a MIDI file (all of it by default) with the model of a run directory.
 
     Writes `out` (prompt and continuation), `<out's stem>-continuation.mid` (the continuation alone, from its own
-    second 0) and `<out's stem>.png` (piano roll). The continuation is `seconds` or `notes` or `tokens` long,
-    whichever comes first; 60 seconds where none is given. Raises `UserError` if the run or the prompt cannot be used,
-    or if the prompt is shorter than asked for.
-    """
-    from dsmr.data.tokenizer import encode_midi
+    second 0) and `<out's stem>.png` (piano roll); several `variations` get a number each, `<out's stem>-1.mid` and so
+    on. The continuation is `seconds` or `notes` or `tokens` long, whichever comes first; 60 seconds where none is said.
 
+    Args:
+        sampling, dtype: None = the defaults, or with `load_state` those of the saved stream.
+        growing: write `out` while it is played, valid at any moment.
+        save_state: file to keep the stream in, to be played on later.
+        load_state: such a file, in place of a prompt.
+        on_progress: told after every token how far the first variation is.
+        on_event: told of every event (variation from 0, event) as it is made.
+
+    Raises `UserError` if the run, the prompt or the state cannot be used, or if the prompt is shorter than asked for.
+    What has been played until then is written, whatever ends the playing.
+    """
     out = Path(out)
     if seconds is None and notes is None and tokens is None:
         seconds = DEFAULT_SECONDS
     for name, value in (("prompt seconds", prompt_seconds), ("seconds", seconds), ("notes", notes), ("tokens", tokens)):
         if value is not None and not value > 0:
             raise UserError(f"{name} must be more than 0, got {value}")
-    _check_output(out, Path(prompt_midi))
+    if (prompt_midi is None) == (load_state is None):
+        raise UserError("name either a MIDI file to continue (--prompt) or a saved stream to play on (--load-state)")
+    if save_state is not None and variations > 1 and (seconds is not None or notes is not None or stop_at_end):
+        raise UserError("several variations are saved in step: give their length in tokens alone")
+    outs = [out] if variations == 1 else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(variations)]
+    for one in outs:
+        _check_output(one, None if prompt_midi is None else Path(prompt_midi))
+    if save_state is not None:
+        check_writable(save_state)
     model, vocabulary = load_run(run_dir, device)
+    left_out: dict[str, int] = {}
+    if load_state is not None:
+        player = load_player(load_state, model, vocabulary, sampling=sampling, dtype=dtype, streams=variations)
+    else:
+        assert prompt_midi is not None
+        prompt, left_out = read_prompt(prompt_midi, vocabulary, prompt_seconds)
+        dtype = resolve_precision(dtype or "float32", model)
+        player = Player.begin(model, prompt, sampling, vocabulary, variations=variations, dtype=dtype)
+    prompts = [np.array(heard, dtype=np.int64) for heard in player.tokens]
+    takes = [
+        Take(prompt, vocabulary, Recorder(one) if growing else None) for prompt, one in zip(prompts, outs, strict=True)
+    ]
+    trouble = play(player, takes, Limits(seconds, notes), tokens, stop_at_end, on_progress, on_event)
+    if trouble is not None and not any(take.played.notes for take in takes):
+        raise trouble
+    if save_state is not None and not isinstance(trouble, UserError):
+        save_player(save_state, player)
+    done = [
+        Continuation(
+            *write_pieces(one, take.prompt, whole_notes(np.array(take.made, dtype=np.int64), vocabulary), vocabulary),
+            left_out=left_out,
+            played=take.played,
+            state_bytes=player.state.nbytes,
+            precision=player.dtype,
+            interrupted=trouble is not None,
+        )
+        for one, take in zip(outs, takes, strict=True)
+    ]
+    if isinstance(trouble, UserError):
+        until = takes[0].played.seconds
+        raise UserError(f"{trouble}; the {until:.1f} s played until then are in {outs[0]}") from trouble
+    return done
+
+
+def read_prompt(
+    prompt_midi: str | os.PathLike[str], vocabulary: Vocabulary, prompt_seconds: float | None
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The tokens of the first `prompt_seconds` of a MIDI file, BOS first, and the notes left out, by reason."""
+    from dsmr.data.tokenizer import encode_midi
+
     encoded, report = encode_midi(prompt_midi, vocabulary)
     piece = np.concatenate([[vocabulary.bos_id], np.asarray(encoded, dtype=np.int64)])
-    prompt = cut_prompt(piece, vocabulary, prompt_seconds, report.seconds, prompt_midi)
+    return cut_prompt(piece, vocabulary, prompt_seconds, report.seconds, prompt_midi), report.dropped
 
-    state = model.new_state(1)
-    made, played, trouble = _play(
-        stream(
-            model,
-            prompt,
-            sampling,
-            vocabulary,
-            max_tokens=tokens,
-            seconds=seconds,
-            notes=notes,
-            stop_at_end=stop_at_end,
-            state=state,
-        ),
-        prompt,
-        vocabulary,
-        on_progress,
-    )
-    if trouble is not None and played.notes == 0:
-        raise trouble
-    result = write_pieces(out, prompt, whole_notes(made, vocabulary), vocabulary)
-    if isinstance(trouble, UserError):
-        raise UserError(f"{trouble}; the {played.seconds:.1f} s played until then are in {out}") from trouble
-    return Continuation(
-        *result,
-        left_out=report.dropped,
-        played=played,
-        state_bytes=state.nbytes,
-        interrupted=trouble is not None,
-    )
+
+def play(
+    player: Player,
+    takes: list[Take],
+    limits: Limits,
+    max_tokens: int | None,
+    stop_at_end: bool,
+    on_progress: Callable[[Played], None] | None = None,
+    on_event: Callable[[int, Event], None] | None = None,
+) -> BaseException | None:
+    """Play until the streams end or there is trouble, which is returned; Ctrl-C and SIGTERM are trouble."""
+    try:
+        with graceful_stop() as stop:
+            for tokens in player.play(max_tokens, limits, stop_at_end):
+                for row, (take, token) in enumerate(zip(takes, tokens, strict=True)):
+                    for event in [] if token is None else take.push(token):
+                        if on_event is not None:
+                            on_event(row, event)
+                if on_progress is not None:
+                    on_progress(takes[0].played)
+                if stop.signal is not None:
+                    return KeyboardInterrupt(stop.name)
+    except (UserError, KeyboardInterrupt) as error:
+        return error
+    return None
 
 
 def load_run(run_dir: str | os.PathLike[str], device: str = "auto") -> tuple[DSMRModel, Vocabulary]:
@@ -181,34 +288,6 @@ def whole_notes(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     while length and not may_stop(vocabulary, int(tokens[length - 1])):
         length -= 1
     return tokens[:length]
-
-
-def _play(
-    playing: Iterator[int],
-    prompt: np.ndarray,
-    vocabulary: Vocabulary,
-    on_progress: Callable[[Played], None] | None,
-) -> tuple[np.ndarray, Played, BaseException | None]:
-    """Play until the stream ends or there is trouble; the tokens made, how far they came, and the trouble."""
-    from dsmr.data.vocabulary import StreamClock
-
-    clock = StreamClock(vocabulary)
-    clock.extend(prompt.tolist())
-    began, started = clock.seconds, time.perf_counter()
-    made: list[int] = []
-    notes, trouble = 0, None
-    played = Played()
-    try:
-        for token in playing:
-            made.append(token)
-            notes += bool(vocabulary.is_note[token])
-            now = clock.push(token)
-            played = Played(len(made), notes, now - began, time.perf_counter() - started)
-            if on_progress is not None:
-                on_progress(played)
-    except (UserError, KeyboardInterrupt) as error:
-        trouble = error
-    return np.array(made, dtype=np.int64), played, trouble
 
 
 def write_pieces(
@@ -269,7 +348,7 @@ def without(whole: Any, beginning: Any, join: int) -> Any:
     return alone
 
 
-def _check_output(out: Path, prompt: Path) -> None:
+def _check_output(out: Path, prompt: Path | None) -> None:
     """Fail before the work rather than after it: `out` can be written, and nothing overwrites the prompt."""
     if out.is_dir():
         raise UserError(f"cannot write {out}: it is a folder, not a file name")
@@ -277,5 +356,5 @@ def _check_output(out: Path, prompt: Path) -> None:
         raise UserError(f"{out} must end in .mid, as the music is written as MIDI")
     for path in output_paths(out):
         check_writable(path)
-        if path.exists() and prompt.exists() and path.samefile(prompt):
+        if prompt is not None and path.exists() and prompt.exists() and path.samefile(prompt):
             raise UserError(f"{path} is the prompt itself, which would be overwritten: choose another --out")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dsmr.checkpoint import RunDirectory, load_settings
-from dsmr.devices import autocast, resolve_device, resolve_dtype
+from dsmr.devices import autocast, resolve_device, resolve_dtype, resolve_memory_dtype
 from dsmr.errors import UserError
 from dsmr.files import check_writable, write_json
 from dsmr.loader import IGNORE
@@ -119,12 +119,14 @@ def evaluate(
     batch_size: int = 4,
     segments_per_call: int = 1,
     dtype: torch.dtype = torch.float32,
+    memory_dtype: torch.dtype | None = None,
     name: str = "model",
     progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationReport:
     """Stream the pieces of `split` (or just `pieces`) through `model` and report its losses.
 
-    `progress(done, total)` is told the predicted tokens after every call. In float32 the result does not depend on
+    `dtype` is computed in, `memory_dtype` remembered in: the same, where it is None. `progress(done, total)` is told
+    the predicted tokens after every call. In float32 the result does not depend on
     `batch_size` and `segments_per_call` beyond rounding.
     """
     if model.config.vocab_size != corpus.vocabulary.size:
@@ -140,6 +142,7 @@ def evaluate(
         batch_size=batch_size,
         segments_per_call=segments_per_call,
         dtype=dtype,
+        memory_dtype=memory_dtype,
         progress=progress,
     )
     return report_losses(corpus, split, chosen, losses, name=name)
@@ -154,6 +157,7 @@ def evaluate_run(
     batch_size: int = 4,
     segments_per_call: int = 1,
     dtype: str = "float32",
+    memory_dtype: str = "auto",
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationReport:
@@ -187,6 +191,8 @@ def evaluate_run(
             f"{corpus.vocabulary.hash[:16]}"
         )
     where = resolve_device(device)
+    computing = resolve_dtype(dtype, where)
+    remembering = resolve_memory_dtype(memory_dtype, computing)
     model = DSMRModel.from_pretrained(run).to(where)
     report = evaluate(
         model,
@@ -194,7 +200,8 @@ def evaluate_run(
         split,
         batch_size=batch_size,
         segments_per_call=segments_per_call,
-        dtype=resolve_dtype(dtype, where),
+        dtype=computing,
+        memory_dtype=remembering,
         name=run.name,
         progress=progress,
     )
@@ -216,6 +223,7 @@ def piece_losses(
     batch_size: int = 4,
     segments_per_call: int = 1,
     dtype: torch.dtype = torch.float32,
+    memory_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[np.ndarray]:
     """The loss in nats of every predicted token of every piece: for a piece of n tokens, (n - 1,) float32.
@@ -238,7 +246,7 @@ def piece_losses(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    state = model.new_state(batch, device=device, dtype=dtype, aligned=True)
+    state = model.new_state(batch, device=device, dtype=memory_dtype or dtype, aligned=True)
     rows: list[tuple[int, int] | None] = [None] * batch  # (index into texts, tokens read)
     try:
         while True:

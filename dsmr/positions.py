@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsmr_kernels.rotary import rotate
+
 POSITIONS = ("rope", "sinusoidal", "alibi", "none")
 
 
@@ -49,9 +51,15 @@ class Rotary:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate x (B, H, T, head_dim) by pairing its two halves; in float32, returned in x's dtype."""
-        first, second = x.to(torch.float32).chunk(2, -1)
-        rotated = torch.cat([first * self.cos - second * self.sin, first * self.sin + second * self.cos], -1)
-        return rotated.to(x.dtype)
+        return rotate(x, self.cos, self.sin)
+
+    def rotate_into(self, out: Tensor, x: Tensor) -> None:
+        """The same for one token a row, with no new memory: x and out (B, H, head_dim), float32, apart."""
+        half = x.shape[-1] // 2
+        cos, sin = self.cos[:, :, 0], self.sin[:, :, 0]
+        (first, second), (to_first, to_second) = x.split(half, -1), out.split(half, -1)
+        torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
+        torch.mul(second, cos, out=to_second).addcmul_(first, sin)
 
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:

@@ -11,7 +11,8 @@ from dsmr.errors import UserError
 from dsmr.files import save_tensors
 from dsmr_kernels import KVMemory
 
-_FIELDS = ("k", "v", "length", "position")
+_FIELDS = ("k", "v", "length", "position")  # what every layer has; where keys and values are int8, also their scales
+_SCALES = ("k_scale", "v_scale")
 
 
 class DSMRState:
@@ -96,7 +97,7 @@ class DSMRState:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and integers only; the tensors are the state's own, not copies."""
-        layers = [{name: getattr(memory, name) for name in _FIELDS} for memory in self.memories]
+        layers = [memory.tensors() for memory in self.memories]
         return {"layers": layers, "recent": self.recent, "offset": self.offset, "aligned": self.aligned}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -110,8 +111,8 @@ class DSMRState:
         if len(layers) != len(memories):
             raise ValueError(f"the saved state has {len(layers)} layers, this one {len(memories)}")
         for layer, (saved, memory) in enumerate(zip(layers, memories, strict=True)):
-            for name in _FIELDS:
-                found, wanted = saved[name], getattr(memory, name)
+            for name, wanted in memory.tensors().items():
+                found = saved[name]
                 if found.shape != wanted.shape or found.dtype != wanted.dtype:
                     raise ValueError(
                         f"layer {layer} of the saved state holds {name} as {found.dtype} {tuple(found.shape)}, "
@@ -124,21 +125,24 @@ class DSMRState:
             )
         self.recent = state["recent"].to(self.recent.device, copy=True)
         for saved, memory in zip(layers, memories, strict=True):
-            for name in _FIELDS:
-                current = getattr(memory, name)
+            for name, current in memory.tensors().items():
                 setattr(memory, name, saved[name].to(current.device, copy=True))
         self.offset, self.aligned = int(state["offset"]), bool(state["aligned"])
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to one file (safetensors), whole or not at all."""
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save` writes: tensors by name, and the numbers beside them."""
         tensors = {
-            f"{layer}.{name}": getattr(memory, name).contiguous()
+            f"{layer}.{name}": tensor.contiguous()
             for layer, memory in enumerate(self.memories)
-            for name in _FIELDS
+            for name, tensor in memory.tensors().items()
         }
         tensors["recent"] = self.recent.contiguous()
-        metadata = {"offset": str(self.offset), "aligned": str(int(self.aligned)), "layers": str(len(self._memories))}
-        save_tensors(path, tensors, metadata)
+        numbers = {"offset": str(self.offset), "aligned": str(int(self.aligned)), "layers": str(len(self._memories))}
+        return tensors, numbers
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to one file (safetensors), whole or not at all."""
+        save_tensors(path, *self.tensors())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "DSMRState":
@@ -148,15 +152,19 @@ class DSMRState:
         try:
             with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
-                memories = [
-                    KVMemory(*(file.get_tensor(f"{layer}.{name}") for name in _FIELDS))
-                    for layer in range(int(metadata["layers"]))
-                ]
+                memories = []
+                for layer in range(int(metadata["layers"])):
+                    tensors = {name: file.get_tensor(f"{layer}.{name}") for name in _FIELDS}
+                    if tensors["k"].dtype == torch.int8:
+                        tensors |= {name: file.get_tensor(f"{layer}.{name}") for name in _SCALES}
+                    memories.append(KVMemory(**tensors))
                 if not memories:
                     raise ValueError("it has no layers")
                 for layer, memory in enumerate(memories):
                     rows = {x.shape for x in (memory.length, memory.position)} | {memory.k.shape[:1]}
-                    if memory.k.dim() != 4 or memory.v.shape != memory.k.shape or rows != {memories[0].k.shape[:1]}:
+                    scaled = all(x is None or x.shape == memory.k.shape[:3] for x in (memory.k_scale, memory.v_scale))
+                    fits = memory.k.dim() == 4 and memory.v.shape == memory.k.shape and scaled
+                    if not fits or rows != {memories[0].k.shape[:1]}:
                         raise ValueError(f"the tensors of layer {layer} do not fit together")
                 recent = file.get_tensor("recent")
                 if recent.dim() != 2 or recent.shape[0] != memories[0].batch or recent.dtype != torch.int64:

@@ -31,12 +31,26 @@ if TYPE_CHECKING:
     from dsmr_kernels.backends.triton.configs import Config
 
 # Kernel -> the module of the Triton backend that has it, and its name there.
-KERNELS = {"forward": ("forward", "forward_kernel"), "dq": ("backward", "dq_kernel"), "dkv": ("backward", "dkv_kernel")}
+TRAINING = {
+    "forward": ("forward", "forward_kernel"),
+    "dq": ("backward", "dq_kernel"),
+    "dkv": ("backward", "dkv_kernel"),
+}
+DECODING = {
+    "decode": ("decode", "decode_kernel"),
+    "decode_many": ("decode", "decode_kernel"),
+    "combine": ("decode", "combine_kernel"),
+    "step": ("step", "step_kernel"),
+}
+KERNELS = TRAINING | DECODING
+WITHOUT_PRODUCTS = ("combine", "step")
 # What is compiled in: the least that a call may need, the usual training call, and all options at once.
+_NONE = {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": False, "HAS_ALIBI": False, "DETACH": True}
+_NONE |= {"HAS_VISIBLE": False, "ROTATE": False, "DIRECT": False, "QUANTISED": False}
 VARIANTS = {
-    "bare": {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": False, "HAS_ALIBI": False, "DETACH": True},
-    "pieces": {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": True, "HAS_ALIBI": False, "DETACH": True},
-    "all": {"SLIDING": True, "HAS_MEMORY": True, "HAS_PIECES": True, "HAS_ALIBI": True, "DETACH": False},
+    "bare": _NONE,
+    "pieces": _NONE | {"HAS_PIECES": True, "HAS_VISIBLE": True, "ROTATE": True},
+    "all": dict.fromkeys(_NONE, True) | {"DETACH": False, "DIRECT": False},
 }
 DIMS = (64, 128, 256)  # a table's entries; compiled with every variant
 OTHER_DIMS = (16, 32, 80, 192)  # those that share an entry, narrower or padded; compiled with one variant
@@ -76,7 +90,7 @@ class Compiled:
             found.append(f"wants {self.shared} of {target.shared} bytes of shared memory")
         if self.tensor_columns > target.tensor_columns:
             found.append(f"wants {self.tensor_columns} of {target.tensor_columns} columns of tensor memory")
-        if self.case.dtype != "float32" and not self.matrix:
+        if self.case.dtype != "float32" and self.case.kernel not in WITHOUT_PRODUCTS and not self.matrix:
             found.append("uses no matrix instructions")
         return found
 
@@ -95,9 +109,17 @@ class Compiled:
         return row | {"occupancy": round(occupancy, 3), "seconds": round(self.seconds, 2), "faults": self.faults}
 
 
-_POINTERS = {"Length": "*i32", "Position": "*i64", "PieceStart": "*i32", "Slopes": "*fp32"}
-_FLOATS = {"Lse": "*fp32", "Delta": "*fp32"}
+_POINTERS = {"Length": "*i32", "Visible": "*i32", "Position": "*i64", "PieceStart": "*i32", "Slopes": "*fp32"}
+_FLOATS = dict.fromkeys(("Lse", "Delta", "KScale", "VScale", "Cos", "Sin", "Parts"), "*fp32")
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+def _stored(case: Case) -> dict[str, str]:
+    """Types of the tensors that are not in the dtype of q: partial sums, and memory in int8."""
+    types = {"Out": "*fp32"} if case.kernel.startswith("decode") else {}
+    if VARIANTS[case.variant]["QUANTISED"] and case.kernel in DECODING:
+        types |= dict.fromkeys(("MemoryK", "MemoryV") if case.kernel == "step" else ("K", "V"), "*i8")
+    return types
 
 
 def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
@@ -121,19 +143,24 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
     config = config or configs.from_table(case.kernel, target.name, head_dim, getattr(torch, case.dtype))
     dim = configs.padded(head_dim)
     constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "HEAD_DIM": head_dim}
+    constants |= {"WHOLE_DIM": dim == head_dim, "BS": config.bm, "BR": config.bm, "BH": dim // 2}
     constants["UNIT"] = math.gcd(16, head_dim)  # the strides' unit for contiguous tensors
     constants |= {"PRECISION": "ieee" if case.dtype == "float32" else "tf32", **VARIANTS[case.variant]}
+    stored = _stored(case)
     signature, attributes = {}, {}
     for index, name in enumerate(function.arg_names):
         if name.isupper() and name not in ("Q", "K", "V", "DQ", "DK", "DV"):
             signature[name] = "constexpr"
         elif name[0].isupper():
-            signature[name] = _POINTERS.get(name) or _FLOATS.get(name) or f"*{ELEMENTS[case.dtype]}"
+            signature[name] = stored.get(name) or _POINTERS.get(name) or _FLOATS.get(name) or f"*{ELEMENTS[case.dtype]}"
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name.startswith("scale"):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
+            strided = name.endswith(("_batch", "_head", "_token")) and "UNIT" not in function.arg_names
+            if head_dim % 16 == 0 and (strided or name == "head_dim"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(function.arg_names.index(name),): constants[name] for name in signature if name in constants}
     source = ASTSource(function, signature, constexprs, attributes)
     hits: list[bool] = []
@@ -144,13 +171,19 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
         result = triton.compile(
             source,
             target=GPUTarget(target.backend, target.arch, target.warp),
-            options={"num_warps": config.warps, "num_stages": config.stages},
+            options={
+                "num_warps": config.warps,
+                "num_stages": config.stages,
+                "enable_fp_fusion": case.kernel != "step",
+            },
         )
     finally:
         triton.knobs.compilation.listener = listener
     seconds = 0.0 if hits == [True] else time.perf_counter() - begin
     registers, spilled, listing = _read_nvidia(result) if target.backend == "cuda" else _read_amd(result)
-    older = (case.kernel, target.name, dim) in configs.OLDER_INSTRUCTIONS
+    # Tiles of few queries are too small for the newest matrix instructions.
+    older = bool(target.older) and case.kernel in DECODING
+    older = older or (case.kernel, target.name, dim) in configs.OLDER_INSTRUCTIONS
     matrix = len(re.findall(target.older if older else target.matrix, listing))
     columns = getattr(result.metadata, "tmem_size", None) or 0
     return Compiled(case, config, registers, spilled, result.metadata.shared, columns, matrix, seconds)
@@ -187,6 +220,9 @@ def _read_amd(result: Any) -> tuple[int, int, str]:
 def every_case() -> Iterator[Case]:
     """All that is shipped: both element sizes (float16 compiles as bfloat16 does), every width, every option."""
     for target, dtype, kernel in itertools.product(TARGETS, ("bfloat16", "float32"), KERNELS):
+        if kernel == "combine":
+            yield from (Case(kernel, target, head_dim, dtype, "bare") for head_dim in DIMS)
+            continue
         for head_dim, variant in itertools.product(DIMS, VARIANTS):
             yield Case(kernel, target, head_dim, dtype, variant)
         for head_dim in OTHER_DIMS:
@@ -195,15 +231,18 @@ def every_case() -> Iterator[Case]:
 
 def sample() -> Iterator[Case]:
     """A case of every target and of every kernel, of both element sizes, padded and not: seconds each."""
-    kernels = list(KERNELS)
+    kernels = list(TRAINING)
     for index, target in enumerate(TARGETS):
         yield Case(kernels[index % len(kernels)], target, (128, 64, 80)[index // 2 % 3], "bfloat16", "pieces")
     yield from (Case(kernel, "sm_90", 64, "bfloat16", "bare") for kernel in kernels)
+    yield from (Case(kernel, "sm_90", 128, "bfloat16", "bare") for kernel in DECODING)
+    yield Case("decode", "gfx942", 80, "bfloat16", "all")
+    yield Case("step", "sm_90", 64, "bfloat16", "all")
     yield Case("forward", "sm_89", 256, "float32", "bare")
 
 
 HEAD = (
-    "kernel   target  dim  dtype     variant  tile, warps, stages  registers  stack  shared, of  tensor  matrix  "
+    "kernel      target  dim  dtype     variant  tile, warps, stages  registers  stack  shared, of  tensor  matrix  "
     "occupancy  seconds"
 )
 
@@ -214,7 +253,7 @@ def line(row: dict[str, Any]) -> str:
     shared = f"{row['shared']}/{row['shared_limit'] // 1024}K"
     seconds = f"{row['seconds']:8.1f}" if row["seconds"] else "  cached"
     return (
-        f"{row['kernel']:8} {row['target']:7} {row['head_dim']:3}  {row['dtype']:8}  {row['variant']:7}  {tile:19}  "
+        f"{row['kernel']:11} {row['target']:7} {row['head_dim']:3}  {row['dtype']:8}  {row['variant']:7}  {tile:19}  "
         f"{row['registers']:9} {row['stack']:6} {shared:>11} {row['tensor_columns']:7} {row['matrix']:7} "
         f"{row['occupancy']:9.0%} {seconds}  {'; '.join(row['faults'])}"
     ).rstrip()

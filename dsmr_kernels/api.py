@@ -44,12 +44,20 @@ def _check_query(q: Tensor) -> None:
 def _check_memory(memory: KVMemory, q: Tensor, kv_heads: int) -> None:
     if not isinstance(memory, KVMemory):
         raise TypeError(f"memory must be a KVMemory or None, got {type(memory).__name__}")
-    _check_tensor("memory.k", memory.k, q)
-    _check_tensor("memory.v", memory.v, q)
+    for name, tensor in (("memory.k", memory.k), ("memory.v", memory.v)):
+        if memory.dtype != torch.int8:
+            _check_tensor(name, tensor, q)
+        elif tensor.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
     found = (memory.batch, memory.kv_heads, memory.head_dim)
     expected = (q.shape[0], kv_heads, q.shape[3])
     if found != expected:
         raise ValueError(f"memory must have (batch, kv_heads, head_dim) = {expected} to fit q and k, got {found}")
+    _check_ring(memory, q)
+
+
+def _check_ring(memory: KVMemory, q: Tensor) -> None:
+    """That a memory, which anyone may put together, fits together."""
     if memory.v.shape != memory.k.shape:
         raise ValueError(f"memory.v must have the shape of memory.k, {_shape(memory.k)}, got {_shape(memory.v)}")
     for name, tensor, dtype in (("length", memory.length, torch.int32), ("position", memory.position, torch.int64)):
@@ -102,6 +110,20 @@ def _check_piece_start(piece_start: Tensor, k: Tensor) -> None:
         raise ValueError("piece_start must not decrease along a row: a piece cannot go on after the next one has begun")
 
 
+def _check_angles(cos: Tensor | None, sin: Tensor | None, q: Tensor) -> None:
+    if cos is None and sin is None:
+        return
+    expected = (q.shape[0], 1, q.shape[2], q.shape[3] // 2)
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tuple(tensor.shape) != expected:
+            found = f"{tensor.dtype} of shape {_shape(tensor)}" if isinstance(tensor, Tensor) else repr(tensor)
+            raise ValueError(f"{name} must be float32 of shape (batch, 1, n, head_dim // 2) = {expected}, got {found}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+    if q.shape[3] % 2:
+        raise ValueError(f"q must have an even head_dim to be turned, got {q.shape[3]}")
+
+
 def _scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
@@ -135,7 +157,8 @@ def memory_attention(
     Args:
         q: (batch, Hq, T, head_dim); the queries are the last T of the S tokens.
         k, v: (batch, Hkv, S, head_dim), S >= T, Hq a multiple of Hkv.
-        memory: the tokens before the call; read, never changed; the caller appends afterwards. None = none.
+        memory: the tokens before the call, in q's dtype or int8; read, never changed; the caller appends afterwards.
+            None = none.
         horizon: how many tokens before the segment (before the query, if sliding) a query sees, >= 0.
         segment_length: tokens of a segment; None = the whole call lies in one segment.
         segment_offset: how many tokens before the call its first segment began, >= 0 and < `segment_length`.
@@ -209,7 +232,7 @@ def decode_attention(
 
     Args:
         q: (batch, Hq, n, head_dim), the n newest tokens.
-        memory: holds these tokens and the ones before.
+        memory: holds these tokens and the ones before, in q's dtype or int8.
         visible: (batch,) int32, how many of the newest slots the last query of each row sees, itself included; query i
             of n sees n - 1 - i fewer, from the same oldest one. Default: `memory.length`.
         scale, alibi_slopes, backend: as in `memory_attention`.
@@ -237,9 +260,69 @@ def decode_attention(
             raise ValueError(f"visible must be on the device of q, {q.device}, got {visible.device}")
     if alibi_slopes is not None:
         _check_alibi(alibi_slopes, q)
-    visible = memory.length if visible is None else torch.minimum(visible, memory.length)
-    if not torch.compiler.is_compiling() and visible.device.type == "cpu" and (few := visible < q.shape[2]).any():
-        row = int(few.nonzero()[0])  # its first query would see nothing, not even itself
-        raise ValueError(f"each of the {q.shape[2]} new tokens must see itself, but row {row} sees {int(visible[row])}")
-    module = choose(q, backend, "decode_attention")
+    if not torch.compiler.is_compiling() and q.device.type == "cpu":  # elsewhere, looking would make the device wait
+        sees = memory.length if visible is None else torch.minimum(visible, memory.length)
+        if (few := sees < q.shape[2]).any():
+            row = int(few.nonzero()[0])  # its first query would see nothing, not even itself
+            raise ValueError(
+                f"each of the {q.shape[2]} new tokens must see itself, but row {row} sees {int(sees[row])}"
+            )
+    module = choose(q, backend)
     return module.decode_attention(q, memory, visible, alibi_slopes, _scale(scale, q.shape[3]))
+
+
+def append_rotated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: KVMemory,
+    *,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What a decode step does before it attends: turn q and k by their rotary angles, append k and v to the memory.
+
+    For inference. `memory.length` and `memory.position` are advanced in place, and nothing waits for the device, so a
+    captured graph may replay the call; with the triton backend it is one launch.
+
+    Args:
+        q: (batch, Hq, n, head_dim), the n newest tokens, no more than the memory's capacity; any strides.
+        k, v: (batch, Hkv, n, head_dim), in q's dtype; stored in the memory's.
+        memory: written in place.
+        cos, sin: (batch, 1, n, head_dim // 2) float32, of the tokens' rotary angles; None = no rotation.
+        backend: as in `memory_attention`.
+
+    Returns:
+        q, turned, as `decode_attention` wants it: in the memory's dtype, or its own if that is int8.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: if a gradient is asked for.
+    """
+    _check_query(q)
+    if not isinstance(memory, KVMemory):
+        raise TypeError(f"memory must be a KVMemory, got {type(memory).__name__}")
+    _check_heads(q, memory.kv_heads)
+    batch, _, new, dim = q.shape
+    found = (memory.batch, memory.head_dim)
+    if found != (batch, dim):
+        raise ValueError(f"memory must have (batch, head_dim) = {(batch, dim)} to fit q, got {found}")
+    if memory.k.device != q.device:
+        raise ValueError(f"memory must be on the device of q, {q.device}, got {memory.k.device}")
+    _check_ring(memory, q)
+    for name, tensor in (("k", k), ("v", v)):
+        _check_tensor(name, tensor, q)
+        expected = (batch, memory.kv_heads, new, dim)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"{name} must have shape (batch, kv_heads, n, head_dim) = {expected}, got {_shape(tensor)}"
+            )
+    if not 1 <= new <= memory.capacity:
+        raise ValueError(
+            f"q must hold at least one new token, no more than the memory's capacity of {memory.capacity}, got {new}"
+        )
+    _check_angles(cos, sin, q)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError("append_rotated is for inference: call it under torch.no_grad()")
+    return choose(q, backend).append_rotated(q, k, v, memory, cos, sin)

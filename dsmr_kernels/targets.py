@@ -59,7 +59,7 @@ TARGETS = {
     for target in (
         Target("sm_80", "cuda", 80, 32, 163 * _KIB, 164 * _KIB, _KIB, 64, 32, _NVIDIA, 0, r"\bHMMA"),
         Target("sm_89", "cuda", 89, 32, 99 * _KIB, 100 * _KIB, _KIB, 48, 24, _NVIDIA, 0, r"\bHMMA"),
-        Target("sm_90", "cuda", 90, 32, 227 * _KIB, 228 * _KIB, _KIB, 64, 32, _NVIDIA, 0, r"\bHGMMA"),
+        Target("sm_90", "cuda", 90, 32, 227 * _KIB, 228 * _KIB, _KIB, 64, 32, _NVIDIA, 0, r"\bHGMMA", r"\bHMMA"),
         # Data-centre Blackwell: fifth-generation tensor cores, whose accumulators lie in tensor memory.
         Target(
             "sm_100", "cuda", 100, 32, 227 * _KIB, 228 * _KIB, _KIB, 64, 32, _NVIDIA, 512, r"\bUTC\w*MMA", r"\bHMMA"

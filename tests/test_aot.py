@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmr_kernels.aot import KERNELS, Case, Compiled, every_case, markdown, merged, sample
+from dsmr_kernels.aot import KERNELS, WITHOUT_PRODUCTS, Case, Compiled, every_case, markdown, merged, sample
 from dsmr_kernels.targets import TARGETS
 
 if importlib.util.find_spec("triton") is None:
@@ -24,7 +24,7 @@ def _aot(*arguments: str, seconds: float = 300) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
 
 
-@pytest.mark.slow  # ten kernels to compile, a few seconds each
+@pytest.mark.slow  # sixteen kernels to compile, a few seconds each
 def test_a_sample_of_every_target_and_kernel_compiles_clean(tmp_path: Path) -> None:
     found = {(case.kernel, case.target) for case in sample()}
     assert {kernel for kernel, _ in found} == set(KERNELS)
@@ -40,7 +40,7 @@ def test_a_sample_of_every_target_and_kernel_compiles_clean(tmp_path: Path) -> N
         assert 0 < row["registers"] <= 512
         assert 0 < row["occupancy"] <= 1
         assert 0 < row["shared"] <= row["shared_limit"]
-        assert (row["matrix"] > 0) == (row["dtype"] != "float32")
+        assert (row["matrix"] > 0) == (row["dtype"] != "float32" and row["kernel"] not in WITHOUT_PRODUCTS)
         assert (row["tensor_columns"] > 0) == (row["target"] == "sm_100")
 
 

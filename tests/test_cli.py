@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ COMMANDS = [
     "train",
     "eval",
     "generate",
+    "play",
     "budget",
     "profile",
     "demo",
@@ -120,10 +122,29 @@ def test_paths_that_are_not_there_are_sentences(tmp_path):
         (["--top-p", "0"], ["top_p"]),
         (["--seconds", "0"], ["seconds", "more than 0"]),
         (["--out", "song.wav"], ["song.wav", ".mid"]),
+        (["--min-p", "2"], ["min_p", "2"]),
+        (["--load-state", "s"], ["either", "--prompt", "--load-state"]),
+        (["--load-state", "s", "--seed", "1"], ["--seed", "--load-state"]),
     ],
 )
 def test_bad_settings_of_generate_are_sentences(arguments, words, tmp_path):
     assert says(dsmr("generate", tmp_path, "--prompt", "p.mid", "--out", tmp_path / "a.mid", *arguments), *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["run directory"]),
+        (["RUN", "--top-p", "0"], ["top_p"]),
+        (["RUN", "--temperature", "-1"], ["temperature"]),
+        (["RUN", "--seconds", "0"], ["seconds", "more than 0"]),
+        (["RUN", "--out", "song.wav"], ["song.wav", ".mid"]),
+        (["RUN", "--prompt", "a.mid", "--listen", "3"], ["--prompt", "--listen"]),
+        (["RUN"], ["RUN", "run directory"]),
+    ],
+)
+def test_bad_settings_of_play_are_sentences(arguments, words):
+    assert says(dsmr("play", *arguments), *words)
 
 
 def test_bad_choices_of_eval_are_sentences(tmp_path):
@@ -210,6 +231,25 @@ def test_from_nothing_to_a_continued_piece(tmp_path):
     assert played.exit_code == 0, played.output
     assert "5 notes" in played.stdout
     assert out.is_file()
+    kept = tmp_path / "kept.stream"
+    streamed = dsmr(
+        *("generate", run, "--prompt", piece, "--prompt-seconds", 5, "--tokens", 60, "--out", out, "--stream"),
+        *("--seed", 1, "--save-state", kept, "--realtime"),
+    )
+    assert streamed.exit_code == 0, streamed.output
+    assert "velocity" in streamed.stdout
+    assert "× the music's own tempo" in streamed.stdout.replace("\n", " ")
+    resumed = dsmr("generate", run, "--load-state", kept, "--tokens", 20, "--out", out)
+    assert resumed.exit_code == 0, resumed.output
+    several = dsmr("generate", run, "--prompt", piece, "--tokens", 9, "--out", out, "--variations", 2)
+    assert several.exit_code == 0, several.output
+    assert out.with_name("continued-2.mid").is_file()
+    assert says(dsmr("generate", run, "--prompt", piece, "--out", out, "--dtype", "int4"), "int4", "int8")
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_base": 500.0}))
+    assert says(dsmr("generate", other, "--load-state", kept, "--out", out), "kept.stream", "another model")
     too_short = dsmr("generate", run, "--prompt", piece, "--prompt-seconds", 5000, "--out", out)
     assert says(too_short, "piece.mid", "shorter", "5000")
     (tmp_path / "noise.mid").write_bytes(b"MThd nonsense")

@@ -1,15 +1,18 @@
 """Playing on with the real model: the same as one whole pass, in bounded memory, from MIDI file to MIDI file."""
 
 import math
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 
-from dsmr.continuation import continue_piece
+from dsmr.continuation import continue_piece, continue_variations
 from dsmr.errors import UserError
 from dsmr.generation import Sampling, stream
 from dsmr.model import DSMRConfig, DSMRModel
+from dsmr.stepping import Step
 
 TWO_SCALE = "two_scale(layers=3, long=40, short=9, n_long=1)"
 
@@ -192,19 +195,17 @@ def test_a_run_of_another_tokeniser_is_refused(run_directory, piece, tmp_path):
 
 @pytest.mark.parametrize("trouble", ["not finite", "ctrl-c"])
 def test_what_was_played_before_trouble_is_written(trouble, run_directory, piece, tmp_path, monkeypatch):
-    import dsmr.generation
+    honest, calls = Step.__call__, []
 
-    honest, calls = dsmr.generation.step, []
-
-    def step(model, token, state):
-        calls.append(token)
+    def step(self, tokens):
+        calls.append(tokens)
         if len(calls) < 60:
-            return honest(model, token, state)
+            return honest(self, tokens)
         if trouble == "ctrl-c":
             raise KeyboardInterrupt
-        return honest(model, token, state) * math.nan
+        return honest(self, tokens) * math.nan
 
-    monkeypatch.setattr(dsmr.generation, "step", step)
+    monkeypatch.setattr(Step, "__call__", step)
     arguments = {"prompt_seconds": 3.0, "tokens": 500, "sampling": Sampling(seed=4)}
     if trouble == "ctrl-c":
         assert continue_piece(run_directory, piece, tmp_path / "on.mid", **arguments).interrupted
@@ -212,3 +213,99 @@ def test_what_was_played_before_trouble_is_written(trouble, run_directory, piece
         with pytest.raises(UserError, match=r"not finite.*played until then are in .*on\.mid"):
             continue_piece(run_directory, piece, tmp_path / "on.mid", **arguments)
     assert len(notes_of(tmp_path / "on-continuation.mid")) > 5
+
+
+# --- streams: files that grow, several at once, kept for another day ------------------------------------------------
+
+
+def test_a_file_grows_while_it_is_played_and_ends_as_the_whole(run_directory, piece, tmp_path):
+    from dsmr.sounding import ON
+
+    out, sizes, heard = tmp_path / "on.mid", [], []
+
+    def watch(played):
+        sizes.append(len(notes_of(out)) if out.exists() and played.tokens % 20 == 0 else 0)
+
+    done = continue_piece(
+        run_directory,
+        piece,
+        out,
+        prompt_seconds=3,
+        notes=40,
+        sampling=Sampling(seed=1),
+        growing=True,
+        on_progress=watch,
+        on_event=lambda row, event: heard.append(event),
+    )
+    assert max(sizes) >= done.prompt_notes
+    assert sum(event.kind == ON for event in heard) == 40
+    assert len(notes_of(out)) == done.prompt_notes + 40
+
+
+def test_several_variations_are_those_of_their_seeds(run_directory, piece, tmp_path):
+    arguments = {"prompt_seconds": 3.0, "tokens": 60}
+    done = continue_variations(
+        run_directory, piece, tmp_path / "on.mid", variations=3, sampling=Sampling(seed=4), **arguments
+    )
+    assert [one.whole.name for one in done] == ["on-1.mid", "on-2.mid", "on-3.mid"]
+    assert len(list(tmp_path.iterdir())) == 9
+    for row, one in enumerate(done):
+        alone = continue_piece(
+            run_directory, piece, tmp_path / "alone.mid", sampling=Sampling(seed=4 + row), **arguments
+        )
+        assert notes_of(one.whole) == notes_of(alone.whole)
+
+
+def test_a_stream_kept_plays_on_as_if_never_stopped(run_directory, piece, tmp_path):
+    arguments = {"sampling": Sampling(seed=4), "dtype": "int8"}
+    whole = continue_piece(run_directory, piece, tmp_path / "whole.mid", prompt_seconds=3, tokens=120, **arguments)
+    kept = tmp_path / "kept.stream"
+    continue_piece(
+        run_directory, piece, tmp_path / "first.mid", prompt_seconds=3, tokens=70, save_state=kept, **arguments
+    )
+    then = continue_piece(run_directory, None, tmp_path / "then.mid", tokens=50, load_state=kept)
+    assert notes_of(then.whole) == notes_of(whole.whole)
+    assert (then.played.tokens, then.precision) == (50, "int8")
+    with pytest.raises(UserError, match="holds 1 streams, but 2 were asked for"):
+        continue_variations(run_directory, None, tmp_path / "x.mid", tokens=5, load_state=kept, variations=2)
+    with pytest.raises(UserError, match=r"either a MIDI file .* or a saved stream"):
+        continue_piece(run_directory, piece, tmp_path / "x.mid", tokens=5, load_state=kept)
+    with pytest.raises(UserError, match="give their length in tokens alone"):
+        continue_variations(run_directory, piece, tmp_path / "x.mid", seconds=5, save_state=kept, variations=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_playing_and_keeps_it(number, run_directory, piece, tmp_path):
+    def interrupt(played):
+        if played.tokens == 40:
+            os.kill(os.getpid(), number)
+
+    kept = tmp_path / "kept.stream"
+    done = continue_piece(
+        run_directory,
+        piece,
+        tmp_path / "on.mid",
+        prompt_seconds=3,
+        tokens=500,
+        sampling=Sampling(seed=4),
+        on_progress=interrupt,
+        save_state=kept,
+    )
+    assert done.interrupted
+    assert done.played.tokens == 40
+    assert len(notes_of(done.continuation)) > 3
+    assert continue_piece(run_directory, None, tmp_path / "then.mid", tokens=5, load_state=kept).played.tokens == 5
+
+
+def test_memory_does_not_grow_with_the_music():
+    """5,000 tokens; `python -m benchmarks.decode --long 200000` plays more, with a model of full size."""
+    from benchmarks.decode import resident_bytes
+
+    model = DSMRModel(DSMRConfig(23, "uniform(layers=1, horizon=8)", d_model=16, n_heads=2, segment_length=12))
+    playing = stream(model, [1], Sampling(seed=0))
+    for _ in range(1000):
+        next(playing)
+    before = resident_bytes()
+    for _ in range(4000):
+        next(playing)
+    assert resident_bytes() < 1.01 * before

@@ -179,7 +179,11 @@ def test_a_run_is_evaluated_from_its_directory(tmp_path: Path, monkeypatch: pyte
         patch.setattr("dsmr.plots.available", lambda: False)
         evaluate_run(run, tmp_path / "corpus", out=tmp_path / "bare", device="cpu")
     assert [path.name for path in (tmp_path / "bare").iterdir()] == ["eval-validation.json"]
+    with pytest.raises(UserError, match="unknown memory dtype 'int4': use one of auto, float32, bfloat16, int8"):
+        evaluate_run(run, tmp_path / "corpus", device="cpu", memory_dtype="int4")
     report = evaluate_run(run, tmp_path / "corpus", device="cpu")
+    rounded = evaluate_run(run, tmp_path / "corpus", out=tmp_path / "int8", device="cpu", memory_dtype="int8")
+    assert 0 < abs(rounded.nats - report.nats) < 0.01 * report.nats
     assert report.nats_per_note == pytest.approx(evaluate(real_model(), corpus).nats_per_note, abs=1e-5)
     assert json.loads((run / "eval-validation.json").read_text())["model"] == "run"
     assert (run / "eval-validation.png").exists()

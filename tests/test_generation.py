@@ -9,6 +9,7 @@ import torch
 
 from dsmr.errors import UserError
 from dsmr.generation import Sampling, may_stop, probabilities, sample, stream
+from dsmr.stepping import PlainStep
 
 LOGITS = torch.tensor([3.0, 1.0, 2.0, -1.0, 2.5])
 
@@ -113,7 +114,7 @@ class Dice(torch.nn.Module):
         self.calls: list[int] = []
 
     def new_state(self, batch: int) -> SimpleNamespace:
-        return SimpleNamespace(nbytes=0)
+        return SimpleNamespace(batch=batch, nbytes=0)
 
     def forward(self, tokens: torch.Tensor, state: object) -> SimpleNamespace:
         assert not self.training
@@ -122,6 +123,12 @@ class Dice(torch.nn.Module):
         if self.broken_after is not None and sum(self.calls) > self.broken_after:
             logits = logits * math.nan
         return SimpleNamespace(logits=logits, state=state)
+
+
+@pytest.fixture(autouse=True)
+def _plain_steps(monkeypatch):
+    """The stand-in has no layers that a fast step could take apart."""
+    monkeypatch.setattr("dsmr.generation.stepper", lambda model, state, dtype: PlainStep(model, state))
 
 
 @pytest.fixture(scope="module", params=["tsd", "tsd_pedal", "midilike", "remi"])

@@ -36,7 +36,7 @@ def small(name: str) -> dict:
     """A shared case with as few rows and heads as its promise needs: the interpreter is slow."""
     case = {"batch": 1, "heads": 2, "kv_heads": 1, **CASES[name]}
     if not {"queries", "piece_start"} & case.keys():
-        case["queries"] = 21
+        case["queries"] = 18
     rows = case["piece_start"].shape[0] if "piece_start" in case else len(set(case.get("seen") or [0]))
     if "batch" not in CASES[name]:
         case["batch"] = rows
@@ -62,7 +62,7 @@ def test_head_dims_and_half_precision(head_dim: int, dtype: torch.dtype) -> None
     assert_agrees_with_oracle(case, "triton")
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(case=attention_calls(dtypes=(torch.float32, torch.float16), head_dims=(16, 20), most_tokens=36, most_heads=2))
 def test_any_arguments_agree_with_oracle(case: Case) -> None:
     """Property: over the whole argument space."""
@@ -71,8 +71,8 @@ def test_any_arguments_agree_with_oracle(case: Case) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(layout: str) -> None:
-    options = {"horizon": 20, "piece_start": pieces([-1] * 5 + [5] * 12, [-1] * 17)}
-    case = random_case(heads=2, kv_heads=1, queries=17, seen=[30, 9], capacity=9, **options)
+    options = {"horizon": 20, "piece_start": pieces([-1] * 5 + [5] * 2, [-1] * 7)}
+    case = random_case(heads=2, kv_heads=1, queries=7, seen=[30, 9], capacity=9, **options)
     case.options["alibi_slopes"] = torch.tensor([0.5, 9.0, 0.1])[::2]
     expected = run(case, "triton")
     found = Case(*(laid_out(x, layout) for x in (case.q, case.k, case.v)), case.memory, case.grad, dict(case.options))

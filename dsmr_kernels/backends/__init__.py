@@ -38,7 +38,7 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in NAMES if name in _ALWAYS or not isinstance(_triton(), str))
 
 
-def choose(q: Tensor, backend: str | None, call: str = "memory_attention") -> ModuleType:
+def choose(q: Tensor, backend: str | None) -> ModuleType:
     """The backend asked for by argument or by the environment variable `DSMR_BACKEND`, or else the fastest that serves.
 
     Raises:
@@ -52,8 +52,6 @@ def choose(q: Tensor, backend: str | None, call: str = "memory_attention") -> Mo
     module = _ALWAYS[asked] if asked in _ALWAYS else _triton()
     if isinstance(module, str):
         raise ValueError(f"backend {asked!r} cannot serve: {module}")
-    if not hasattr(module, call):
-        raise ValueError(f"backend {asked!r} has no {call}; the sdpa backend has")
     if reason := module.unsupported(q):
         raise ValueError(f"backend {asked!r} cannot serve these inputs: {reason}")
     return module

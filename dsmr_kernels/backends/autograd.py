@@ -175,6 +175,8 @@ def attention_by(method: Method) -> Callable[..., tuple[Tensor, Tensor | None]]:
         spec: AttentionSpec,
     ) -> tuple[Tensor, Tensor | None]:
         """See `dsmr_kernels.memory_attention`; arguments are taken as checked."""
+        if memory is not None and memory.k_scale is not None:  # beside whole segments of queries a copy costs little
+            memory = KVMemory(*memory.values(q.dtype), memory.length, memory.position)
         if torch.compiler.is_compiling():
             ring = (None,) * 4 if memory is None else (memory.k, memory.v, memory.length, memory.position)
             scalars = (spec.horizon, spec.segment_length or 0, spec.segment_offset, spec.visibility)

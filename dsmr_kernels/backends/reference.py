@@ -8,7 +8,10 @@ from torch import Tensor
 
 from dsmr_kernels.backends.spec import AttentionSpec
 from dsmr_kernels.memory import KVMemory
+from dsmr_kernels.rotary import append_rotated
 from dsmr_kernels.visibility import lowest_visible, segment_of
+
+__all__ = ["append_rotated", "decode_attention", "memory_attention", "unsupported"]
 
 
 def unsupported(q: Tensor) -> str | None:
@@ -77,7 +80,9 @@ def memory_attention(
     return out.to(q.dtype), lse
 
 
-def decode_attention(q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes: Tensor | None, scale: float) -> Tensor:
+def decode_attention(
+    q: Tensor, memory: KVMemory, visible: Tensor | None, alibi_slopes: Tensor | None, scale: float
+) -> Tensor:
     """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
     new, group = q.shape[2], q.shape[1] // memory.kv_heads
     work = _work_dtype(q)
@@ -85,7 +90,7 @@ def decode_attention(q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes:
     kw, vw = (x.to(work).repeat_interleave(group, 1) for x in (keys, values))
     j = torch.arange(-memory.capacity, 0, device=q.device)
     p = torch.arange(-new, 0, device=q.device)
-    oldest = -visible.to(torch.int64)[:, None, None]
+    oldest = -(memory.length if visible is None else visible).to(torch.int64)[:, None, None]
     seen = (j >= oldest) & (j <= p[:, None]) & held[:, None, :]  # [B, n, C]
     scores = (q.to(work) @ kw.mT) * scale
     if alibi_slopes is not None:

@@ -1,14 +1,16 @@
 """Forward and backward by batched matrix products over tiles, where a query's past is seen whole.
 
-A tile takes some heads, a block of queries and a stretch of keys, few enough for its scores to stay in the cores'
-second-level caches while each operation runs over them on all cores. Scores are exponentiated against a pivot that is
-known beforehand, the query's score with its own key: a query always sees itself, so the sum is at least one, and the
-usual search for each row's maximum is left out. In the backward a stretch that takes no gradient, such as memory, needs
-only its share of dQ: three products of five.
+A tile takes some heads, a block of queries and a stretch of keys, few enough for its scores to stay in the second-level
+caches: many heads, so that each operation runs over them on all cores, or in large calls one head for each core, so
+that no core waits for another. Scores are exponentiated against a pivot that is known beforehand, the query's score
+with its own key: a query always sees itself, so the sum is at least one, and the usual search for each row's maximum is
+left out. In the backward a stretch that takes no gradient, such as memory, needs only its share of dQ: three products
+of five.
 """
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +19,14 @@ from torch import Tensor
 
 from dsmr_kernels.backends.autograd import Inputs
 from dsmr_kernels.backends.sdpa.plan import Group, Source, past_of
+from dsmr_kernels.backends.sdpa.workers import in_parallel
 
 BLOCK_QUERIES, BLOCK_KEYS = 512, 512
 TILE = {torch.float32: 1 << 19, torch.bfloat16: 1 << 21}  # scores of a tile
 LOG2E = math.log2(math.e)  # base-2 exponentials are three times as fast as natural ones
+# Scores of a call from which each core takes whole heads: until then the cores that PyTorch's own operators left
+# spinning are in the way, and in bfloat16 whole heads gain nothing.
+BY_HEAD = {torch.float32: 1 << 23, torch.bfloat16: math.inf}
 LIMIT = 2.0**64  # of a row's sum, above which a score may be out of range against its pivot
 
 
@@ -49,27 +55,47 @@ class Tile:
     triangle: bool
 
 
-def _tiles(inputs: Inputs, plan: list[Group]) -> Iterator[Tile]:
-    q, heads = inputs.q, inputs.k.shape[1]
-    shift, members = inputs.k.shape[2] - q.shape[2], q.shape[1] // heads
+def head_scores(plan: list[Group]) -> int:
+    """Query-key pairs of a query head, the masked ones too, in the row that has most."""
+    return max((sum((r.stop - r.start) * (r.stop - r.floor) for r in group.runs) for group in plan), default=0)
+
+
+def _tiles(inputs: Inputs, group: Group, heads: slice) -> Iterator[Tile]:
+    """Of rows and KV heads `heads`, which all belong to `group`."""
+    shift, members = inputs.k.shape[2] - inputs.q.shape[2], inputs.q.shape[1] // inputs.k.shape[1]
     capacity = inputs.memory.capacity if inputs.memory else 0
     height = max(BLOCK_QUERIES // members, 16)
+    for run in group.runs:
+        past = past_of(run, group, capacity, inputs.spec.detach_segments)
+        longest = max([run.stop - run.start, *(source.stop - source.start for source, _ in past)])
+        scores = members * min(run.stop - run.start, height) * min(longest, BLOCK_KEYS)
+        most = max(TILE[inputs.q.dtype] // scores, torch.get_num_threads())
+        for head in range(heads.start, heads.stop, most):
+            some = slice(head, min(head + most, heads.stop))
+            for begin in range(run.start, run.stop, height):
+                end = min(begin + height, run.stop)
+                rows = slice(begin - shift, end - shift)
+                yield Tile(some, rows, False, slice(begin, end), True, True)
+                for source, taking in [*past, (Source(False, run.start, begin, 0), True)]:
+                    for key in range(source.start, source.stop, BLOCK_KEYS):
+                        keys = slice(key, min(key + BLOCK_KEYS, source.stop))
+                        yield Tile(some, rows, source.memory, keys, taking, False)
+
+
+def _each_tile(inputs: Inputs, plan: list[Group], work: Callable[[Tile], None]) -> None:
+    """work(tile) for all tiles: of a large head one after another, so that heads can go side by side."""
+    kv_heads = inputs.k.shape[1]
+    large = head_scores(plan) * inputs.q.shape[0] * inputs.q.shape[1] >= BY_HEAD[inputs.q.dtype]
+    jobs: list[tuple[Group, slice]] = []
     for group in plan:
-        for run in group.runs:
-            past = past_of(run, group, capacity, inputs.spec.detach_segments)
-            longest = max([run.stop - run.start, *(source.stop - source.start for source, _ in past)])
-            scores = members * min(run.stop - run.start, height) * min(longest, BLOCK_KEYS)
-            most = max(TILE[q.dtype] // scores, torch.get_num_threads())
-            for head in range(group.rows.start * heads, group.rows.stop * heads, most):
-                some = slice(head, min(head + most, group.rows.stop * heads))
-                for begin in range(run.start, run.stop, height):
-                    end = min(begin + height, run.stop)
-                    rows = slice(begin - shift, end - shift)
-                    yield Tile(some, rows, False, slice(begin, end), True, True)
-                    for source, taking in [*past, (Source(False, run.start, begin, 0), True)]:
-                        for key in range(source.start, source.stop, BLOCK_KEYS):
-                            keys = slice(key, min(key + BLOCK_KEYS, source.stop))
-                            yield Tile(some, rows, source.memory, keys, taking, False)
+        first, last = group.rows.start * kv_heads, group.rows.stop * kv_heads
+        jobs += [(group, slice(i, i + 1)) for i in range(first, last)] if large else [(group, slice(first, last))]
+
+    def job(part: tuple[Group, slice]) -> None:
+        for tile in _tiles(inputs, *part):
+            work(tile)
+
+    in_parallel(job, jobs, worthwhile=large)
 
 
 class _Call:
@@ -81,19 +107,20 @@ class _Call:
         sides = [(k, v)] + ([] if memory is None else [(memory.k, memory.v)])
         self.sides = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in sides]
         self.alpha = inputs.spec.scale * LOG2E
-        self._storage: dict[int, Tensor] = {}
+        self._storage = threading.local()
 
     def by_head(self, x: Tensor) -> Tensor:
         """(B, Hq, T, ...) -> (B * Hkv, members of the group, T, ...)"""
         return x.reshape(x.shape[0] * self.kv_heads, x.shape[1] // self.kv_heads, *x.shape[2:])
 
-    def scratch(self, which: int, block: Tensor, keys: Tensor) -> Tensor:
-        """Room for a tile's scores, the same storage every time."""
+    def scratch(self, which: str, block: Tensor, keys: Tensor) -> Tensor:
+        """Room for a tile's scores, the same storage every time, one for each thread."""
         shape = (block.shape[0], block.shape[1], keys.shape[1])
         count = math.prod(shape)
-        storage = self._storage.get(which)
+        storage = getattr(self._storage, which, None)
         if storage is None or storage.numel() < count:
-            storage = self._storage[which] = self.q.new_empty(count)
+            storage = self.q.new_empty(count)
+            setattr(self._storage, which, storage)
         return storage[:count].view(shape)
 
 
@@ -121,7 +148,8 @@ def _own_scores(inputs: Inputs, call: _Call) -> Tensor:
 def _greatest_scores(inputs: Inputs, plan: list[Group], call: _Call) -> Tensor:
     """Of each query with any key that it sees. (B * Hkv, members, T, 1) float32"""
     q, greatest = call.by_head(inputs.q), _own_scores(inputs, call)
-    for tile in _tiles(inputs, plan):
+
+    def work(tile: Tile) -> None:
         keys = call.sides[tile.memory][0][tile.heads, tile.keys]
         scores = torch.bmm(_block(q, tile), keys.mT).float()
         if tile.triangle:
@@ -129,6 +157,8 @@ def _greatest_scores(inputs: Inputs, plan: list[Group], call: _Call) -> Tensor:
             scores.unflatten(1, (-1, keys.shape[1])).masked_fill_(unseen, -torch.inf)
         best = greatest[tile.heads, :, tile.rows]
         best.copy_(torch.maximum(best, scores.amax(2).mul_(call.alpha).view(best.shape)))
+
+    _each_tile(inputs, plan, work)
     return greatest
 
 
@@ -136,15 +166,18 @@ def _weighted_sums(inputs: Inputs, plan: list[Group], call: _Call, offset: Tenso
     """Values weighed by 2 ** (score + offset), (B * Hkv, members, T, D), and the weights' sum (..., 1), in float32."""
     q = call.by_head(inputs.q)
     totals, sums = torch.zeros(q.shape), torch.zeros(offset.shape)
-    for tile in _tiles(inputs, plan):
+
+    def work(tile: Tile) -> None:
         keys, values = (x[tile.heads, tile.keys] for x in call.sides[tile.memory])
         block = _block(q, tile)
-        weights = call.scratch(0, block, keys)
+        weights = call.scratch("weights", block, keys)
         torch.baddbmm(_block(offset, tile), block, keys.mT, alpha=call.alpha, out=weights).exp2_()
         if tile.triangle:
             _keep_triangle(weights, tile)
         _add(sums, tile, weights.sum(2, dtype=torch.float32))
         _add(totals, tile, torch.bmm(weights, values))
+
+    _each_tile(inputs, plan, work)
     return totals, sums
 
 
@@ -185,10 +218,11 @@ def backward(
         norm, delta = norm.to(q.dtype), delta.to(q.dtype)
     dq = torch.zeros(q.shape)
     dk, dv = (torch.zeros(call.sides[0][0].shape) for _ in range(2))
-    for tile in _tiles(inputs, plan):
+
+    def work(tile: Tile) -> None:
         keys, values = (x[tile.heads, tile.keys] for x in sides[tile.memory])
         block = _block(wide_q, tile)
-        weights, dweights = call.scratch(0, block, keys), call.scratch(1, block, keys)
+        weights, dweights = call.scratch("weights", block, keys), call.scratch("dweights", block, keys)
         torch.baddbmm(_block(norm, tile), block, keys.mT, beta=exact, alpha=call.alpha, out=weights).exp2_()
         if tile.triangle:
             _keep_triangle(weights, tile)
@@ -197,5 +231,7 @@ def backward(
         if tile.taking:
             dv[tile.heads, tile.keys] += torch.bmm(weights.mT, _block(above, tile))
             dk[tile.heads, tile.keys] += torch.bmm(dweights.mT, _block(q, tile))
+
+    _each_tile(inputs, plan, work)
     dq, dk = dq.mul_(scale), dk.mul_(scale)
     return dq.view(inputs.q.shape).to(q.dtype), dk.view(inputs.k.shape).to(q.dtype), dv.view(inputs.v.shape).to(q.dtype)

@@ -1,13 +1,102 @@
-"""Attention of the newest tokens over the ring, where it lies: a slot's age tells who sees it."""
+"""Attention of the newest tokens over the ring, where it lies.
+
+Music is generated one token at a time, all rows in step: then the visible slots are at most two stretches of the ring,
+and `StretchAttention` reads just these by batched products, with no mask and into buffers that it keeps. Everything
+else (rows of different age, several new tokens, devices whose positions the host should not wait for) takes the whole
+ring and masks slots by their age.
+"""
 
 import torch
 from torch import Tensor
 
-from dsmr_kernels.memory import KVMemory
+from dsmr_kernels.memory import KVMemory, ring_slices
 
 
-def decode_attention(q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes: Tensor | None, scale: float) -> Tensor:
+class StretchAttention:
+    """Attention of one new token a row over stretches of the ring, in float32 or float64, with scratch that it keeps.
+
+    Shapes: m counts the rows and KV heads, g the query heads of a KV head, n the visible slots.
+    """
+
+    def __init__(self) -> None:
+        self._scratch: dict[str, Tensor] = {}
+
+    def _buffer(self, name: str, like: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """A contiguous tensor of this shape in the scratch called `name`, which grows where it is too small."""
+        size = shape[0] * shape[1] * shape[2]
+        held = self._scratch.get(name)
+        if held is None or held.numel() < size or held.dtype != like.dtype:
+            held = self._scratch[name] = like.new_empty(size + size // 4)
+        return held[:size].view(shape)
+
+    def __call__(
+        self, q: Tensor, memory: KVMemory, position: int, sees: int, scale: float, slopes: Tensor | None = None
+    ) -> Tensor:
+        """q (m, g, D), of the token at `position` - 1, which is in `memory` already -> (m, g, D), in scratch.
+
+        Args:
+            sees: how many of the newest slots are visible, the token's own included; all rows hold as many.
+            slopes: ALiBi slopes (m, g, 1) in q's dtype.
+        """
+        m, group, dim = q.shape
+        stretches = ring_slices(position, memory.capacity, -sees, sees)
+        k, v = memory.k.flatten(0, 1), memory.v.flatten(0, 1)
+        scores = self._buffer("scores", q, (m, group, sees))
+        done = 0
+        for start, stop in stretches:
+            part = scores[:, :, done : done + stop - start]
+            keys = k[:, start:stop].to(q.dtype)
+            if group == 1:  # the keys first: a matrix times a vector
+                torch.baddbmm(part.mT, keys, q.mT, beta=0, alpha=scale, out=part.mT)
+            else:
+                torch.baddbmm(part, q, keys.mT, beta=0, alpha=scale, out=part)
+            if memory.k_scale is not None:
+                part *= memory.k_scale.flatten(0, 1)[:, None, start:stop]
+            done += stop - start
+        if slopes is not None:
+            scores.addcmul_(slopes, torch.arange(1 - sees, 1, dtype=q.dtype))
+        weights = self._buffer("weights", q, (m, group, sees))
+        torch.ops.aten._softmax.out(scores, -1, False, out=weights)
+        out = self._buffer("out", q, (m, group, dim))
+        done = 0
+        for start, stop in stretches:
+            part = weights[:, :, done : done + stop - start]
+            if memory.v_scale is not None:
+                part *= memory.v_scale.flatten(0, 1)[:, None, start:stop]
+            torch.baddbmm(out, part, v[:, start:stop].to(q.dtype), beta=1 if done else 0, out=out)
+            done += stop - start
+        return out
+
+
+def decode_attention(
+    q: Tensor, memory: KVMemory, visible: Tensor | None, alibi_slopes: Tensor | None, scale: float
+) -> Tensor:
     """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
+    visible = memory.length if visible is None else visible
+    batch, heads, new, dim = q.shape
+    in_step = _in_step(q, memory, visible)
+    if in_step is None:
+        return _masked(q, memory, visible, alibi_slopes, scale)
+    group = heads // memory.kv_heads
+    slopes = None
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(q.dtype).view(1, -1, group, 1).expand(batch, -1, -1, -1).flatten(0, 1)
+    out = StretchAttention()(q.reshape(-1, group, dim), memory, *in_step, scale, slopes)
+    return out.view(batch, heads, new, dim)
+
+
+def _in_step(q: Tensor, memory: KVMemory, visible: Tensor) -> tuple[int, int] | None:
+    """(position, visible slots) that all rows share, where `StretchAttention` can serve the call."""
+    known = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not known or q.shape[2] != 1 or q.shape[0] == 0 or q.dtype not in (torch.float32, torch.float64):
+        return None
+    positions, counts = memory.position.tolist(), torch.minimum(visible, memory.length).tolist()
+    if len(set(counts)) > 1 or len({position % memory.capacity for position in positions}) > 1:
+        return None
+    return positions[0], counts[0]
+
+
+def _masked(q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes: Tensor | None, scale: float) -> Tensor:
     batch, heads, new, dim = q.shape
     kv_heads, capacity = memory.kv_heads, memory.capacity
     work = torch.float32 if q.dtype == torch.float16 and q.device.type == "cpu" else q.dtype
@@ -26,6 +115,6 @@ def decode_attention(q: Tensor, memory: KVMemory, visible: Tensor, alibi_slopes:
     # scores in float32 whatever the dtype of q.
     bias = bias.expand(-1, -1, group, -1, -1).flatten(2, 3)
     grouped = q.to(work).reshape(batch, kv_heads, group * new, dim)
-    k, v = memory.k.to(work), memory.v.to(work)
+    k, v = memory.values(work)
     out = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=bias, scale=scale)
     return out.reshape(batch, heads, new, dim).to(q.dtype)

@@ -14,7 +14,6 @@ from dsmr_kernels.backends.triton.primitives import (
     head_of,
     load_rows,
     query_tile,
-    row_stride,
     store_rows,
     visit_keys,
 )
@@ -85,25 +84,29 @@ def dq_kernel(
     d = tl.arange(0, BD)
     valid = row < queries
     at = line.to(tl.int64) * queries + row
-    grad = head_of(Grad, b, h, g_batch, g_head, UNIT)
-    grad = load_rows(grad, row, row_stride(g_token, UNIT), d, valid, HEAD_DIM, HEAD_DIM == BD)  # [BM, BD]
-    out = load_rows(Out, at, HEAD_DIM, d, valid, HEAD_DIM, HEAD_DIM == BD)  # [BM, BD]
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)  # [BM]
+    g_base = head_of(Grad, b, h, g_batch, g_head, UNIT)
+    delta = tl.zeros([BM], dtype=tl.float32)
+    for column in tl.static_range(0, BD, min(BD, 64)):  # by parts: two whole tiles in float32 fill the registers
+        part = column + tl.arange(0, min(BD, 64))
+        out = load_rows(Out, at, HEAD_DIM, part, valid, HEAD_DIM, HEAD_DIM == BD)  # [BM, 64]
+        grad = load_rows(g_base, row, g_token, part, valid, HEAD_DIM, HEAD_DIM == BD, False, UNIT)  # [BM, 64]
+        delta += tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    grad = load_rows(g_base, row, g_token, d, valid, HEAD_DIM, HEAD_DIM == BD, False, UNIT)  # [BM, BD]
     tl.store(Delta + at, delta, mask=valid)
     lse = tl.load(Lse + at, mask=valid, other=0.0) * 1.4426950408889634
     q = head_of(Q, b, h, q_batch, q_head, UNIT)
-    q = load_rows(q, row, row_stride(q_token, UNIT), d, valid, HEAD_DIM, HEAD_DIM == BD)  # [BM, BD]
+    q = load_rows(q, row, q_token, d, valid, HEAD_DIM, HEAD_DIM == BD, False, UNIT)  # [BM, BD]
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
     dq, _, _ = visit_keys(
         q, grad, tl.zeros([BM, BD], dtype=tl.float32), lse, delta,
         head_of(MemoryK, b, kv, mk_batch, mk_head, UNIT), head_of(MemoryV, b, kv, mv_batch, mv_head, UNIT),
-        row_stride(mk_token, UNIT), row_stride(mv_token, UNIT),
+        mk_token, mv_token,
         head_of(K, b, kv, k_batch, k_head, UNIT), head_of(V, b, kv, v_batch, v_head, UNIT),
-        row_stride(k_token, UNIT), row_stride(v_token, UNIT),
+        k_token, v_token,
         d, p, low, position, capacity, scale_log2, slope,
-        True, HAS_MEMORY, HAS_ALIBI, PRECISION, HEAD_DIM, HEAD_DIM == BD, BN,
+        True, HAS_MEMORY, HAS_ALIBI, PRECISION, HEAD_DIM, HEAD_DIM == BD, UNIT, BN,
     )  # fmt: skip
     store_rows(DQ, line, row, queries, d, dq * scale, HEAD_DIM)
 
@@ -142,13 +145,13 @@ def _blind_from(
 def _dkv_block(
     k, v, dk, dv, j, until, start, stop, edge, Q, Grad, Lse, Delta, q_stride, g_stride, d, shift, scale_log2, slope,
     HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr,
-    WHOLE_DIM: tl.constexpr, BM: tl.constexpr,
+    WHOLE_DIM: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """One block of queries start ... : adds its share to dk and dv [BN, BD]. Scores are transposed, [BN, BM]."""
     p = start + tl.arange(0, BM)
     valid = p < stop
-    q = load_rows(Q, p - shift, q_stride, d, valid, HEAD_DIM, WHOLE_DIM)  # [BM, BD]
-    grad = load_rows(Grad, p - shift, g_stride, d, valid, HEAD_DIM, WHOLE_DIM)  # [BM, BD]
+    q = load_rows(Q, p - shift, q_stride, d, valid, HEAD_DIM, WHOLE_DIM, False, UNIT)  # [BM, BD]
+    grad = load_rows(Grad, p - shift, g_stride, d, valid, HEAD_DIM, WHOLE_DIM, False, UNIT)  # [BM, BD]
     lse = tl.load(Lse + (p - shift), mask=valid, other=0.0) * 1.4426950408889634
     delta = tl.load(Delta + (p - shift), mask=valid, other=0.0)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [BN, BM]
@@ -227,9 +230,8 @@ def dkv_kernel(
     begin, every = tl.maximum(j_first, shift), tl.min(until, 0)
     stop = tl.maximum(tl.max(until, 0), begin)
     k, v = head_of(K, b, kv, k_batch, k_head, UNIT), head_of(V, b, kv, v_batch, v_head, UNIT)
-    k = load_rows(k, j, row_stride(k_token, UNIT), d, j < tokens, HEAD_DIM, HEAD_DIM == BD)  # [BN, BD]
-    v = load_rows(v, j, row_stride(v_token, UNIT), d, j < tokens, HEAD_DIM, HEAD_DIM == BD)  # [BN, BD]
-    q_stride, g_stride = row_stride(q_token, UNIT), row_stride(g_token, UNIT)
+    k = load_rows(k, j, k_token, d, j < tokens, HEAD_DIM, HEAD_DIM == BD, False, UNIT)  # [BN, BD]
+    v = load_rows(v, j, v_token, d, j < tokens, HEAD_DIM, HEAD_DIM == BD, False, UNIT)  # [BN, BD]
     dk = tl.zeros([BN, BD], dtype=tl.float32)
     dv = tl.zeros([BN, BD], dtype=tl.float32)
     for g in range(group):
@@ -242,8 +244,8 @@ def dkv_kernel(
         for start in tl.range(begin, stop, BM, disable_licm=HEAD_DIM > 128):
             edge = (start < j_last) | (start + BM > every)  # masked; in the blocks between, every query sees every key
             dk, dv = _dkv_block(
-                k, v, dk, dv, j, until, start, stop, edge, q_base, g_base, Lse + at, Delta + at, q_stride, g_stride,
-                d, shift, scale_log2, slope, HAS_ALIBI, PRECISION, HEAD_DIM, HEAD_DIM == BD, BM,
+                k, v, dk, dv, j, until, start, stop, edge, q_base, g_base, Lse + at, Delta + at, q_token, g_token,
+                d, shift, scale_log2, slope, HAS_ALIBI, PRECISION, HEAD_DIM, HEAD_DIM == BD, UNIT, BM,
             )  # fmt: skip
     store_rows(DK, line, j, tokens, d, dk * scale, HEAD_DIM)
     store_rows(DV, line, j, tokens, d, dv, HEAD_DIM)

@@ -36,7 +36,7 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# architecture -> padded head_dim -> kernel -> Config; head dimensions below 64 take the entry of 64.
+# architecture -> padded head_dim -> kernel -> Config; head dimensions that have none take the entry of 64.
 Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
@@ -56,13 +56,15 @@ _AMPERE: Sizes = {
         "dkv": Config(16, 32, 8, 2),  # 64 keys spill with ALiBi, and so do four warps
     },
 }
+_AMPERE[32] = {**_AMPERE[64], "forward": Config(128, 64, 4, 2)}  # with eight warps the compiler keeps to 128 registers
 _ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
+    32: _AMPERE[32],
     64: _AMPERE[64],
     128: _AMPERE[128],
     256: {
         "forward": _AMPERE[256]["forward"],
         "dq": Config(64, 32, 8, 1),  # Ampere's two stages take 99 KiB and more
-        "dkv": Config(32, 32, 8, 2),  # Ampere's 64 keys take more than there is
+        "dkv": _AMPERE[256]["dkv"],
     },
 }
 _HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) each
@@ -157,6 +159,42 @@ FLOAT32_TABLE = {name: _CDNA_FLOAT32 if name.startswith("gfx") else _FLOAT32 for
 OLDER_INSTRUCTIONS = {("dkv", "sm_100", 256)}
 
 
+# Decoding. "decode" takes up to 16 stacked queries (a group's heads times the new tokens), "decode_many" more of them;
+# reading the ring is what takes the time, so a block is what keeps enough loads under way. "combine" takes in `bm`
+# splits at a time and "step" `bm` rows and `bn` elements of half a head: both wait for memory, whatever the part.
+DECODING = ("decode", "decode_many", "combine", "step")
+_DECODE = {
+    64: {"decode": Config(16, 64, 4, 3), "decode_many": Config(32, 64, 4, 2)},
+    128: {"decode": Config(16, 64, 4, 3), "decode_many": Config(32, 64, 4, 2)},
+    256: {"decode": Config(16, 32, 4, 3), "decode_many": Config(32, 32, 8, 2)},
+}
+_ADA_DECODE = _DECODE | {128: _DECODE[128] | {"decode": Config(16, 64, 4, 2)}}  # three stages spill
+_CDNA_DECODE = {
+    64: {"decode": Config(16, 64, 4, 1), "decode_many": Config(32, 64, 4, 1)},
+    128: {"decode": Config(16, 64, 4, 1), "decode_many": Config(32, 64, 4, 1)},
+    256: {"decode": Config(16, 32, 4, 1), "decode_many": Config(32, 32, 4, 1)},
+}
+_DECODE_FLOAT32 = {
+    64: {"decode": Config(16, 32, 4, 1), "decode_many": Config(16, 32, 4, 1)},
+    128: {"decode": Config(16, 16, 4, 1), "decode_many": Config(16, 16, 4, 1)},
+    256: {"decode": Config(16, 16, 8, 1), "decode_many": Config(16, 16, 8, 1)},
+}
+_COMBINE = Config(16, 0, 4, 1)
+_STEP_ELEMENTS = 1024
+
+
+def _for_decoding(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
+    if kernel == "combine":
+        return _COMBINE
+    if kernel == "step":
+        half = padded(head_dim) // 2
+        return Config(_STEP_ELEMENTS // half, half, 4, 1)
+    part = family(architecture)
+    half_precision = {"gfx942": _CDNA_DECODE, "sm_90": _DECODE, "sm_100": _DECODE}.get(part, _ADA_DECODE)
+    sizes = _DECODE_FLOAT32 if dtype == torch.float32 else half_precision
+    return sizes[max(64, padded(head_dim))][kernel]
+
+
 def family(architecture: str) -> str:
     """The part of the table that serves an architecture: itself, or the one that has no more than it has."""
     if architecture in TABLE:
@@ -175,7 +213,7 @@ _trial: dict[str, Config] = {}  # by `trying`: kernel -> Config
 
 
 def choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
-    """The configuration of a kernel: "forward", "dq" or "dkv".
+    """The configuration of a kernel: "forward", "dq", "dkv" or one of `DECODING`.
 
     The table's, unless the environment variable DSMR_TUNED or `use_tuned` names a file of measured ones.
     """
@@ -195,8 +233,10 @@ def _choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -
 
 def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
     """The table's configuration of a kernel."""
+    if kernel in DECODING:
+        return _for_decoding(kernel, architecture, head_dim, dtype)
     sizes = (FLOAT32_TABLE if dtype == torch.float32 else TABLE)[family(architecture)]
-    return sizes[max(64, padded(head_dim))][kernel]
+    return sizes.get(padded(head_dim), sizes[64])[kernel]
 
 
 def use_tuned(

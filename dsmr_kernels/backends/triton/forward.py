@@ -12,7 +12,6 @@ from dsmr_kernels.backends.triton.primitives import (
     head_of,
     load_rows,
     query_tile,
-    row_stride,
     store_rows,
     visit_keys,
 )
@@ -75,7 +74,7 @@ def forward_kernel(
     kv = h // group
     d = tl.arange(0, BD)
     q = head_of(Q, b, h, q_batch, q_head, UNIT)
-    q = load_rows(q, row, row_stride(q_token, UNIT), d, row < queries, HEAD_DIM, HEAD_DIM == BD)
+    q = load_rows(q, row, q_token, d, row < queries, HEAD_DIM, HEAD_DIM == BD, False, UNIT)
     slope = 0.0
     if HAS_ALIBI:
         slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
@@ -83,11 +82,11 @@ def forward_kernel(
         q, q, tl.zeros([BM, BD], dtype=tl.float32), tl.full([BM], -1.0e30, dtype=tl.float32),
         tl.zeros([BM], dtype=tl.float32),
         head_of(MemoryK, b, kv, mk_batch, mk_head, UNIT), head_of(MemoryV, b, kv, mv_batch, mv_head, UNIT),
-        row_stride(mk_token, UNIT), row_stride(mv_token, UNIT),
+        mk_token, mv_token,
         head_of(K, b, kv, k_batch, k_head, UNIT), head_of(V, b, kv, v_batch, v_head, UNIT),
-        row_stride(k_token, UNIT), row_stride(v_token, UNIT),
+        k_token, v_token,
         d, p, low, position, capacity, scale_log2, slope,
-        False, HAS_MEMORY, HAS_ALIBI, PRECISION, HEAD_DIM, HEAD_DIM == BD, BN,
+        False, HAS_MEMORY, HAS_ALIBI, PRECISION, HEAD_DIM, HEAD_DIM == BD, UNIT, BN,
     )  # fmt: skip
     store_rows(Out, line, row, queries, d, acc / total[:, None], HEAD_DIM)
     lse = (top + tl.log2(total)) * 0.6931471805599453

@@ -72,12 +72,6 @@ def head_of(Base, b, h, batch_stride, head_stride, UNIT: tl.constexpr):
 
 
 @triton.jit
-def row_stride(stride, UNIT: tl.constexpr):
-    """Elements from one row to the next, known to the compiler as a multiple of UNIT."""
-    return stride.to(tl.int64) * UNIT
-
-
-@triton.jit
 def memory_rows(j, position, capacity):
     """Slots of the memory tokens j < 0: [BN] int32; position is already reduced modulo the capacity."""
     slot = position + j
@@ -85,9 +79,15 @@ def memory_rows(j, position, capacity):
 
 
 @triton.jit
-def load_rows(Base, rows, stride, d, in_range, head_dim, WHOLE_DIM: tl.constexpr, WHOLE_ROWS: tl.constexpr = False):
-    """Rows of a (tokens, head_dim) matrix: [N] -> [N, BD]; zeros where out of range. WHOLE_ROWS: none is."""
-    pointers = Base + (rows.to(tl.int64) * stride)[:, None] + d[None, :]
+def load_rows(
+    Base, rows, stride, d, in_range, head_dim, WHOLE_DIM: tl.constexpr, WHOLE_ROWS: tl.constexpr = False,
+    UNIT: tl.constexpr = 1,
+):  # fmt: skip
+    """Rows of a (tokens, head_dim) matrix: [N] -> [N, BD]; zeros where out of range. WHOLE_ROWS: none is.
+
+    The stride, in units of UNIT elements, stays in 32 bits: the product of two such numbers is one instruction.
+    """
+    pointers = Base + (rows.to(tl.int64) * stride * UNIT)[:, None] + d[None, :]
     if WHOLE_ROWS:
         if WHOLE_DIM:
             return tl.load(pointers)
@@ -129,14 +129,15 @@ def edge_block(i, before, begin, inner, outer, high_end, B: tl.constexpr):
 def _block(
     q, grad, acc, top, total, start, stop, K, V, k_stride, v_stride, d, p, low, position, capacity, scale_log2, slope,
     MASKED: tl.constexpr, RING: tl.constexpr, BACKWARD: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, UNIT: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, start ... stop - 1 or BN of them; see `visit_keys`."""
     j = start + tl.arange(0, BN)
     in_range = j < stop
     rows = memory_rows(j, position, capacity) if RING else j
-    k = load_rows(K, rows, k_stride, d, in_range, HEAD_DIM, WHOLE_DIM, not MASKED)  # [BN, BD]
-    v = load_rows(V, rows, v_stride, d, in_range, HEAD_DIM, WHOLE_DIM, not MASKED)  # [BN, BD]
+    k = load_rows(K, rows, k_stride, d, in_range, HEAD_DIM, WHOLE_DIM, not MASKED, UNIT)  # [BN, BD]
+    v = load_rows(V, rows, v_stride, d, in_range, HEAD_DIM, WHOLE_DIM, not MASKED, UNIT)  # [BN, BD]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [BM, BN]
     if HAS_ALIBI:
         s -= slope * (p[:, None] - j[None, :]).to(tl.float32)
@@ -161,20 +162,21 @@ def _source(
     q, grad, acc, top, total, begin, inner, outer, stop, K, V, k_stride, v_stride, d, p, low, position, capacity,
     scale_log2, slope,
     RING: tl.constexpr, BACKWARD: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, BN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, UNIT: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """All keys of one source: first the blocks that every query sees, then those on the edges (see `key_blocks`)."""
     for start in tl.range(inner, outer, BN, disable_licm=HEAD_DIM > 128):  # nothing more is held in registers there
         acc, top, total = _block(
             q, grad, acc, top, total, start, outer, K, V, k_stride, v_stride, d, p, low, position, capacity, scale_log2,
-            slope, False, RING, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, WHOLE_DIM, BN,
+            slope, False, RING, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, WHOLE_DIM, UNIT, BN,
         )  # fmt: skip
     before = tl.cdiv(inner - begin, BN)
     for i in tl.range(0, before + tl.cdiv(stop - outer, BN), disable_licm=HEAD_DIM > 128):
         start, end = edge_block(i, before, begin, inner, outer, stop, BN)
         acc, top, total = _block(
             q, grad, acc, top, total, start, end, K, V, k_stride, v_stride, d, p, low, position, capacity, scale_log2,
-            slope, True, RING, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, WHOLE_DIM, BN,
+            slope, True, RING, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, WHOLE_DIM, UNIT, BN,
         )  # fmt: skip
     return acc, top, total
 
@@ -184,7 +186,8 @@ def visit_keys(
     q, grad, acc, top, total, MK, MV, mk_stride, mv_stride, K, V, k_stride, v_stride, d, p, low, position, capacity,
     scale_log2, slope,
     BACKWARD: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, BN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, UNIT: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Every key that a query of the tile sees, in memory and in the call; blocks that none of them sees are skipped.
 
@@ -198,10 +201,10 @@ def visit_keys(
         begin, inner, outer = key_blocks(first, full, p_first, first, 0, BN)
         acc, top, total = _source(
             q, grad, acc, top, total, begin, inner, outer, 0, MK, MV, mk_stride, mv_stride, d, p, low, position,
-            capacity, scale_log2, slope, True, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, WHOLE_DIM, BN,
+            capacity, scale_log2, slope, True, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, WHOLE_DIM, UNIT, BN,
         )  # fmt: skip
     begin, inner, outer = key_blocks(first, full, p_first, 0, p_last + 1, BN)
     return _source(
         q, grad, acc, top, total, begin, inner, outer, p_last + 1, K, V, k_stride, v_stride, d, p, low, 0, 1,
-        scale_log2, slope, False, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, WHOLE_DIM, BN,
+        scale_log2, slope, False, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, WHOLE_DIM, UNIT, BN,
     )  # fmt: skip

@@ -1,0 +1,121 @@
+"""Where the new token's keys and values go, and what its query reads: the memories of a stream, advanced in place.
+
+Two kinds. `HostRings` counts on the host and touches only the visible stretches of each ring: for CPUs. `DeviceRings`
+counts on the device and never looks, so that a step can be captured and replayed: for GPUs.
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from dsmr.attention import DSMRAttention
+from dsmr_kernels import append_rotated, decode_attention
+from dsmr_kernels.backends.sdpa.decode import StretchAttention
+
+if TYPE_CHECKING:
+    from dsmr.state import DSMRState
+
+
+class Rings(Protocol):
+    """The memories of all layers, during a step."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(B,) int64, the position of the token that the step shows."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the token's k and v (B, Hkv, D), then attend with q (B, Hq, D); (B, Hq, D)."""
+
+    def advance(self) -> None:
+        """The token has gone through all layers."""
+
+
+def in_step(state: "DSMRState") -> bool:
+    """Whether all rows of `state` have seen as many tokens of their pieces and hold as many, in every layer."""
+    return state.batch > 0 and all(
+        bool((counts == counts[0]).all()) for memory in state.memories for counts in (memory.position, memory.length)
+    )
+
+
+class HostRings:
+    """Rings whose rows are in step, on a CPU."""
+
+    def __init__(self, layers: list[DSMRAttention], state: "DSMRState") -> None:
+        if not in_step(state):
+            raise ValueError("the rows of state must be in step: some have seen or hold more tokens than others")
+        self.layers, self.state, self.memories = layers, state, state.memories
+        self.position = int(self.memories[0].position[0])
+        self.lengths = [int(memory.length[0]) for memory in self.memories]
+        self._attention = StretchAttention()
+        self._slopes = [None if layer.slopes is None else self._grouped(layer) for layer in layers]
+
+    def _grouped(self, layer: DSMRAttention) -> Tensor:
+        assert layer.slopes is not None
+        slopes = layer.slopes.float().view(1, layer.n_kv_heads, -1, 1)
+        return slopes.expand(self.state.batch, -1, -1, -1).flatten(0, 1)
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.full((self.state.batch,), self.position, dtype=torch.int64)
+
+    def _sees(self, index: int) -> int:
+        layer = self.layers[index]
+        offset = 0 if layer.visibility == "sliding" else self.state.offset
+        return min(layer.horizon + offset + 1, self.lengths[index])
+
+    def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        memory = self.memories[index]
+        growing = self.lengths[index] < memory.capacity
+        self.lengths[index] += growing
+        if memory.k.dtype != torch.float32:
+            dtype = q.dtype if memory.dtype == torch.int8 else memory.dtype
+            memory.append(k[:, :, None].to(dtype), v[:, :, None].to(dtype))
+            seen = torch.full((self.state.batch,), self._sees(index), dtype=torch.int32)
+            slopes = self.layers[index].slopes
+            out = decode_attention(q[:, :, None].to(dtype), memory, visible=seen, alibi_slopes=slopes)
+            return out[:, :, 0].to(q.dtype)
+        slot = self.position % memory.capacity
+        memory.k[:, :, slot] = k
+        memory.v[:, :, slot] = v
+        memory.position = memory.position + 1  # not in place: another memory may share the tensor
+        if growing:
+            memory.length = memory.length + 1
+        grouped = q.reshape(-1, q.shape[1] // memory.kv_heads, q.shape[2])
+        scale = q.shape[2] ** -0.5
+        out = self._attention(grouped, memory, self.position + 1, self._sees(index), scale, self._slopes[index])
+        return out.view(q.shape)
+
+    def advance(self) -> None:
+        self.position += 1
+        self.state.offset = (self.state.offset + 1) % (self.layers[0].segment_length or 1)
+
+
+class DeviceRings:
+    """Rings whose rows may be of any age, counted on the device: nothing here waits for it."""
+
+    def __init__(self, layers: list[DSMRAttention], state: "DSMRState") -> None:
+        self.layers, self.state, self.memories = layers, state, state.memories
+        device = self.memories[0].k.device
+        for memory in self.memories:  # a captured step writes to these very tensors
+            memory.position, memory.length = memory.position.clone(), memory.length.clone()
+        # Of its own: in the first layer the memory's position moves on before the later layers read theirs.
+        self.positions = self.memories[0].position.clone()
+        self._offset = torch.tensor(state.offset, dtype=torch.int32, device=device)
+        self._segment = layers[0].segment_length or 1
+
+    def counters(self) -> list[Tensor]:
+        """What `advance` changes."""
+        return [self.positions, self._offset]
+
+    def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        layer, memory = self.layers[index], self.memories[index]
+        query = append_rotated(q[:, :, None], k[:, :, None], v[:, :, None], memory)
+        offset = torch.zeros_like(self._offset) if layer.visibility == "sliding" else self._offset
+        seen = (offset + (layer.horizon + 1)).expand(self.positions.shape)
+        out = decode_attention(query, memory, visible=seen, alibi_slopes=layer.slopes)
+        return out[:, :, 0].to(q.dtype)
+
+    def advance(self) -> None:
+        self.positions.add_(1)
+        self._offset.add_(1).remainder_(self._segment)

@@ -1,0 +1,225 @@
+"""What a decode step does to a new token before it attends, in one launch: turn q and k, write k and v into the ring.
+
+A program takes one row of the batch and no other one reads that row's counters, so it may advance them itself: the
+write position never leaves the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsmr_kernels.backends.triton.configs import choose, padded
+from dsmr_kernels.backends.triton.launch import _on, _rows, architecture
+from dsmr_kernels.memory import KVMemory
+
+
+@triton.jit
+def _halves(
+    X, Cos, Sin, x_head, x_token, c_token, h, i, d, valid, half, head_dim, ROTATE: tl.constexpr
+):  # fmt: skip
+    """The two halves of rows (h, i) of X, turned: [BR, BH] float32 each, rounded as X's dtype rounds them."""
+    base = X + h.to(tl.int64)[:, None] * x_head + i.to(tl.int64)[:, None] * x_token
+    low = valid[:, None] & (d < half)[None, :]
+    high = valid[:, None] & (half + d < head_dim)[None, :]
+    first = tl.load(base + d[None, :], mask=low, other=0.0).to(tl.float32)
+    second = tl.load(base + half + d[None, :], mask=high, other=0.0).to(tl.float32)
+    if ROTATE:
+        at = i.to(tl.int64)[:, None] * c_token + d[None, :]
+        cos, sin = tl.load(Cos + at, mask=low, other=0.0), tl.load(Sin + at, mask=low, other=0.0)
+        first, second = first * cos - second * sin, first * sin + second * cos
+        first, second = first.to(X.dtype.element_ty).to(tl.float32), second.to(X.dtype.element_ty).to(tl.float32)
+    return first, second, low, high
+
+
+@triton.jit
+def _write(
+    Ring, Scale, head, token, scale_head, first, second, h, at, d, valid, low, high, half, QUANTISED: tl.constexpr
+):
+    """Both halves of rows (h, at) of a ring; in int8 as `dsmr_kernels.quantise` has it."""
+    if QUANTISED:
+        scale = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1)) * (1.0 / 127)  # [BR]
+        scale = tl.where(scale >= 1.1754943508222875e-38, scale, 0.0)
+        inverse = (1.0 / tl.where(scale > 0, scale, 1.0))[:, None]
+        # Adding and taking away 1.5 * 2 ** 23 rounds to the nearest integer, ties to even.
+        first = first * inverse + 12582912.0 - 12582912.0
+        second = second * inverse + 12582912.0 - 12582912.0
+        first = tl.minimum(tl.maximum(first, -127.0), 127.0)
+        second = tl.minimum(tl.maximum(second, -127.0), 127.0)
+        tl.store(Scale + h.to(tl.int64) * scale_head + at, scale, mask=valid)
+    out = Ring + h.to(tl.int64)[:, None] * head + at[:, None] * token + d[None, :]
+    tl.store(out, first.to(Ring.dtype.element_ty), mask=low)
+    tl.store(out + half, second.to(Ring.dtype.element_ty), mask=high)
+
+
+@triton.jit(do_not_specialize=["new", "capacity"])
+def step_kernel(
+    Q,
+    K,
+    V,
+    Cos,
+    Sin,
+    MemoryK,
+    MemoryV,
+    KScale,
+    VScale,
+    Length,
+    Position,
+    Out,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    c_batch,
+    c_token,
+    mk_batch,
+    mk_head,
+    mk_token,
+    mv_batch,
+    mv_head,
+    mv_token,
+    ks_batch,
+    ks_head,
+    vs_batch,
+    vs_head,
+    heads,
+    kv_heads,
+    head_dim,
+    half,
+    new,
+    capacity,
+    ROTATE: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    BR: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Row `program_id(0)`: Out (B, Hq, n, head_dim) = Q turned; K turned and V into their slots; counters advance."""
+    b = tl.program_id(0)
+    b64 = b.to(tl.int64)
+    position = tl.load(Position + b)
+    length = tl.load(Length + b)
+    slot = (position % capacity).to(tl.int32)
+    d = tl.arange(0, BH)
+    cos, sin = Cos + b64 * c_batch, Sin + b64 * c_batch
+    for start in tl.range(0, heads * new, BR):
+        row = start + tl.arange(0, BR)
+        first, second, low, high = _halves(
+            Q + b64 * q_batch, cos, sin, q_head, q_token, c_token, row // new, row % new, d, row < heads * new, half,
+            head_dim, ROTATE,
+        )  # fmt: skip
+        out = Out + (b64 * heads * new + row)[:, None] * head_dim + d[None, :]
+        tl.store(out, first.to(Out.dtype.element_ty), mask=low)
+        tl.store(out + half, second.to(Out.dtype.element_ty), mask=high)
+    for start in tl.range(0, kv_heads * new, BR):
+        row = start + tl.arange(0, BR)
+        h, i, valid = row // new, row % new, row < kv_heads * new
+        at = slot + i
+        at = tl.where(at >= capacity, at - capacity, at).to(tl.int64)
+        first, second, low, high = _halves(
+            K + b64 * k_batch, cos, sin, k_head, k_token, c_token, h, i, d, valid, half, head_dim, ROTATE
+        )
+        _write(
+            MemoryK + b64 * mk_batch, KScale + b64 * ks_batch, mk_head, mk_token, ks_head, first, second, h, at, d,
+            valid, low, high, half, QUANTISED,
+        )  # fmt: skip
+        first, second, low, high = _halves(
+            V + b64 * v_batch, cos, sin, v_head, v_token, c_token, h, i, d, valid, half, head_dim, False
+        )
+        _write(
+            MemoryV + b64 * mv_batch, VScale + b64 * vs_batch, mv_head, mv_token, vs_head, first, second, h, at, d,
+            valid, low, high, half, QUANTISED,
+        )  # fmt: skip
+    tl.debug_barrier()  # every warp has read the counters before one of them writes
+    tl.store(Position + b, position + new)
+    tl.store(Length + b, tl.minimum(length + new, capacity))
+
+
+def _turned_dtype(q: Tensor, memory_k: Tensor) -> torch.dtype:
+    return q.dtype if memory_k.dtype == torch.int8 else memory_k.dtype
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    memory_k: Tensor,
+    memory_v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    length: Tensor,
+    position: Tensor,
+) -> Tensor:
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    batch, heads, new, dim = q.shape
+    out = torch.empty(q.shape, dtype=_turned_dtype(q, memory_k), device=q.device)
+    if out.numel() == 0:
+        return out
+    turn = [_rows(x) for x in (cos, sin) if x is not None]
+    if turn and turn[0].stride() != turn[1].stride():
+        turn = [x.contiguous() for x in turn]
+    scales = [x for x in (k_scale, v_scale) if x is not None]
+    counters = (length.contiguous(), position.contiguous())
+    config = choose("step", architecture(q.device), dim, q.dtype)
+    rows = min(triton.next_power_of_2(heads * new), config.bm)
+    with _on(q.device):
+        step_kernel[(batch,)](
+            q, k, v, *(turn or (q, q)), memory_k, memory_v, *(scales or (out, out)), *counters, out,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *((turn[0].stride(0), turn[0].stride(2)) if turn else (0, 0)),
+            *memory_k.stride()[:3], *memory_v.stride()[:3], *(stride for x in scales for stride in x.stride()[:2]),
+            *(() if scales else (0,) * 4),
+            heads, k.shape[1], dim, (dim + 1) // 2, new, memory_k.shape[2],
+            ROTATE=bool(turn), QUANTISED=bool(scales), BR=rows, BH=padded(dim) // 2,
+            num_warps=config.warps, num_stages=config.stages,
+            enable_fp_fusion=False,  # products and sums are rounded apart, as PyTorch rounds them
+        )  # fmt: skip
+    for counter, advanced in zip((length, position), counters, strict=True):
+        if advanced is not counter:
+            counter.copy_(advanced)
+    return out
+
+
+_operator = torch.library.custom_op(
+    "dsmr_kernels::triton_step",
+    _launch,
+    mutates_args=("memory_k", "memory_v", "k_scale", "v_scale", "length", "position"),
+)
+
+
+@_operator.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    memory_k: Tensor,
+    memory_v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    length: Tensor,
+    position: Tensor,
+) -> Tensor:
+    return q.new_empty(q.shape, dtype=_turned_dtype(q, memory_k))
+
+
+def append_rotated(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """See `dsmr_kernels.append_rotated`; arguments are taken as checked.
+
+    Raises:
+        ValueError: if the last dimension of the memory's storage is not contiguous.
+    """
+    storage = [x for x in (memory.k, memory.v, memory.k_scale, memory.v_scale) if x is not None]
+    if any(x.stride(-1) != 1 and x.shape[-1] != 1 for x in storage):
+        raise ValueError("memory must be contiguous in its last dimension to be written by the triton backend")
+    memory.unshare()
+    call = _operator if torch.compiler.is_compiling() else _launch
+    ring = (memory.k, memory.v, memory.k_scale, memory.v_scale, memory.length, memory.position)
+    return call(q, k, v, cos, sin, *ring)
