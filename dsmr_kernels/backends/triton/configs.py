@@ -3,6 +3,9 @@
 The choice is deterministic and needs no tuning. `python -m dsmr_kernels.aot` compiles every entry for every target
 without a GPU and shows what it takes; an entry that spills registers is not kept. Behind each entry stands why it is
 not larger, as far as compiling tells; which of the clean ones is fastest, a GPU tells (`python -m dsmr_kernels.tune`).
+
+Beyond head_dim 128 the kernels' loops recompute addresses rather than hold them (`disable_licm`): the accumulators
+leave no registers for what would be hoisted, and it spills.
 """
 
 import contextlib
@@ -88,7 +91,7 @@ _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 5
         "dkv": Config(64, 128, 8, 1),  # a second stage, or 128 queries a step, spill
     },
     128: {
-        "forward": Config(64, 64, 4, 2),  # 128 queries spill at head_dim 64, with eight warps at 32
+        "forward": Config(128, 64, 8, 2),  # four warps spill; 128 keys are clean, in all of the tensor memory
         "dq": Config(128, 32, 8, 2),  # 256 columns and 104 registers: two blocks share an SM; 64 keys spill
         "dkv": Config(32, 128, 8, 1),  # 64 queries a step or a second stage spill
     },
