@@ -15,9 +15,11 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (..., head_dim), finite -> int8 of the same shape, rounded to nearest, and its scale (...) float32: the largest
     magnitude is stored as 127, and a vector of zeros as zeros with a scale of 0."""
     wide = x.detach().to(torch.float32)
-    scale = wide.abs().amax(-1) / MOST
-    divisor = torch.where(scale > 0, scale, 1.0)[..., None]
-    return (wide / divisor).round_().clamp_(-MOST, MOST).to(torch.int8), scale
+    scale = wide.abs().amax(-1) * (1 / MOST)
+    # Below the normal numbers a reciprocal overflows: such a vector is as good as zeros.
+    scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 0.0)
+    inverse = 1 / torch.where(scale > 0, scale, 1.0)[..., None]
+    return (wide * inverse).round_().clamp_(-MOST, MOST).to(torch.int8), scale
 
 
 def dequantise(x: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -89,11 +89,19 @@ def test_attention_reads_what_is_stored_forward_and_backward(backend: str, optio
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("group", "new", "dim"), [(1, 1, 16), (2, 5, 40), (8, 3, 64)])
-def test_decode_reads_what_is_stored(backend: str, dtype: torch.dtype, group: int, new: int, dim: int) -> None:
-    memory = in_int8([150, 9], capacity=90, dim=dim)
+@pytest.mark.parametrize(
+    ("group", "new", "dim", "seen"),
+    [(1, 1, 16, [150, 9]), (1, 1, 16, [150, 150]), (2, 1, 16, [150, 150]), (2, 5, 40, [150, 9]), (8, 3, 64, [150, 9])],
+)
+def test_decode_reads_what_is_stored(
+    backend: str, dtype: torch.dtype, group: int, new: int, dim: int, seen: list[int]
+) -> None:
+    memory = in_int8(seen, capacity=90, dim=dim)
     memory.v_scale.mul_(1e-4)  # small values must not underflow in float16
-    q, visible = torch.randn(2, 2 * group, new, dim).to(dtype), torch.tensor([80, 7], dtype=torch.int32)
+    q, visible = (
+        torch.randn(2, 2 * group, new, dim).to(dtype),
+        torch.tensor([80, 7 if seen[1] == 9 else 80], dtype=torch.int32),
+    )
     options = {"visible": visible, "alibi_slopes": torch.rand(2 * group)}
     exact = decode_attention(q.double(), as_float(memory), backend="reference", **options)
     out = decode_attention(q, memory, backend=backend, **options)
@@ -107,6 +115,7 @@ def test_a_step_stores_as_append_does_bit_for_bit(backend: str) -> None:
     other = memory.clone()
     q, k, v = (torch.randn(2, heads, 3, 16) for heads in (4, 2, 2))
     v[0, 0, 1] = 0
+    v[0, 0, 2] = 1e-40
     assert torch.equal(append_rotated(q, k, v, memory, backend=backend), q)
     other.append(k, v)
     for name, tensor in other.tensors().items():
@@ -126,6 +135,15 @@ def test_a_pending_backward_keeps_what_it_saw() -> None:
         out.sum().backward()
         grads.append(q.grad)
     assert torch.equal(*grads)
+
+
+def test_leased_scales_are_copied_before_they_are_written() -> None:
+    memory = in_int8([57, 13])
+    kept, before, lease = memory.v_scale, memory.v_scale.clone(), memory.lease()
+    memory.append(*(100 * torch.randn(2, 2, 9, 16) for _ in range(2)))
+    assert torch.equal(kept, before)
+    assert not torch.equal(memory.v_scale, before)
+    del lease
 
 
 def test_what_does_not_fit_is_named() -> None:

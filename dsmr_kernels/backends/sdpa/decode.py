@@ -45,10 +45,13 @@ class StretchAttention:
         done = 0
         for start, stop in stretches:
             part = scores[:, :, done : done + stop - start]
+            keys = k[:, start:stop].to(q.dtype)
             if group == 1:  # the keys first: a matrix times a vector
-                torch.baddbmm(part.mT, k[:, start:stop], q.mT, beta=0, alpha=scale, out=part.mT)
+                torch.baddbmm(part.mT, keys, q.mT, beta=0, alpha=scale, out=part.mT)
             else:
-                torch.baddbmm(part, q, k[:, start:stop].mT, beta=0, alpha=scale, out=part)
+                torch.baddbmm(part, q, keys.mT, beta=0, alpha=scale, out=part)
+            if memory.k_scale is not None:
+                part *= memory.k_scale.flatten(0, 1)[:, None, start:stop]
             done += stop - start
         if slopes is not None:
             scores.addcmul_(slopes, torch.arange(1 - sees, 1, dtype=q.dtype))
@@ -58,7 +61,9 @@ class StretchAttention:
         done = 0
         for start, stop in stretches:
             part = weights[:, :, done : done + stop - start]
-            torch.baddbmm(out, part, v[:, start:stop], beta=1 if done else 0, out=out)
+            if memory.v_scale is not None:
+                part *= memory.v_scale.flatten(0, 1)[:, None, start:stop]
+            torch.baddbmm(out, part, v[:, start:stop].to(q.dtype), beta=1 if done else 0, out=out)
             done += stop - start
         return out
 

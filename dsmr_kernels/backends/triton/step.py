@@ -36,18 +36,16 @@ def _halves(
 def _write(
     Ring, Scale, head, token, scale_head, first, second, h, at, d, valid, low, high, half, QUANTISED: tl.constexpr
 ):
-    """Both halves of rows (h, at) of a ring; in int8 as `dsmr_kernels.quantise` has it, bit for bit."""
+    """Both halves of rows (h, at) of a ring; in int8 as `dsmr_kernels.quantise` has it."""
     if QUANTISED:
-        largest = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))  # [BR]
-        scale = tl.div_rn(largest, 127.0)
-        divisor = tl.where(scale > 0, scale, 1.0)[:, None]
+        scale = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1)) * (1.0 / 127)  # [BR]
+        scale = tl.where(scale >= 1.1754943508222875e-38, scale, 0.0)
+        inverse = (1.0 / tl.where(scale > 0, scale, 1.0))[:, None]
         # Adding and taking away 1.5 * 2 ** 23 rounds to the nearest integer, ties to even.
-        first = tl.div_rn(first, divisor) + 12582912.0 - 12582912.0
-        second = tl.div_rn(second, divisor) + 12582912.0 - 12582912.0
-        first, second = (
-            tl.minimum(tl.maximum(first, -127.0), 127.0),
-            tl.minimum(tl.maximum(second, -127.0), 127.0),
-        )
+        first = first * inverse + 12582912.0 - 12582912.0
+        second = second * inverse + 12582912.0 - 12582912.0
+        first = tl.minimum(tl.maximum(first, -127.0), 127.0)
+        second = tl.minimum(tl.maximum(second, -127.0), 127.0)
         tl.store(Scale + h.to(tl.int64) * scale_head + at, scale, mask=valid)
     out = Ring + h.to(tl.int64)[:, None] * head + at[:, None] * token + d[None, :]
     tl.store(out, first.to(Ring.dtype.element_ty), mask=low)
