@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import report, test_attention, test_decode_attention, test_ring_append, test_training_step
+from benchmarks import (
+    report,
+    test_attention,
+    test_decode_attention,
+    test_ring_append,
+    test_training_step,
+    training_step,
+)
 from benchmarks import test_whole_piece as whole_piece
 from benchmarks.caches import Concatenation
 from benchmarks.contenders import Shape, forward_backward
@@ -320,3 +327,22 @@ def test_goals_are_judged_by_ratios() -> None:
     text = text_of(rows, goals, sizes, 3)
     assert "| ours, two_scale | float32 | failed: out of memory |" in text
     assert "| not measured |" in text
+
+
+def test_what_is_known_outlives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process: Any = None
+    known = {"parameters": 25_000_000, "own_peak_bytes": 2**20, "peak_bytes": 2**30}
+
+    def interrupted(sizes: Sizes, dtype: str, names: list[str], turns: int, line: Any) -> Any:
+        one = Contender("ours, full", dtype, process, dict(known), [1.0])
+        yield [one]
+        if dtype == "float32":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_step, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training_step.main(["--out", str(tmp_path)])
+    saved = json.loads((tmp_path / "cpu-training-step.json").read_text())
+    assert [(row["dtype"], row["tokens_per_s"]) for row in saved["rows"]] == [("bfloat16", 1024), ("float32", 1024)]
+    assert (tmp_path / "cpu-training-step.png").exists()
+    assert training_step.main(["--width", "100", "--out", str(tmp_path)]) == 1
