@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+PEERS := $(VENV)/peers
 DEMO ?= demo
-# Rounds and shapes of `make bench`: full, or quick (about a minute).
+# Rounds and shapes of `make bench`: full (five minutes on two cores), or quick (two).
 BENCH ?= full
 
 .PHONY: demo test bench gpu lint format clean
@@ -16,8 +17,12 @@ demo: $(READY)  ## compose a corpus, train two models on it, measure them, conti
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest tests -n auto --dist worksteal -q
 
-bench: $(READY)  ## the benchmarks: each checks its result against the reference before it is timed
-	DSMR_BENCH=$(BENCH) $(BIN)/python -m pytest benchmarks --benchmark-only -q
+bench: $(PEERS)  ## the benchmarks, each checked before it is timed, and a table for each question
+	$(BIN)/python -m dsmr_kernels.ceilings
+	mkdir -p .benchmarks
+	DSMR_BENCH=$(BENCH) $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-quiet -q -rf \
+		--benchmark-json=.benchmarks/last.json; status=$$?; \
+	$(BIN)/python -m benchmarks.report .benchmarks/last.json --out .benchmarks/report && exit $$status
 
 gpu:  ## tests, measurements and goals on this machine's GPU, ten minutes; uses PYTHON as it is: torch, triton, pytest
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
@@ -33,6 +38,10 @@ format: $(READY)  ## rewrite the code in the house format
 
 clean:  ## remove the environment and what the tools leave behind
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .benchmarks build *.egg-info
+
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	touch $@
 
 $(READY): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -27,8 +27,8 @@ setup(
         "triton": TRITON,
         # Real-time playing through MIDI ports.
         "play": PLAY,
-        # With the peers that decoding is measured against; where they are missing, their rows are skipped.
-        "bench": [*BENCH, *PEERS],
+        # The peers that ours is measured against; where they are missing, their rows are skipped.
+        "bench": [*BENCH, *PEERS, "matplotlib>=3.8"],
         "dev": [
             *BENCH,
             "hypothesis>=6",

@@ -1,52 +1,142 @@
-"""What does attention over memory and segment cost on this CPU, beside concatenating for PyTorch's own attention?
+"""What does attention over memory and segment cost, beside what people write instead?
 
 pytest benchmarks/test_attention.py --benchmark-only --benchmark-group-by=group
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.contenders import Shape, check, forward, forward_backward, matmul_rate, ours
-from benchmarks.peers import MaskedSDPA
+from benchmarks.contenders import Oracle, Shape, backward, forward, forward_backward, ours
+from benchmarks.flex_cpu import FlexOnCPU
+from benchmarks.peers import PEERS, Attention, Missing
+from benchmarks.rows import DEVICE, OURS, Row, ceilings, name_of, quick, reported, timed
+from dsmr_kernels.backends import choose
+from dsmr_kernels.cost import Call, Work, backward_parts, forward_parts, total
+from dsmr_kernels.predict import attention_seconds
+from dsmr_kernels.testing import Case
 
-SHAPES = [
-    pytest.param(Shape(1, 8, 8, 256, 512, 64), id="small"),
-    pytest.param(Shape(1, 8, 8, 1024, 4096, 64), id="long-memory", marks=pytest.mark.slow),
-    pytest.param(Shape(2, 8, 8, 512, 2048, 64), id="training", marks=pytest.mark.slow),
-    pytest.param(Shape(1, 8, 2, 1024, 4096, 64), id="grouped", marks=pytest.mark.slow),
-]
-DTYPES = [pytest.param(torch.float32, id="float32"), pytest.param(torch.bfloat16, id="bfloat16")]
-PASSES = {"forward": forward, "forward+backward": forward_backward}
+SHAPES = {
+    ("cpu", True): {
+        "training": Shape(2, 4, 4, 128, 512, 64),
+        "long memory": Shape(1, 4, 4, 256, 2048, 64),
+        "grouped heads": Shape(1, 8, 2, 128, 1024, 64),
+        "tiny": Shape(1, 4, 4, 16, 64, 32),
+    },
+    ("cpu", False): {
+        "training": Shape(2, 8, 8, 512, 2048, 64),
+        "long memory": Shape(1, 8, 8, 1024, 4096, 64),
+        "grouped heads": Shape(1, 8, 2, 512, 4096, 64),
+        "tiny": Shape(1, 4, 4, 16, 64, 32),
+    },
+    ("cuda", True): {"training": Shape(8, 8, 8, 512, 1024, 64), "tiny": Shape(1, 8, 8, 64, 128, 64)},
+    ("cuda", False): {
+        "training": Shape(8, 8, 8, 512, 1024, 64),
+        "long memory": Shape(8, 16, 16, 1024, 8192, 128),
+        "grouped heads": Shape(8, 16, 4, 1024, 4096, 128),
+        "tiny": Shape(1, 8, 8, 64, 128, 64),
+    },
+}[DEVICE.type, quick()]
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE.type == "cpu" else [torch.bfloat16]
+PASSES = {"forward": forward, "backward": backward, "forward + backward": forward_backward}
+FLEX = "FlexAttention, block mask"
+COMPILED = (("long memory", torch.float32),)  # on a CPU a kernel takes the compiler longer than all other rows together
 
 
-@pytest.mark.parametrize("contender", ["dsmr", "sdpa-concatenated"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("direction", PASSES)
-def test_attention(benchmark: Any, direction: str, shape: Shape, dtype: torch.dtype, contender: str) -> None:
-    case = shape.case(dtype)
-    attention = ours if contender == "dsmr" else MaskedSDPA(case)
-    check(case, contender, attention)
-    benchmark.group = f"CPU: attention {direction}, {shape}, {str(dtype).removeprefix('torch.')}"
-    benchmark.pedantic(PASSES[direction](attention, case), rounds=7, iterations=1, warmup_rounds=2)
-    benchmark.extra_info.update(
-        {
-            "device": "CPU",
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "forward GFLOP": shape.forward_flops / 1e9,
-        }
+@functools.lru_cache(maxsize=1)
+def case_and_oracle(shape: Shape, dtype: torch.dtype) -> tuple[Case, Oracle]:
+    case = shape.case(dtype, device=DEVICE)
+    return case, Oracle(case)
+
+
+def call_of(shape: Shape, dtype: torch.dtype) -> Call:
+    """The sizes for the cost model."""
+    return Call(
+        shape.queries,
+        shape.memory,
+        held=shape.memory,
+        batch=shape.batch,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        bytes_per_element=dtype.itemsize,
     )
-    if direction == "forward":
-        benchmark.extra_info["GFLOP/s"] = shape.forward_flops / benchmark.stats["min"] / 1e9
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_machines_matrix_product(benchmark: Any, dtype: torch.dtype) -> None:
-    """The ceiling that the rates above are held against."""
-    size = 1024
-    benchmark.group = f"CPU: matrix product {size} x {size}, {str(dtype).removeprefix('torch.')}"
-    benchmark.pedantic(matmul_rate(dtype, size), rounds=7, iterations=1, warmup_rounds=2)
-    benchmark.extra_info["GFLOP/s"] = 2 * size**3 / benchmark.stats["min"] / 1e9
+def work_of(call: Call, direction: str, backward: str) -> Work:
+    """Of one pass or of both."""
+    parts = {"forward": forward_parts(call), "backward": backward_parts(call, backward=backward)}
+    return total(work for name in parts if name in direction for work in parts[name].values())
+
+
+def predicted(call: Call, direction: str, dtype: torch.dtype) -> float | None:
+    """Seconds of one pass or of both; None without measured ceilings."""
+    limits = ceilings()
+    if limits is None:
+        return None
+    seconds = dict(zip(("forward", "backward"), attention_seconds(call, limits, name_of(dtype)), strict=True))
+    return sum(part for name, part in seconds.items() if name in direction)
+
+
+def made(contender: str, case: Case, place: str, direction: str) -> Attention:
+    """Ours or a peer, ready to be called. Raises `Missing` where it cannot run."""
+    if contender == OURS:
+        return ours
+    if contender == FLEX and DEVICE.type == "cpu":
+        if direction != "forward":
+            raise Missing("FlexAttention has no backward on a CPU")
+        if (place, case.q.dtype) not in COMPILED:
+            raise Missing("compiled on a CPU for the long memory in float32 alone: a shape takes half a minute")
+        return FlexOnCPU(case)
+    return PEERS[contender](case)
+
+
+def results(attention: Attention, case: Case, direction: str) -> dict[str, torch.Tensor]:
+    """What is checked: the output, and the gradients if they will be timed."""
+    found = {"out": forward(attention, case)()}
+    if "backward" in direction:
+        found |= dict(zip(("dq", "dk", "dv"), forward_backward(attention, case)(), strict=True))
+    return found
+
+
+@pytest.mark.parametrize("contender", [OURS, *PEERS])
+@pytest.mark.parametrize("direction", PASSES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("place", SHAPES)
+def test_attention(benchmark: Any, place: str, dtype: torch.dtype, direction: str, contender: str) -> None:
+    shape, pass_ = SHAPES[place], PASSES[direction]
+    compare(benchmark, place, shape, dtype, direction, pass_, contender)
+
+
+def compare(
+    benchmark: Any,
+    place: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    direction: str,
+    pass_: Callable[[Attention, Case], Callable[[], Any]],
+    contender: str,
+) -> None:
+    """One row: checked, then timed."""
+    case, oracle = case_and_oracle(shape, dtype)
+    own = contender == OURS
+    backend = choose(case.q, None).__name__.rsplit(".", 1)[-1]
+    call = call_of(shape, dtype)
+    row = Row(
+        question=f"attention, {direction}",
+        case=f"{place}, {name_of(dtype)}: {shape}",
+        contender=contender,
+        ours=own,
+        shape=str(shape),
+        dtype=dtype,
+        backend=backend if own else contender,
+        work=work_of(call, direction, "split" if backend == "triton" else "fused"),
+        predicted=predicted(call, direction, dtype) if own else None,
+    )
+    with reported(benchmark, row):
+        attention = made(contender, case, place, direction)
+        oracle.hold(contender, results(attention, case, direction))
+        timed(benchmark, row, pass_(attention, case))

@@ -8,25 +8,31 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.conftest import quick
 from benchmarks.decode import CONTEXT, DENSE_MUSIC
-from benchmarks.decoders import CONTENDERS, Contender, random_context, ready
+from benchmarks.decoders import CONTENDERS, Contender, config, random_context, ready
+from benchmarks.peers import Missing
+from benchmarks.rows import DEVICE, Row, quick, reported, timed
 
 
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.name)
 def test_decoding(benchmark: Any, contender: Contender) -> None:
-    if contender.missing:
-        pytest.skip(contender.missing)
-    context = CONTEXT // 4 if quick() else CONTEXT
-    decoder = ready(contender, random_context(context))
-    benchmark.group = f"CPU: one more token behind {context:,}"
-    benchmark.pedantic(lambda: decoder.step(1), rounds=20, iterations=1, warmup_rounds=3)
-    benchmark.extra_info.update(
-        {
-            "device": "CPU",
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "parameters": decoder.parameters,
-            "times dense music": 1 / benchmark.stats["median"] / DENSE_MUSIC,
-        }
+    context, sizes = CONTEXT // 4 if quick() else CONTEXT, config()
+    row = Row(
+        question="one generated token",
+        case=f"behind {context:,} tokens, batch 1, {sizes.schedule.layers} layers, width {sizes.d_model}",
+        contender=contender.name,
+        ours=contender.needs is None,
+        shape=f"{sizes.schedule.layers} layers, width {sizes.d_model}, {sizes.schedule}",
+        dtype=torch.bfloat16 if "bfloat16" in contender.name else torch.float32,
+        backend=contender.name,
+        tokens=1,
     )
+    with reported(benchmark, row):
+        if contender.missing:
+            raise Missing(contender.missing)
+        if DEVICE.type != "cpu":
+            raise Missing("the decoders of this comparison are made for a CPU")
+        decoder = ready(contender, random_context(context))
+        timed(benchmark, row, lambda: decoder.step(1))
+        benchmark.extra_info["parameters"] = decoder.parameters
+        benchmark.extra_info["times dense music"] = benchmark.extra_info["tokens_per_s"] / DENSE_MUSIC

@@ -39,7 +39,7 @@ def _only(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "products":
         monkeypatch.setattr(f"{sdpa}.blocks.serves", lambda inputs: False)
     if way == "blocks by head":
-        monkeypatch.setattr(f"{sdpa}.blocks.LARGE_HEAD", 0)
+        monkeypatch.setattr(f"{sdpa}.blocks.BY_HEAD", {torch.float32: 0, torch.bfloat16: 0})
     if way.startswith("blocks"):
         monkeypatch.setattr(f"{sdpa}.flash.AVAILABLE", False)
 

@@ -1,11 +1,11 @@
 """Forward and backward by batched matrix products over tiles, where a query's past is seen whole.
 
 A tile takes some heads, a block of queries and a stretch of keys, few enough for its scores to stay in the second-level
-cache. Where heads are large, each core takes one after another, and no core waits for another; where they are small, a
-tile takes many, and each operation runs over them on all cores. Scores are exponentiated against a pivot that is
-known beforehand, the query's score with its own key: a query always sees itself, so the sum is at least one, and the
-usual search for each row's maximum is left out. In the backward a stretch that takes no gradient, such as memory, needs
-only its share of dQ: three products of five.
+caches: many heads, so that each operation runs over them on all cores, or in large calls one head for each core, so
+that no core waits for another. Scores are exponentiated against a pivot that is known beforehand, the query's score
+with its own key: a query always sees itself, so the sum is at least one, and the usual search for each row's maximum is
+left out. In the backward a stretch that takes no gradient, such as memory, needs only its share of dQ: three products
+of five.
 """
 
 import math
@@ -24,7 +24,9 @@ from dsmr_kernels.backends.sdpa.workers import in_parallel
 BLOCK_QUERIES, BLOCK_KEYS = 512, 512
 TILE = {torch.float32: 1 << 19, torch.bfloat16: 1 << 21}  # scores of a tile
 LOG2E = math.log2(math.e)  # base-2 exponentials are three times as fast as natural ones
-LARGE_HEAD = 3 << 16  # scores of a head from which it is worth a core of its own
+# Scores of a call from which each core takes whole heads: until then the cores that PyTorch's own operators left
+# spinning are in the way, and in bfloat16 whole heads gain nothing.
+BY_HEAD = {torch.float32: 1 << 23, torch.bfloat16: math.inf}
 LIMIT = 2.0**64  # of a row's sum, above which a score may be out of range against its pivot
 
 
@@ -82,7 +84,8 @@ def _tiles(inputs: Inputs, group: Group, heads: slice) -> Iterator[Tile]:
 
 def _each_tile(inputs: Inputs, plan: list[Group], work: Callable[[Tile], None]) -> None:
     """work(tile) for all tiles: of a large head one after another, so that heads can go side by side."""
-    large, kv_heads = head_scores(plan) * (inputs.q.shape[1] // inputs.k.shape[1]) >= LARGE_HEAD, inputs.k.shape[1]
+    kv_heads = inputs.k.shape[1]
+    large = head_scores(plan) * inputs.q.shape[0] * inputs.q.shape[1] >= BY_HEAD[inputs.q.dtype]
     jobs: list[tuple[Group, slice]] = []
     for group in plan:
         first, last = group.rows.start * kv_heads, group.rows.stop * kv_heads

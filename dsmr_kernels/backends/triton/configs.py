@@ -3,6 +3,9 @@
 The choice is deterministic and needs no tuning. `python -m dsmr_kernels.aot` compiles every entry for every target
 without a GPU and shows what it takes; an entry that spills registers is not kept. Behind each entry stands why it is
 not larger, as far as compiling tells; which of the clean ones is fastest, a GPU tells (`python -m dsmr_kernels.tune`).
+
+Beyond head_dim 128 the kernels' loops recompute addresses rather than hold them (`disable_licm`): the accumulators
+leave no registers for what would be hoisted, and it spills.
 """
 
 import contextlib
@@ -33,14 +36,14 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# architecture -> padded head_dim -> kernel -> Config; head dimensions below 64 take the entry of 64.
+# architecture -> padded head_dim -> kernel -> Config; head dimensions that have none take the entry of 64.
 Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
     64: {
-        "forward": Config(128, 64, 8, 2),  # four warps spill, with 64 queries as well
+        "forward": Config(64, 64, 4, 2),  # 128 queries spill at head_dim 64, with eight warps at 32
         "dq": Config(128, 64, 8, 2),  # 256 queries or 128 keys spill
-        "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, and so do 64 with 64 keys
+        "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, with 64 keys too
     },
     128: {
         "forward": Config(64, 64, 8, 2),  # 128 queries spill
@@ -50,10 +53,12 @@ _AMPERE: Sizes = {
     256: {
         "forward": Config(64, 32, 8, 2),  # 128 queries or 64 keys spill
         "dq": Config(64, 32, 8, 2),  # 128 queries exceed shared memory
-        "dkv": Config(32, 32, 8, 2),  # 64 keys spill, with 16 queries a step as well
+        "dkv": Config(16, 32, 8, 2),  # 64 keys spill with ALiBi, and so do four warps
     },
 }
+_AMPERE[32] = {**_AMPERE[64], "forward": Config(128, 64, 4, 2)}  # with eight warps the compiler keeps to 128 registers
 _ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
+    32: _AMPERE[32],
     64: _AMPERE[64],
     128: _AMPERE[128],
     256: {
@@ -75,7 +80,7 @@ _HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) ea
     },
     256: {
         "forward": Config(64, 64, 8, 2),  # 128 queries spill
-        "dq": Config(128, 32, 8, 2),  # both warpgroups have 64 queries; with Triton 3.6 it still spills 24 bytes
+        "dq": Config(64, 64, 8, 2),  # 128 queries x 32 keys spill 8 bytes
         "dkv": Config(16, 64, 8, 1),  # a second stage spills
     },
 }
@@ -92,7 +97,7 @@ _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 5
     },
     256: {
         "forward": Config(128, 32, 8, 2),  # 64 keys spill
-        "dq": Config(128, 32, 8, 1),  # a second stage takes 208 of 227 KiB
+        "dq": Config(64, 32, 8, 2),  # 128 queries spill with ALiBi, with 16 keys too
         "dkv": Config(32, 32, 8, 2),  # 64 keys, the least that tensor memory serves, spill: see OLDER_INSTRUCTIONS
     },
 }
@@ -236,7 +241,7 @@ def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype
     if kernel in DECODING:
         return _for_decoding(kernel, architecture, head_dim, dtype)
     sizes = (FLOAT32_TABLE if dtype == torch.float32 else TABLE)[family(architecture)]
-    return sizes[max(64, padded(head_dim))][kernel]
+    return sizes.get(padded(head_dim), sizes[64])[kernel]
 
 
 def use_tuned(

@@ -166,13 +166,13 @@ def _source(
     BN: tl.constexpr,
 ):  # fmt: skip
     """All keys of one source: first the blocks that every query sees, then those on the edges (see `key_blocks`)."""
-    for start in tl.range(inner, outer, BN):
+    for start in tl.range(inner, outer, BN, disable_licm=HEAD_DIM > 128):  # nothing more is held in registers there
         acc, top, total = _block(
             q, grad, acc, top, total, start, outer, K, V, k_stride, v_stride, d, p, low, position, capacity, scale_log2,
             slope, False, RING, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, WHOLE_DIM, UNIT, BN,
         )  # fmt: skip
     before = tl.cdiv(inner - begin, BN)
-    for i in tl.range(0, before + tl.cdiv(stop - outer, BN)):
+    for i in tl.range(0, before + tl.cdiv(stop - outer, BN), disable_licm=HEAD_DIM > 128):
         start, end = edge_block(i, before, begin, inner, outer, stop, BN)
         acc, top, total = _block(
             q, grad, acc, top, total, start, end, K, V, k_stride, v_stride, d, p, low, position, capacity, scale_log2,
