@@ -176,7 +176,10 @@ _CDNA_DECODE = {
 }
 _DECODE_FLOAT32 = {
     64: {"decode": Config(16, 32, 4, 1), "decode_many": Config(16, 32, 4, 1)},
-    128: {"decode": Config(16, 16, 4, 1), "decode_many": Config(16, 16, 4, 1)},
+    128: {"decode": Config(16, 32, 8, 1), "decode_many": Config(16, 32, 8, 1)},
+    256: {"decode": Config(16, 32, 8, 1), "decode_many": Config(16, 32, 8, 1)},
+}
+_CDNA_DECODE_FLOAT32 = _DECODE_FLOAT32 | {
     256: {"decode": Config(16, 16, 8, 1), "decode_many": Config(16, 16, 8, 1)},
 }
 _COMBINE = Config(16, 0, 4, 1)
@@ -188,10 +191,12 @@ def _for_decoding(kernel: str, architecture: str, head_dim: int, dtype: torch.dt
         return _COMBINE
     if kernel == "step":
         half = padded(head_dim) // 2
-        return Config(_STEP_ELEMENTS // half, half, 4, 1)
+        return Config(_STEP_ELEMENTS // half, half, 8 if half == 128 and dtype == torch.float32 else 4, 1)
     part = family(architecture)
-    half_precision = {"gfx942": _CDNA_DECODE, "sm_90": _DECODE, "sm_100": _DECODE}.get(part, _ADA_DECODE)
-    sizes = _DECODE_FLOAT32 if dtype == torch.float32 else half_precision
+    if dtype == torch.float32:
+        sizes = _CDNA_DECODE_FLOAT32 if part == "gfx942" else _DECODE_FLOAT32
+    else:
+        sizes = {"gfx942": _CDNA_DECODE, "sm_90": _DECODE, "sm_100": _DECODE}.get(part, _ADA_DECODE)
     return sizes[max(64, padded(head_dim))][kernel]
 
 
