@@ -41,7 +41,7 @@ Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
     64: {
-        "forward": Config(64, 64, 4, 2),  # 128 queries spill at head_dim 64, with eight warps at 32
+        "forward": Config(128, 64, 8, 2),  # four warps spill, with 64 queries too
         "dq": Config(128, 64, 8, 2),  # 256 queries or 128 keys spill
         "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, with 64 keys too
     },
