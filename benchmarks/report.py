@@ -242,6 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN.json", help="one saved run, or two to compare")
     parser.add_argument("--out", type=Path, help="folder for benchmarks.md and the pictures")
+    parser.add_argument("--note", default="", help="a sentence on the circumstances, put above the tables")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="share by which a row may become slower")
     options = parser.parse_args(arguments)
     try:
@@ -256,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
             text = differences_table(found, options.threshold)
             regressions = sum(one.regression for one in found)
         else:
-            text = markdown(runs[0])
+            text = (f"{options.note}\n\n" if options.note else "") + markdown(runs[0])
         print(text)
         if options.out is not None:
             drawn = draw(runs[-1], options.out) if len(runs) == 1 else []
