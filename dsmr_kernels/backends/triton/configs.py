@@ -41,7 +41,7 @@ Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
     64: {
-        "forward": Config(64, 64, 4, 2),  # 128 queries spill at head_dim 64, with eight warps at 32
+        "forward": Config(128, 64, 8, 2),  # four warps spill, with 64 queries too
         "dq": Config(128, 64, 8, 2),  # 256 queries or 128 keys spill
         "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, with 64 keys too
     },
@@ -52,7 +52,7 @@ _AMPERE: Sizes = {
     },
     256: {
         "forward": Config(64, 32, 8, 2),  # 128 queries or 64 keys spill
-        "dq": Config(64, 32, 8, 2),  # 128 queries exceed shared memory
+        "dq": Config(64, 32, 8, 1),  # a second stage spills with ALiBi
         "dkv": Config(16, 32, 8, 2),  # 64 keys spill with ALiBi, and so do four warps
     },
 }
@@ -63,7 +63,7 @@ _ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
     128: _AMPERE[128],
     256: {
         "forward": _AMPERE[256]["forward"],
-        "dq": Config(64, 32, 8, 1),  # Ampere's two stages take 99 KiB and more
+        "dq": _AMPERE[256]["dq"],
         "dkv": _AMPERE[256]["dkv"],
     },
 }
