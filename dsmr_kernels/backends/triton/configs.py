@@ -57,7 +57,9 @@ _AMPERE: Sizes = {
     },
 }
 _AMPERE[32] = {**_AMPERE[64], "forward": Config(128, 64, 4, 2)}  # with eight warps the compiler keeps to 128 registers
+_AMPERE[16] = {**_AMPERE[64], "dq": Config(128, 64, 4, 2)}  # likewise, on the youngest of the parts that use it
 _ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
+    16: _AMPERE[16],
     32: _AMPERE[32],
     64: _AMPERE[64],
     128: _AMPERE[128],
@@ -109,11 +111,11 @@ _CDNA: Sizes = {  # 64 KiB of shared memory, no asynchronous copies to pipeline:
     },
     128: {
         "forward": Config(128, 64, 4, 1),  # likewise
-        "dq": Config(64, 64, 4, 1),  # likewise
+        "dq": Config(64, 32, 4, 1),  # 64 keys spill with everything compiled in
         "dkv": Config(32, 64, 4, 1),  # likewise
     },
     256: {
-        "forward": Config(64, 32, 4, 1),  # likewise
+        "forward": Config(64, 16, 4, 1),  # 32 keys spill with everything compiled in
         "dq": Config(32, 16, 4, 1),  # likewise
         "dkv": Config(32, 32, 4, 1),  # likewise
     },
