@@ -73,11 +73,12 @@ def test_any_arguments_agree_with_oracle(case: Case) -> None:
 def test_any_strides(layout: str) -> None:
     options = {"horizon": 20, "piece_start": pieces([-1] * 5 + [5] * 2, [-1] * 7)}
     case = random_case(heads=2, kv_heads=1, queries=7, seen=[30, 9], capacity=9, **options)
-    case.options["alibi_slopes"] = torch.tensor([0.5, 9.0, 0.1])[::2]
+    case.options["alibi_slopes"] = torch.tensor([0.5, 0.1])
     expected = run(case, "triton")
     found = Case(*(laid_out(x, layout) for x in (case.q, case.k, case.v)), case.memory, case.grad, dict(case.options))
     found.grad = laid_out(case.grad, layout)
     found.memory.k, found.memory.v = (laid_out(x, layout) for x in (case.memory.k, case.memory.v))
+    found.options["alibi_slopes"] = torch.tensor([0.5, 9.0, 0.1])[::2]
     found.options["piece_start"] = case.options["piece_start"].T.contiguous().T
     for name, value in run(found, "triton").items():
         assert error(value, expected[name]) == 0
