@@ -1,6 +1,7 @@
 """What people keep past keys and values in, beside our ring: made full, then given new tokens."""
 
 import importlib.util
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from benchmarks.peers import Missing
 from dsmr_kernels import KVMemory
 
 
-class Cache:
+class Cache(ABC):
     """A full cache of `held` tokens that takes in new ones and drops as many of the oldest.
 
     Args:
@@ -23,8 +24,9 @@ class Cache:
     def __init__(self, memory: KVMemory) -> None:
         self.k, self.v, _ = memory.ordered()
 
+    @abstractmethod
     def append(self, k: Tensor, v: Tensor) -> None:
-        raise NotImplementedError
+        """Take in new tokens, k and v (batch, kv_heads, n, head_dim)."""
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the tokens held, (batch, kv_heads, held, head_dim) each."""
