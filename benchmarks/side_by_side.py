@@ -9,6 +9,7 @@ of the rounds' ratios.
 import argparse
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -47,14 +48,19 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def in_turn(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds of each call in each round, the calls taking turns; two rounds of warm-up go before."""
+    """Seconds of each call in each round, the calls taking turns; two rounds of warm-up go before.
+
+    Each round shuffles them: what a call finds in the caches is left there by the one before it.
+    """
+    order, shuffle = list(range(len(calls))), random.Random(0).shuffle
     seconds: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds + 2):
-        for call, times in zip(calls, seconds, strict=True):
+        shuffle(order)
+        for which in order:
             begin = time.perf_counter()
-            call()
+            calls[which]()
             if turn >= 2:
-                times.append(time.perf_counter() - begin)
+                seconds[which].append(time.perf_counter() - begin)
     return seconds
 
 

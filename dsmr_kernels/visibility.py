@@ -12,8 +12,7 @@ and low(p) never lies before the start of p's piece or before the oldest token t
 consecutive queries form a band with two slanted edges, and a kernel masks nothing but the blocks on these edges.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,8 +58,7 @@ def lowest_visible(
     return low
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Consecutive queries of one row that share segment and piece, and hence one lower bound on what they see.
 
     Query p of the run, `start` <= p < `stop`, sees the keys max(`floor`, p - `window`) ... p; without a window

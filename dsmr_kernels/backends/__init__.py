@@ -46,7 +46,10 @@ def choose(q: Tensor, backend: str | None) -> ModuleType:
     """
     asked = backend or os.environ.get("DSMR_BACKEND") or None
     if asked is None:
-        return next(_ALWAYS[name] for name in UNASKED if _ALWAYS[name].unsupported(q) is None)
+        for name in UNASKED:
+            if _ALWAYS[name].unsupported(q) is None:
+                return _ALWAYS[name]
+        return reference
     if asked not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {asked!r}")
     module = _ALWAYS[asked] if asked in _ALWAYS else _triton()

@@ -5,7 +5,7 @@ Eager calls go through the node alone, which saves the operators' dispatch; a gr
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from dsmr_kernels.backends.spec import AttentionSpec
 from dsmr_kernels.memory import KVMemory
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The arguments of one call, checked and completed."""
+class Inputs(NamedTuple):
+    """The arguments of one call, checked and completed.
+
+    `recorded`: a backward may follow, which wants the log-sum-exp whether the caller does or not.
+    """
 
     q: Tensor
     k: Tensor
@@ -25,6 +27,11 @@ class Inputs:
     piece_start: Tensor | None
     alibi: Tensor | None
     spec: AttentionSpec
+    recorded: bool = False
+
+    @property
+    def wants_lse(self) -> bool:
+        return self.recorded or self.spec.return_lse
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,10 @@ class _Node(torch.autograd.Function):
 
 
 def _forward(method: Method, inputs: Inputs) -> tuple[Tensor, Tensor | None, Any]:
-    with torch.autocast(inputs.q.device.type, enabled=False), torch.no_grad():
+    device = inputs.q.device.type
+    if not torch.is_autocast_enabled(device) and not torch.is_grad_enabled():  # nothing to switch off, which costs time
+        return method.forward(inputs)
+    with torch.autocast(device, enabled=False), torch.no_grad():
         return method.forward(inputs)
 
 
@@ -183,8 +193,9 @@ def attention_by(method: Method) -> Callable[..., tuple[Tensor, Tensor | None]]:
             arguments = (*ring, piece_start, alibi_slopes, *scalars, spec.detach_segments, spec.scale)
             result = operator(q, k, v, *arguments)
             return result[0], result[1] if spec.return_lse else None
-        inputs = Inputs(q, k, v, memory, piece_start, alibi_slopes, spec)
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        inputs = Inputs(q, k, v, memory, piece_start, alibi_slopes, spec, recorded)
+        if recorded:
             out, lse = _Node.apply(method, q, k, v, inputs)
         else:
             out, lse, _ = _forward(method, inputs)

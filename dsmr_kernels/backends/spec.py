@@ -1,10 +1,9 @@
 """What a backend is told beside the tensors."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class AttentionSpec:
+class AttentionSpec(NamedTuple):
     """The scalar arguments of one `memory_attention` call, checked and completed."""
 
     horizon: int

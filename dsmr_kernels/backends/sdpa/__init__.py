@@ -27,16 +27,21 @@ def unsupported(q: Tensor) -> str | None:
     return None
 
 
-# Scores of a call from which bfloat16 gains from products in bfloat16: the flash kernel is no faster than in float32.
-BLOCKS_FORWARD = 1 << 22
+# From how many scores of a call and queries on bfloat16 gains from products in bfloat16: the flash kernel is no faster
+# than in float32.
+BLOCKS_SCORES, BLOCKS_QUERIES = 1 << 19, 64
+
+
+def _few_scores(inputs: Inputs, plan: list[Group]) -> bool:
+    batch, heads, queries = inputs.q.shape[:3]
+    return queries < BLOCKS_QUERIES or blocks.head_scores(plan) * batch * heads < BLOCKS_SCORES
 
 
 def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, list[Group]]:
     plan = plan_call(inputs)
     if not blocks.serves(inputs):
         return *Products(inputs).forward(plan, inputs.spec.return_lse), plan
-    scores = blocks.head_scores(plan) * inputs.q.shape[0] * inputs.q.shape[1]
-    by_flash = flash.AVAILABLE and (inputs.q.dtype == torch.float32 or scores < BLOCKS_FORWARD)
+    by_flash = flash.AVAILABLE and (inputs.q.dtype == torch.float32 or _few_scores(inputs, plan))
     return *(flash if by_flash else blocks).forward(inputs, plan), plan
 
 

@@ -140,14 +140,14 @@ def _add(total: Tensor, tile: Tile, part: Tensor) -> None:
 
 
 def _own_scores(inputs: Inputs, call: _Call) -> Tensor:
-    """Of each query with its own key. (B * Hkv, members, T, 1) float32"""
-    own = inputs.k[:, :, inputs.k.shape[2] - inputs.q.shape[2] :].flatten(0, 1).unsqueeze(1)
-    return (call.by_head(inputs.q).float() * own).sum(-1, keepdim=True).mul_(call.alpha)
+    """Of each query with its own key, rounded: any pivot does, if it is one. (B * Hkv, members, T, 1)"""
+    own = call.sides[0][0].narrow(1, inputs.k.shape[2] - inputs.q.shape[2], inputs.q.shape[2]).unsqueeze(1)
+    return (call.by_head(inputs.q) * own).sum(-1, keepdim=True).mul_(call.alpha)
 
 
 def _greatest_scores(inputs: Inputs, plan: list[Group], call: _Call) -> Tensor:
-    """Of each query with any key that it sees. (B * Hkv, members, T, 1) float32"""
-    q, greatest = call.by_head(inputs.q), _own_scores(inputs, call)
+    """Of each query with any key that it sees, rounded. (B * Hkv, members, T, 1)"""
+    q, greatest = call.by_head(inputs.q), _own_scores(inputs, call).float()
 
     def work(tile: Tile) -> None:
         keys = call.sides[tile.memory][0][tile.heads, tile.keys]
@@ -159,7 +159,7 @@ def _greatest_scores(inputs: Inputs, plan: list[Group], call: _Call) -> Tensor:
         best.copy_(torch.maximum(best, scores.amax(2).mul_(call.alpha).view(best.shape)))
 
     _each_tile(inputs, plan, work)
-    return greatest
+    return greatest.to(inputs.q.dtype)
 
 
 def _weighted_sums(inputs: Inputs, plan: list[Group], call: _Call, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,24 +174,25 @@ def _weighted_sums(inputs: Inputs, plan: list[Group], call: _Call, offset: Tenso
         torch.baddbmm(_block(offset, tile), block, keys.mT, alpha=call.alpha, out=weights).exp2_()
         if tile.triangle:
             _keep_triangle(weights, tile)
-        _add(sums, tile, weights.sum(2, dtype=torch.float32))
+        _add(sums, tile, weights.sum(2))
         _add(totals, tile, torch.bmm(weights, values))
 
     _each_tile(inputs, plan, work)
     return totals, sums
 
 
-def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the whole call."""
+def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of the whole call; lse only if it is wanted."""
     call = _Call(inputs)
-    pivot = _own_scores(inputs, call).to(inputs.q.dtype)  # rounded before its use: any pivot does, if it is one
+    pivot = _own_scores(inputs, call)
     totals, sums = _weighted_sums(inputs, plan, call, -pivot)
     if sums.numel() and not sums.amax() < LIMIT:
-        pivot = _greatest_scores(inputs, plan, call).to(inputs.q.dtype)
+        pivot = _greatest_scores(inputs, plan, call)
         totals, sums = _weighted_sums(inputs, plan, call, -pivot)
-    lse = sums.log2().add_(pivot).div_(LOG2E)
-    out = totals.div_(sums).to(inputs.q.dtype)
-    return out.view(inputs.q.shape), lse.view(inputs.q.shape[:3])
+    out = totals.div_(sums).to(inputs.q.dtype).view(inputs.q.shape)
+    if not inputs.wants_lse:
+        return out, None
+    return out, sums.log2_().add_(pivot).div_(LOG2E).view(inputs.q.shape[:3])
 
 
 def _with_offset(x: Tensor, offset: Tensor) -> Tensor:

@@ -27,28 +27,39 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
     )
 
 
-def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the whole call."""
-    q, k, v, memory, spec = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec
+def _stretch(tensor: Tensor, rows: slice, start: int, stop: int) -> Tensor:
+    """Some rows and tokens of (B, H, n, ...), without a slice where it is all of them: a small call notices each."""
+    if rows.stop - rows.start != tensor.shape[0]:
+        tensor = tensor[rows]
+    return tensor if stop - start == tensor.shape[2] else tensor.narrow(2, start, stop - start)
+
+
+def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of the whole call; lse only if it is wanted."""
+    q, k, v, memory, scale, wants_lse = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec.scale, inputs.wants_lse
     shift = k.shape[2] - q.shape[2]
     whole = len(plan) == 1 and len(plan[0].runs) == 1
-    out = q.new_empty(0 if whole else q.shape)
-    lse = q.new_empty(0 if whole else q.shape[:3], dtype=torch.float32)
+    if not whole:
+        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     for group in plan:
+        rows = group.rows
         for run in group.runs:
-            here = (group.rows, slice(None), slice(run.start - shift, run.stop - shift))
-            block = q[here]
-            rows = (group.rows, slice(None), slice(run.start, run.stop))
-            o, l = _flash(block, k[rows], v[rows], True, spec.scale)
-            for source in sources_of(run.floor, run.start, group.position, memory.capacity if memory else 0, False):
+            block = _stretch(q, rows, run.start - shift, run.stop - shift)
+            own = (_stretch(x, rows, run.start, run.stop) for x in (k, v))
+            o, l = _flash(block, *own, True, scale)
+            sources = sources_of(run.floor, run.start, group.position, memory.capacity if memory else 0, False)
+            for source in sources:
                 sides = (memory.k, memory.v) if source.memory and memory else (k, v)
-                rows = (group.rows, slice(None), slice(source.start, source.stop))
-                past_o, past_l = _flash(block, sides[0][rows], sides[1][rows], False, spec.scale)
-                # Each softmax is over one source: weigh the two by their shares of the common sum of exponentials.
-                share = torch.sigmoid(past_l - l).unsqueeze(-1)
-                o = torch.lerp(o.float(), past_o.float(), share)  # rounded once, at the end
-                l = torch.logaddexp(l, past_l)
+                past = (_stretch(x, rows, source.start, source.stop) for x in sides)
+                past_o, past_l = _flash(block, *past, False, scale)
+                # Each softmax is over one source: weigh the two by their shares of the common sum of exponentials. In
+                # place, since in a small call fresh pages cost as much as the arithmetic; rounded once, at the end.
+                share = torch.sigmoid(past_l - l).unsqueeze_(-1)
+                o = o.float().lerp_(past_o.float(), share)
+                if wants_lse or source is not sources[-1]:
+                    l = torch.logaddexp(past_l, l)
             if whole:
-                return o.to(q.dtype), l
+                return o.to(q.dtype), l if wants_lse else None
+            here = (rows, slice(None), slice(run.start - shift, run.stop - shift))
             out[here], lse[here] = o, l
-    return out, lse
+    return out, lse if wants_lse else None

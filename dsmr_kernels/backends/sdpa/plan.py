@@ -1,7 +1,7 @@
 """What a call's queries see, as plain integers: runs of queries, and where their keys lie in storage."""
 
 import itertools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from dsmr_kernels.memory import ring_slices
 from dsmr_kernels.visibility import Run, runs_of_row
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Rows that share a plan: the same runs and the same write position in the ring."""
 
     rows: slice
@@ -20,8 +19,7 @@ class Group:
     runs: tuple[Run, ...]
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Keys and values of a tile that lie side by side: columns `column` ... of its scores.
 
     `start` is their first index along the token axis of the storage that they lie in, the memory's or the call's.
