@@ -45,13 +45,13 @@ def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor | None]:
         rows = group.rows
         for run in group.runs:
             block = _stretch(q, rows, run.start - shift, run.stop - shift)
-            own = (_stretch(x, rows, run.start, run.stop) for x in (k, v))
-            o, l = _flash(block, *own, True, scale)
+            keys, values = (_stretch(x, rows, run.start, run.stop) for x in (k, v))
+            o, l = _flash(block, keys, values, True, scale)
             sources = sources_of(run.floor, run.start, group.position, memory.capacity if memory else 0, False)
             for source in sources:
                 sides = (memory.k, memory.v) if source.memory and memory else (k, v)
-                past = (_stretch(x, rows, source.start, source.stop) for x in sides)
-                past_o, past_l = _flash(block, *past, False, scale)
+                keys, values = (_stretch(x, rows, source.start, source.stop) for x in sides)
+                past_o, past_l = _flash(block, keys, values, False, scale)
                 # Each softmax is over one source: weigh the two by their shares of the common sum of exponentials. In
                 # place, since in a small call fresh pages cost as much as the arithmetic; rounded once, at the end.
                 share = torch.sigmoid(past_l - l).unsqueeze_(-1)
