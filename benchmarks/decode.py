@@ -1,7 +1,7 @@
 """Token-by-token decoding on this CPU, ours beside what people use, in turn within one run, correctness first.
 
     python -m benchmarks.decode                # the tables, and benchmarks/results/cpu-decode.{json,md,png}
-    python -m benchmarks.decode --long 200000  # also play so many tokens and watch the process's memory
+    python -m benchmarks.decode --long 200000  # instead: play so many tokens and watch the process's memory
 
 Every decoder's tokens are checked against its own pass over the whole sequence before it is timed. The decoders take
 turns of a few tokens, so that a noisy machine disturbs all alike; reported are medians, and medians of the turns'
@@ -169,19 +169,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="turns of every decoder")
     parser.add_argument("--tokens", type=int, default=8, help="tokens of a turn")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1], help="numbers of threads")
-    parser.add_argument("--long", type=int, default=0, help="also play so many tokens and watch memory")
+    parser.add_argument("--long", type=int, default=0, help="instead: play so many tokens and watch memory")
     parser.add_argument("--precision", default="int8", help="of the long run and of the positions")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     arguments = parser.parse_args()
     console = Console()
-    rows = [row for threads in arguments.threads for row in compare(arguments.rounds, arguments.tokens, threads)]
-    torch.set_num_threads(1)
-    places = at_places(arguments.rounds, arguments.tokens, arguments.precision)
-    long = play_long(arguments.long, arguments.precision) if arguments.long else []
-    parts = [table(rows), f"Time by position ({arguments.precision}, 1 thread):\n\n{places_table(places)}"]
-    parts += (
-        [f"{arguments.long:,} tokens played ({arguments.precision}, 1 thread):\n\n{long_table(long)}"] if long else []
-    )
     machine = {
         "device": "CPU",
         "processor": platform.processor() or platform.machine(),
@@ -191,13 +183,25 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    results: dict[str, Any] = {"machine": machine, "context": CONTEXT}
+    if arguments.long:
+        name, command = "cpu-decode-long", f"python -m benchmarks.decode --long {arguments.long}"
+        torch.set_num_threads(1)
+        results["long"] = play_long(arguments.long, arguments.precision)
+        parts = [f"{arguments.long:,} tokens played ({arguments.precision}, 1 thread):", long_table(results["long"])]
+    else:
+        name, command = "cpu-decode", "python -m benchmarks.decode"
+        rows = [row for threads in arguments.threads for row in compare(arguments.rounds, arguments.tokens, threads)]
+        torch.set_num_threads(1)
+        places = at_places(arguments.rounds, arguments.tokens, arguments.precision)
+        results |= {"rows": rows, "positions": places}
+        parts = [table(rows), f"Time by position ({arguments.precision}, 1 thread):", places_table(places)]
+        draw(rows, arguments.out / f"{name}.png")
     about = ", ".join(f"{key} {value}" for key, value in machine.items())
-    text = f"Measured by `python -m benchmarks.decode` on: {about}.\n\n" + "\n\n".join(parts)
+    text = "\n\n".join([f"Measured by `{command}` on: {about}.", *parts])
     console.print(text, soft_wrap=True, highlight=False)
-    results = {"machine": machine, "context": CONTEXT, "rows": rows, "positions": places, "long": long}
-    write_json(arguments.out / "cpu-decode.json", results)
-    write_text(arguments.out / "cpu-decode.md", text + "\n")
-    draw(rows, arguments.out / "cpu-decode.png")
+    write_json(arguments.out / f"{name}.json", results)
+    write_text(arguments.out / f"{name}.md", text + "\n")
 
 
 if __name__ == "__main__":

@@ -171,11 +171,7 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
         result = triton.compile(
             source,
             target=GPUTarget(target.backend, target.arch, target.warp),
-            options={
-                "num_warps": config.warps,
-                "num_stages": config.stages,
-                "enable_fp_fusion": case.kernel != "step",
-            },
+            options=config.launch_options(target.name) | {"enable_fp_fusion": case.kernel != "step"},
         )
     finally:
         triton.knobs.compilation.listener = listener

@@ -19,16 +19,29 @@ import torch
 
 HEAD_DIMS = (16, 256)  # the least and the greatest that the kernels serve
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DECODING = ("decode", "decode_many", "combine", "step")
 
 
 @dataclass(frozen=True)
 class Config:
-    """One kernel's launch: queries and keys of a tile, warps, software-pipelining stages."""
+    """One kernel's launch: queries and keys of a tile, warps, software-pipelining stages.
+
+    `most_registers` of a thread, on NVIDIA's parts: left to itself, their assembler aims at more warps a multiprocessor
+    than these kernels can use, and spills to get there.
+    """
 
     bm: int
     bn: int
     warps: int
     stages: int
+    most_registers: int = 255
+
+    def launch_options(self, architecture: str) -> dict[str, int]:
+        """What Triton is told beside the tile."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        if architecture.startswith("sm_"):
+            options["maxnreg"] = min(self.most_registers, 65536 // (32 * self.warps))
+        return options
 
 
 def padded(head_dim: int) -> int:
@@ -124,8 +137,8 @@ _CDNA: Sizes = {  # 64 KiB of shared memory, no asynchronous copies to pipeline:
 _FLOAT32: Sizes = {
     64: {
         "forward": Config(16, 16, 4, 1),  # 32 keys spill at head_dim 16 and on Ada
-        "dq": Config(32, 32, 4, 1),  # the largest of the clean tiles tried
-        "dkv": Config(32, 32, 4, 1),  # likewise
+        "dq": Config(32, 32, 8, 1),  # four warps spill
+        "dkv": Config(32, 32, 4, 1),  # the largest of the clean tiles tried
     },
     128: {
         "forward": Config(16, 16, 8, 1),  # 32 queries spill on Ada
@@ -164,9 +177,9 @@ OLDER_INSTRUCTIONS = {("dkv", "sm_100", 256)}
 # Decoding. "decode" takes up to 16 stacked queries (a group's heads times the new tokens), "decode_many" more of them;
 # reading the ring is what takes the time, so a block is what keeps enough loads under way. "combine" takes in `bm`
 # splits at a time and "step" `bm` rows and `bn` elements of half a head: both wait for memory, whatever the part.
-DECODING = ("decode", "decode_many", "combine", "step")
+# At head_dim 64, half of the registers leave room for four blocks; beyond it, shared memory has room for three at most.
 _DECODE = {
-    64: {"decode": Config(16, 64, 4, 3), "decode_many": Config(32, 64, 4, 2)},
+    64: {"decode": Config(16, 64, 4, 3, 128), "decode_many": Config(32, 64, 4, 2, 128)},
     128: {"decode": Config(16, 64, 4, 3), "decode_many": Config(32, 64, 4, 2)},
     256: {"decode": Config(16, 32, 4, 3), "decode_many": Config(32, 32, 8, 2)},
 }
@@ -184,7 +197,7 @@ _DECODE_FLOAT32 = {
 _CDNA_DECODE_FLOAT32 = _DECODE_FLOAT32 | {
     256: {"decode": Config(16, 16, 8, 1), "decode_many": Config(16, 16, 8, 1)},
 }
-_COMBINE = Config(16, 0, 4, 1)
+_COMBINE = Config(16, 0, 4, 1, 128)
 _STEP_ELEMENTS = 1024
 
 
@@ -193,7 +206,7 @@ def _for_decoding(kernel: str, architecture: str, head_dim: int, dtype: torch.dt
         return _COMBINE
     if kernel == "step":
         half = padded(head_dim) // 2
-        return Config(_STEP_ELEMENTS // half, half, 8 if half == 128 and dtype == torch.float32 else 4, 1)
+        return Config(_STEP_ELEMENTS // half, half, 8 if half == 128 and dtype == torch.float32 else 4, 1, 128)
     part = family(architecture)
     if dtype == torch.float32:
         sizes = _CDNA_DECODE_FLOAT32 if part == "gfx942" else _DECODE_FLOAT32

@@ -218,7 +218,8 @@ def _launch(
     if out.numel() == 0:
         return out
     group, bd = heads // kv_heads, padded(dim)
-    config = choose("decode" if group * new <= 16 else "decode_many", architecture(q.device), dim, q.dtype)
+    part = architecture(q.device)
+    config = choose("decode" if group * new <= 16 else "decode_many", part, dim, q.dtype)
     programs = triton.cdiv(group * new, config.bm) * batch * kv_heads
     splits = splits_of(capacity, programs, _processors(q.device), config.bn)
     direct = splits == 1
@@ -234,12 +235,12 @@ def _launch(
             kv_heads, group, dim, scale * LOG2E, new, capacity,
             HAS_VISIBLE=visible is not None, HAS_ALIBI=alibi is not None, QUANTISED=bool(scales), DIRECT=direct,
             WHOLE_DIM=bd == dim, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            BM=config.bm, BN=config.bn, BD=bd, num_warps=config.warps, num_stages=config.stages,
+            BM=config.bm, BN=config.bn, BD=bd, **config.launch_options(part),
         )  # fmt: skip
         if not direct:
-            config = choose("combine", architecture(q.device), dim, q.dtype)
+            config = choose("combine", part, dim, q.dtype)
             combine_kernel[(batch * heads * new,)](
-                parts, lse, out, dim, splits, BS=config.bm, BD=bd, num_warps=config.warps, num_stages=config.stages
+                parts, lse, out, dim, splits, BS=config.bm, BD=bd, **config.launch_options(part)
             )
     return out
 

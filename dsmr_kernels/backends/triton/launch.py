@@ -104,7 +104,7 @@ class Call:
     def _options(self, kernel: str, unit: int) -> tuple[dict[str, int | str], int, int]:
         config = choose(kernel, self.architecture, self.head_dim, self.q.dtype)
         options = {**self.constants, "UNIT": unit, "BM": config.bm, "BN": config.bn}
-        options |= {"num_warps": config.warps, "num_stages": config.stages}
+        options |= config.launch_options(self.architecture)
         return options, config.bm, config.bn
 
     def forward(self) -> tuple[Tensor, Tensor]:

@@ -166,7 +166,8 @@ def _launch(
         turn = [x.contiguous() for x in turn]
     scales = [x for x in (k_scale, v_scale) if x is not None]
     counters = (length.contiguous(), position.contiguous())
-    config = choose("step", architecture(q.device), dim, q.dtype)
+    part = architecture(q.device)
+    config = choose("step", part, dim, q.dtype)
     rows = min(triton.next_power_of_2(heads * new), config.bm)
     with _on(q.device):
         step_kernel[(batch,)](
@@ -177,7 +178,7 @@ def _launch(
             *(() if scales else (0,) * 4),
             heads, k.shape[1], dim, (dim + 1) // 2, new, memory_k.shape[2],
             ROTATE=bool(turn), QUANTISED=bool(scales), BR=rows, BH=padded(dim) // 2,
-            num_warps=config.warps, num_stages=config.stages,
+            **config.launch_options(part),
             enable_fp_fusion=False,  # products and sums are rounded apart, as PyTorch rounds them
         )  # fmt: skip
     for counter, advanced in zip((length, position), counters, strict=True):

@@ -110,4 +110,7 @@ def _entry(entry: dict[str, Any]) -> tuple[Key, Config]:
         raise ValueError(
             f"tiles must be powers of two of at least 16, warps of at most 32, stages at most 8, got {numbers[1:]}"
         )
-    return (str(entry["kernel"]), dim, entry["dtype"]), Config(bm, bn, warps, stages)
+    registers = entry["most_registers"]
+    if not isinstance(registers, int) or not 32 <= registers <= 255:
+        raise ValueError(f"most_registers must be an integer from 32 to 255, got {registers!r}")
+    return (str(entry["kernel"]), dim, entry["dtype"]), Config(bm, bn, warps, stages, registers)
