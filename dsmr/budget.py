@@ -16,7 +16,8 @@ from dsmr_kernels.cost import human_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Of an element, and of a key's or value's scale.
+ELEMENT_BYTES = {"float32": (4, 0), "bfloat16": (2, 0), "float16": (2, 0), "int8": (1, 4)}
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,12 @@ def budget_of(
     except ValueError as error:
         raise UserError(str(error)) from error
     full = MemorySchedule.full(schedule.layers, max(schedule.horizons))
+    element, scale = ELEMENT_BYTES[dtype]
     memory: dict[str, Any] = {
         "n_heads": n_heads,
         "head_dim": head_dim,
-        "bytes_per_element": ELEMENT_BYTES[dtype],
+        "bytes_per_element": element,
+        "scale_bytes": scale,
         "batch": batch,
     }
     work: dict[str, Any] = {

@@ -215,7 +215,7 @@ def budget(
     schedule: Schedule,
     head_dim: Annotated[int, typer.Option(min=1, help="Width of one head.")] = 64,
     heads: Annotated[int, typer.Option(min=1, help="Query heads; KV heads too where the schedule names none.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the memory: float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Of the memory: float32, bfloat16, float16 or int8.")] = "bfloat16",
     batch: Annotated[int, typer.Option(min=1, help="Streams.")] = 1,
     segment_length: Annotated[int, typer.Option(min=1, help="Tokens of a segment, for the FLOPs.")] = 1024,
     json: Annotated[

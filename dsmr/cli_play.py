@@ -42,6 +42,13 @@ Dtype = Annotated[
         show_default="auto, or the saved stream's",
     ),
 ]
+MemoryDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the memory: float32, bfloat16, or int8 (a quarter of the bytes).",
+        show_default="float32, or the saved stream's",
+    ),
+]
 Threads = Annotated[
     int, typer.Option(min=1, help="CPU threads. One is not disturbed by other programs; more may be faster.")
 ]
@@ -101,6 +108,7 @@ def generate(
     save_state: SaveState = None,
     load_state: LoadState = None,
     dtype: Dtype = None,
+    memory_dtype: MemoryDtype = None,
     threads: Threads = 1,
     device: Device = "auto",
 ) -> None:
@@ -140,6 +148,7 @@ def generate(
             device=device,
             variations=variations,
             dtype=dtype or ("auto" if load_state is None else None),
+            memory_dtype=memory_dtype,
             growing=stream,
             save_state=save_state,
             load_state=load_state,
@@ -217,6 +226,7 @@ def play(
     save_state: SaveState = None,
     load_state: LoadState = None,
     dtype: Dtype = None,
+    memory_dtype: MemoryDtype = None,
     threads: Threads = 1,
     device: Device = "auto",
 ) -> None:
@@ -256,6 +266,7 @@ def play(
         save_state=save_state,
         load_state=load_state,
         dtype=dtype,
+        memory_dtype=memory_dtype,
         device=device,
         say=console().print,
     )

@@ -124,6 +124,7 @@ def continue_variations(
     device: str = "auto",
     variations: int = 1,
     dtype: str | None = None,
+    memory_dtype: str | None = None,
     growing: bool = False,
     save_state: str | os.PathLike[str] | None = None,
     load_state: str | os.PathLike[str] | None = None,
@@ -138,6 +139,7 @@ def continue_variations(
 
     Args:
         sampling, dtype: None = the defaults, or with `load_state` those of the saved stream.
+        memory_dtype: as in `Player.begin`; a saved stream keeps its own.
         growing: write `out` while it is played, valid at any moment.
         save_state: file to keep the stream in, to be played on later.
         load_state: such a file, in place of a prompt.
@@ -155,6 +157,7 @@ def continue_variations(
             raise UserError(f"{name} must be more than 0, got {value}")
     if (prompt_midi is None) == (load_state is None):
         raise UserError("name either a MIDI file to continue (--prompt) or a saved stream to play on (--load-state)")
+    check_memory_dtype(memory_dtype, load_state)
     if save_state is not None and variations > 1 and (seconds is not None or notes is not None or stop_at_end):
         raise UserError("several variations are saved in step: give their length in tokens alone")
     outs = [out] if variations == 1 else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(variations)]
@@ -170,7 +173,15 @@ def continue_variations(
         assert prompt_midi is not None
         prompt, left_out = read_prompt(prompt_midi, vocabulary, prompt_seconds)
         dtype = resolve_precision(dtype or "float32", model)
-        player = Player.begin(model, prompt, sampling, vocabulary, variations=variations, dtype=dtype)
+        player = Player.begin(
+            model,
+            prompt,
+            sampling,
+            vocabulary,
+            variations=variations,
+            dtype=dtype,
+            memory_dtype=memory_dtype or "auto",
+        )
     prompts = [np.array(heard, dtype=np.int64) for heard in player.tokens]
     takes = [
         Take(prompt, vocabulary, Recorder(one) if growing else None) for prompt, one in zip(prompts, outs, strict=True)
@@ -195,6 +206,12 @@ def continue_variations(
         until = takes[0].played.seconds
         raise UserError(f"{trouble}; the {until:.1f} s played until then are in {outs[0]}") from trouble
     return done
+
+
+def check_memory_dtype(memory_dtype: str | None, load_state: str | os.PathLike[str] | None) -> None:
+    """`UserError` for a dtype that is asked of a stream which has one already."""
+    if memory_dtype is not None and load_state is not None:
+        raise UserError("--memory-dtype cannot be given with --load-state: the saved stream keeps its own")
 
 
 def read_prompt(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dsmr.devices import resolve_memory_dtype
 from dsmr.errors import UserError
 from dsmr.musical_progress import Limits, Progress, may_stop
 from dsmr.sampling import Sampling, draw, probabilities, sample
@@ -97,6 +98,7 @@ class Player:
         variations: int = 1,
         state: DSMRState | None = None,
         dtype: str = "float32",
+        memory_dtype: str = "auto",
     ) -> Player:
         """A player that has heard nothing yet: `play` shows it the prompt (T,) first.
 
@@ -104,6 +106,7 @@ class Player:
             variations: streams that play on from the same prompt; stream i draws as one of seed + i alone.
             state: to play on from, updated in place; the prompt is then what it has not seen.
             dtype: of the weights: "float32" (the model's own), "bfloat16", "int8" or "auto", see `dsmr.stepping`.
+            memory_dtype: of keys and values: "float32", "bfloat16", "int8" or "auto" (the model's own).
         """
         tokens = torch.as_tensor(prompt, dtype=torch.int64).cpu().reshape(-1)
         size = model.config.vocab_size
@@ -116,7 +119,11 @@ class Player:
         if variations < 1:
             raise ValueError(f"variations must be at least 1, got {variations}")
         heard = [array("i", tokens.tolist()) for _ in range(variations)]
-        state = model.new_state(variations) if state is None else state
+        if state is None:
+            named = memory_dtype != "auto"
+            state = model.new_state(variations, **({"dtype": resolve_memory_dtype(memory_dtype)} if named else {}))
+        elif memory_dtype != "auto":
+            raise ValueError(f"memory_dtype must be left out beside a state, which has its own, got {memory_dtype!r}")
         return cls(model, state, heard, sampling or Sampling(), vocabulary, dtype=dtype)
 
     def play(
@@ -202,6 +209,7 @@ def stream(
     stop_at_end: bool = False,
     state: DSMRState | None = None,
     dtype: str = "float32",
+    memory_dtype: str = "auto",
 ) -> Iterator[int]:
     """Play on after `prompt`: token ids, one at a time, for ever or until the first length that is reached.
 
@@ -213,12 +221,13 @@ def stream(
     stop_at_end   lets the model end the piece: the stream ends where it draws EOS. Otherwise EOS is never drawn
     state         a batch-of-one state to play on from, updated in place; by default a new one
     dtype         of the weights: "float32" (the model's own), "bfloat16", "int8" or "auto"
+    memory_dtype  of keys and values in a new state: "float32", "bfloat16", "int8" or "auto" (the model's own)
 
     Raises `ValueError` at once for arguments that cannot be served, and `UserError` from the stream if the model's
     logits are not finite; the tokens yielded until then are good. The model runs in evaluation mode meanwhile.
     """
     limits = check_limits(vocabulary, max_tokens, seconds, notes, stop_at_end)
-    player = Player.begin(model, prompt, sampling, vocabulary, state=state, dtype=dtype)
+    player = Player.begin(model, prompt, sampling, vocabulary, state=state, dtype=dtype, memory_dtype=memory_dtype)
     return _single(player.play(max_tokens, limits, stop_at_end))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsmr.continuation import load_run, read_prompt
+from dsmr.continuation import check_memory_dtype, load_run, read_prompt
 from dsmr.errors import UserError
 from dsmr.files import check_writable
 from dsmr.generation import Limits, Player
@@ -43,6 +43,7 @@ def play_live(
     save_state: PathLike | None = None,
     load_state: PathLike | None = None,
     dtype: str | None = None,
+    memory_dtype: str | None = None,
     device: str = "auto",
     say: Callable[[str], None] = print,
 ) -> Performance:
@@ -60,6 +61,7 @@ def play_live(
             check_writable(path)
     if out is not None and Path(out).suffix.lower() not in (".mid", ".midi"):
         raise UserError(f"{out} must end in .mid, as the music is written as MIDI")
+    check_memory_dtype(memory_dtype, load_state)
     model, vocabulary = load_run(run_dir, device)
     outlet = OutputPort(port, virtual)
     try:
@@ -74,7 +76,8 @@ def play_live(
             else:
                 heard = np.array([vocabulary.bos_id])
             precision = resolve_precision(dtype or "auto", model)
-            player = Player.begin(model, heard, sampling, vocabulary, dtype=precision)
+            remembering = memory_dtype or "auto"
+            player = Player.begin(model, heard, sampling, vocabulary, dtype=precision, memory_dtype=remembering)
         say(f"playing to {outlet.name}, weights in {player.dtype}")
         done = perform(
             player,

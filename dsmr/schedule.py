@@ -228,20 +228,34 @@ class MemorySchedule:
         return tuple(n_heads if heads is None else heads for heads in self.kv_heads)
 
     def layer_bytes(
-        self, *, n_heads: int, head_dim: int, bytes_per_element: int = 2, batch: int = 1
+        self, *, n_heads: int, head_dim: int, bytes_per_element: int = 2, batch: int = 1, scale_bytes: int = 0
     ) -> tuple[int, ...]:
         """Bytes of recurrent state of each layer."""
         return tuple(
             memory_bytes(
-                batch=batch, horizon=horizon, kv_heads=heads, head_dim=head_dim, bytes_per_element=bytes_per_element
+                batch=batch,
+                horizon=horizon,
+                kv_heads=heads,
+                head_dim=head_dim,
+                bytes_per_element=bytes_per_element,
+                scale_bytes=scale_bytes,
             )
             for horizon, heads in zip(self.horizons, self.heads(n_heads), strict=True)
         )
 
-    def budget_bytes(self, *, n_heads: int, head_dim: int, bytes_per_element: int = 2, batch: int = 1) -> int:
-        """Bytes of recurrent state: 2 * batch * head_dim * bytes_per_element * sum of horizon * kv_heads."""
+    def budget_bytes(
+        self, *, n_heads: int, head_dim: int, bytes_per_element: int = 2, batch: int = 1, scale_bytes: int = 0
+    ) -> int:
+        """Bytes of recurrent state: 2 * batch * (head_dim * bytes_per_element + scale_bytes) * sum of horizon *
+        kv_heads; a memory in int8 has 1 byte an element and a scale of 4 bytes."""
         return sum(
-            self.layer_bytes(n_heads=n_heads, head_dim=head_dim, bytes_per_element=bytes_per_element, batch=batch)
+            self.layer_bytes(
+                n_heads=n_heads,
+                head_dim=head_dim,
+                bytes_per_element=bytes_per_element,
+                batch=batch,
+                scale_bytes=scale_bytes,
+            )
         )
 
     def layer_attention_flops(

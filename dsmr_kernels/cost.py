@@ -313,9 +313,14 @@ def attention_flops(pairs: float, *, heads: int, head_dim: int) -> float:
     return 4.0 * pairs * heads * head_dim
 
 
-def memory_bytes(*, batch: int, horizon: int, kv_heads: int, head_dim: int, bytes_per_element: int) -> int:
-    """Bytes of one layer's keys and values of `horizon` tokens: what `KVMemory.nbytes` gives for that capacity."""
-    return 2 * batch * horizon * kv_heads * head_dim * bytes_per_element
+def memory_bytes(
+    *, batch: int, horizon: int, kv_heads: int, head_dim: int, bytes_per_element: int, scale_bytes: int = 0
+) -> int:
+    """Bytes of one layer's keys and values of `horizon` tokens: what `KVMemory.nbytes` gives for that capacity.
+
+    `scale_bytes`: of a key's or value's scale, 4 where the memory is int8.
+    """
+    return 2 * batch * horizon * kv_heads * (head_dim * bytes_per_element + scale_bytes)
 
 
 def memory_capacity(horizon: int, segment_length: int | None, visibility: str = "segment") -> int:

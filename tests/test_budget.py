@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from dsmr.budget import budget_of, human_count
 from dsmr.errors import UserError
 from dsmr.schedule import MemorySchedule
+from dsmr_kernels import KVMemory
 
 TWO_SCALE = "two_scale(layers=8, long=4096, short=512, n_long=2)"
 
@@ -27,6 +29,12 @@ def test_bytes_are_those_that_a_model_allocates():
     model = DSMRModel(DSMRConfig(11, schedule, d_model=32, n_heads=4, segment_length=16))
     found = budget_of(schedule, n_heads=4, head_dim=8, dtype="float32", batch=3)
     assert model.new_state(3, aligned=True).nbytes == found.bytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_bytes_are_those_of_a_memory_in_any_dtype(dtype):
+    found = budget_of("full(layers=1, length=100)", n_heads=2, head_dim=64, dtype=dtype)
+    assert KVMemory.empty(1, 2, 100, 64, dtype=getattr(torch, dtype)).nbytes == found.bytes
 
 
 def test_flops_add_up_and_full_memory_has_ratio_one():

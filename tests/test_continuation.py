@@ -256,8 +256,9 @@ def test_several_variations_are_those_of_their_seeds(run_directory, piece, tmp_p
         assert notes_of(one.whole) == notes_of(alone.whole)
 
 
-def test_a_stream_kept_plays_on_as_if_never_stopped(run_directory, piece, tmp_path):
-    arguments = {"sampling": Sampling(seed=4), "dtype": "int8"}
+@pytest.mark.parametrize("memory_dtype", ["float32", "int8"])
+def test_a_stream_kept_plays_on_as_if_never_stopped(memory_dtype, run_directory, piece, tmp_path):
+    arguments = {"sampling": Sampling(seed=4), "dtype": "int8", "memory_dtype": memory_dtype}
     whole = continue_piece(run_directory, piece, tmp_path / "whole.mid", prompt_seconds=3, tokens=120, **arguments)
     kept = tmp_path / "kept.stream"
     continue_piece(
@@ -266,12 +267,27 @@ def test_a_stream_kept_plays_on_as_if_never_stopped(run_directory, piece, tmp_pa
     then = continue_piece(run_directory, None, tmp_path / "then.mid", tokens=50, load_state=kept)
     assert notes_of(then.whole) == notes_of(whole.whole)
     assert (then.played.tokens, then.precision) == (50, "int8")
+    assert then.state_bytes == whole.state_bytes
+    with pytest.raises(UserError, match="--memory-dtype cannot be given with --load-state"):
+        continue_piece(run_directory, None, tmp_path / "x.mid", tokens=5, load_state=kept, memory_dtype=memory_dtype)
     with pytest.raises(UserError, match="holds 1 streams, but 2 were asked for"):
         continue_variations(run_directory, None, tmp_path / "x.mid", tokens=5, load_state=kept, variations=2)
     with pytest.raises(UserError, match=r"either a MIDI file .* or a saved stream"):
         continue_piece(run_directory, piece, tmp_path / "x.mid", tokens=5, load_state=kept)
     with pytest.raises(UserError, match="give their length in tokens alone"):
         continue_variations(run_directory, piece, tmp_path / "x.mid", seconds=5, save_state=kept, variations=2)
+
+
+def test_a_memory_of_lower_precision_takes_less(run_directory, piece, tmp_path):
+    done = {
+        name: continue_piece(run_directory, piece, tmp_path / f"{name}.mid", tokens=40, memory_dtype=name)
+        for name in ("float32", "bfloat16", "int8")
+    }
+    sizes = {name: one.state_bytes for name, one in done.items()}
+    assert sizes["bfloat16"] * 2 == sizes["float32"]
+    assert sizes["int8"] < 0.4 * sizes["float32"]  # heads of 16, whose scale weighs more than beside 64
+    with pytest.raises(UserError, match="unknown memory dtype 'int4'"):
+        continue_piece(run_directory, piece, tmp_path / "x.mid", tokens=5, memory_dtype="int4")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

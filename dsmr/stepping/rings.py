@@ -68,19 +68,15 @@ class HostRings:
         memory = self.memories[index]
         growing = self.lengths[index] < memory.capacity
         self.lengths[index] += growing
-        if memory.k.dtype != torch.float32:
-            dtype = q.dtype if memory.dtype == torch.int8 else memory.dtype
-            memory.append(k[:, :, None].to(dtype), v[:, :, None].to(dtype))
-            seen = torch.full((self.state.batch,), self._sees(index), dtype=torch.int32)
-            slopes = self.layers[index].slopes
-            out = decode_attention(q[:, :, None].to(dtype), memory, visible=seen, alibi_slopes=slopes)
-            return out[:, :, 0].to(q.dtype)
-        slot = self.position % memory.capacity
-        memory.k[:, :, slot] = k
-        memory.v[:, :, slot] = v
-        memory.position = memory.position + 1  # not in place: another memory may share the tensor
-        if growing:
-            memory.length = memory.length + 1
+        if memory.k_scale is None:
+            slot = self.position % memory.capacity
+            memory.k[:, :, slot] = k
+            memory.v[:, :, slot] = v
+            memory.position = memory.position + 1  # not in place: another memory may share the tensor
+            if growing:
+                memory.length = memory.length + 1
+        else:
+            memory.append(k[:, :, None], v[:, :, None])
         grouped = q.reshape(-1, q.shape[1] // memory.kv_heads, q.shape[2])
         scale = q.shape[2] ** -0.5
         out = self._attention(grouped, memory, self.position + 1, self._sees(index), scale, self._slopes[index])

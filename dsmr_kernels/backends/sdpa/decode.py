@@ -13,7 +13,8 @@ from dsmr_kernels.memory import KVMemory, ring_slices
 
 
 class StretchAttention:
-    """Attention of one new token a row over stretches of the ring, in float32 or float64, with scratch that it keeps.
+    """Attention of one new token a row over stretches of the ring, in q's dtype, float32 or float64, whatever the
+    memory's, with scratch that it keeps.
 
     Shapes: m counts the rows and KV heads, g the query heads of a KV head, n the visible slots.
     """
@@ -77,18 +78,18 @@ def decode_attention(
     in_step = _in_step(q, memory, visible)
     if in_step is None:
         return _masked(q, memory, visible, alibi_slopes, scale)
-    group = heads // memory.kv_heads
+    group, work = heads // memory.kv_heads, torch.promote_types(q.dtype, torch.float32)
     slopes = None
     if alibi_slopes is not None:
-        slopes = alibi_slopes.to(q.dtype).view(1, -1, group, 1).expand(batch, -1, -1, -1).flatten(0, 1)
-    out = StretchAttention()(q.reshape(-1, group, dim), memory, *in_step, scale, slopes)
-    return out.view(batch, heads, new, dim)
+        slopes = alibi_slopes.to(work).view(1, -1, group, 1).expand(batch, -1, -1, -1).flatten(0, 1)
+    out = StretchAttention()(q.to(work).reshape(-1, group, dim), memory, *in_step, scale, slopes)
+    return out.view(batch, heads, new, dim).to(q.dtype)
 
 
 def _in_step(q: Tensor, memory: KVMemory, visible: Tensor) -> tuple[int, int] | None:
     """(position, visible slots) that all rows share, where `StretchAttention` can serve the call."""
     known = q.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not known or q.shape[2] != 1 or q.shape[0] == 0 or q.dtype not in (torch.float32, torch.float64):
+    if not known or q.shape[2] != 1 or q.shape[0] == 0:
         return None
     positions, counts = memory.position.tolist(), torch.minimum(visible, memory.length).tolist()
     if len(set(counts)) > 1 or len({position % memory.capacity for position in positions}) > 1:

@@ -177,9 +177,9 @@ OLDER_INSTRUCTIONS = {("dkv", "sm_100", 256)}
 # Decoding. "decode" takes up to 16 stacked queries (a group's heads times the new tokens), "decode_many" more of them;
 # reading the ring is what takes the time, so a block is what keeps enough loads under way. "combine" takes in `bm`
 # splits at a time and "step" `bm` rows and `bn` elements of half a head: both wait for memory, whatever the part.
-# At head_dim 64, half of the registers leave room for four blocks; beyond it, shared memory has room for three at most.
+# At head_dim 64 the limits leave room for four blocks and for three; beyond it shared memory leaves three at most.
 _DECODE = {
-    64: {"decode": Config(16, 64, 4, 3, 128), "decode_many": Config(32, 64, 4, 2, 128)},
+    64: {"decode": Config(16, 64, 4, 3, 128), "decode_many": Config(32, 64, 4, 2, 168)},
     128: {"decode": Config(16, 64, 4, 3), "decode_many": Config(32, 64, 4, 2)},
     256: {"decode": Config(16, 32, 4, 3), "decode_many": Config(32, 32, 8, 2)},
 }
