@@ -120,8 +120,8 @@ class Player:
             raise ValueError(f"variations must be at least 1, got {variations}")
         heard = [array("i", tokens.tolist()) for _ in range(variations)]
         if state is None:
-            named = memory_dtype != "auto"
-            state = model.new_state(variations, **({"dtype": resolve_memory_dtype(memory_dtype)} if named else {}))
+            remembering = None if memory_dtype == "auto" else resolve_memory_dtype(memory_dtype)
+            state = model.new_state(variations, dtype=remembering)
         elif memory_dtype != "auto":
             raise ValueError(f"memory_dtype must be left out beside a state, which has its own, got {memory_dtype!r}")
         return cls(model, state, heard, sampling or Sampling(), vocabulary, dtype=dtype)

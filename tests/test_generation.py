@@ -113,7 +113,7 @@ class Dice(torch.nn.Module):
         self.broken_after = broken_after
         self.calls: list[int] = []
 
-    def new_state(self, batch: int) -> SimpleNamespace:
+    def new_state(self, batch: int, dtype: torch.dtype | None = None) -> SimpleNamespace:
         return SimpleNamespace(batch=batch, nbytes=0)
 
     def forward(self, tokens: torch.Tensor, state: object) -> SimpleNamespace:
