@@ -22,8 +22,10 @@ from dsmr.files import atomic_path
 from dsmr.model import DSMRModel
 from dsmr.profiling.job import Job, Sizes
 from dsmr.profiling.record import Parts, Recorder
+from dsmr.sampling import Sampling
 from dsmr.schedule import MemorySchedule
 from dsmr.state import DSMRState
+from dsmr.stepping import Stepper, stepper
 from dsmr_kernels.timing import Timing, seconds_of, synchronize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -62,6 +64,22 @@ def check_attention(sizes: Sizes, schedule: MemorySchedule) -> int:
         case = Case(q, k, v, cut.memory.to(device) if cut.memory else None, grad, cut.options)
         assert_agrees_with_oracle(case, choose(q, None).__name__.rsplit(".", 1)[-1])
     return len(kinds)
+
+
+def check_step(model: DSMRModel, sizes: Sizes) -> None:
+    """Hold three steps behind the middle position against the model's own pass; `AssertionError` if they differ."""
+    from dsmr_kernels.testing import error
+
+    position = sorted(sizes.positions)[len(sizes.positions) // 2]
+    tokens = torch.arange(3) % sizes.vocab_size
+    torch.manual_seed(1)
+    state = filled_state(model, sizes, 1, position, aligned=False)
+    whole = model(tokens[None].to(sizes.device), state).logits[0].float().cpu()
+    torch.manual_seed(1)
+    step = stepper(model, filled_state(model, sizes, 1, position, aligned=False), sizes.dtype)
+    stepped = torch.cat([step(token[None]).clone() for token in tokens])
+    found, allowed = error(stepped, whole), (1e-4 if sizes.dtype == "float32" else 0.05) * float(whole.abs().max())
+    assert found <= allowed, f"steps are {found:.2g} from the model's own pass, more than {allowed:.2g}"
 
 
 # --- Memory -------------------------------------------------------------------------------------------------------
@@ -234,7 +252,7 @@ def write_trace(steps: Steps, path: str) -> None:
 
 
 def measure_decode(job: Job) -> dict[str, Any]:
-    """One token at a time, at several positions of a piece."""
+    """One token at a time, drawn as a stream draws it (`dsmr.stepping`), at several positions of a piece."""
     sizes = job.sizes
     schedule = MemorySchedule.parse(job.schedule)
     torch.manual_seed(0)
@@ -242,13 +260,15 @@ def measure_decode(job: Job) -> dict[str, Any]:
     peak = Peak(device)
     rows = []
     with peak, torch.no_grad():
-        model = DSMRModel(sizes.config(schedule)).to(device, DTYPES[sizes.dtype]).eval()
-        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        model = DSMRModel(sizes.config(schedule)).to(device).eval()
+        token, noise, sampling = torch.zeros(1, dtype=torch.int64), torch.rand(1), Sampling()
+        check_step(model, sizes)
         for position in sizes.positions:
             state = filled_state(model, sizes, 1, position, aligned=False)
+            step = stepper(model, state, sizes.dtype)
 
-            def one(state: DSMRState = state) -> None:
-                model(token, state)
+            def one(step: Stepper = step) -> None:
+                step.next(token, sampling, None, noise)
 
             seconds = seconds_of(one, device, rounds=10 * sizes.rounds, warmup=5, limit=sizes.seconds / 2)
             rows.append({"position": position, "timing": vars(Timing.of(seconds))})

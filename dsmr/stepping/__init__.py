@@ -26,6 +26,9 @@ class Stepper(Protocol):
 
     precision: str
 
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Show `tokens` (B,) int64 -> the next ones' logits (B, vocab_size), float32."""
+
     def next(self, tokens: Tensor, sampling: Sampling, allowed: Tensor | None, noise: Tensor) -> Tensor:
         """Show `tokens` (B,) int64, draw the next (B,), all on the CPU.
 

@@ -64,6 +64,12 @@ class CapturedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self._captured: Sampling | None = None
 
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The logits after `tokens` (B,), as the body computes them; nothing is captured or replayed."""
+        self.state.offset = (self.state.offset + 1) % self.segment
+        return self.body.step(tokens.to(self.body.tokens.device)).float().cpu()
+
     def next(self, tokens: Tensor, sampling: Sampling, allowed: Tensor | None, noise: Tensor) -> Tensor:
         """See `dsmr.stepping.Stepper`."""
         body = self.body

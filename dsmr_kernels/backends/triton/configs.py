@@ -26,21 +26,21 @@ DECODING = ("decode", "decode_many", "combine", "step")
 class Config:
     """One kernel's launch: queries and keys of a tile, warps, software-pipelining stages.
 
-    `most_registers` of a thread, on NVIDIA's parts: left to itself, their assembler aims at more warps a multiprocessor
-    than these kernels can use, and spills to get there.
+    `most_registers` of a thread, on NVIDIA's parts; 0 leaves it to their assembler, which in small tiles aims at more
+    warps a multiprocessor than there is use for, and spills to get there: a limit, however high, makes it stop.
     """
 
     bm: int
     bn: int
     warps: int
     stages: int
-    most_registers: int = 255
+    most_registers: int = 0
 
     def launch_options(self, architecture: str) -> dict[str, int]:
         """What Triton is told beside the tile."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
-        if architecture.startswith("sm_"):
-            options["maxnreg"] = min(self.most_registers, 65536 // (32 * self.warps))
+        if architecture.startswith("sm_") and self.most_registers:
+            options["maxnreg"] = self.most_registers
         return options
 
 
@@ -136,19 +136,19 @@ _CDNA: Sizes = {  # 64 KiB of shared memory, no asynchronous copies to pipeline:
 # Float32 is computed in exact arithmetic, without matrix units, for checking: small tiles, and the clean ones at that.
 _FLOAT32: Sizes = {
     64: {
-        "forward": Config(16, 16, 4, 1),  # 32 keys spill at head_dim 16 and on Ada
-        "dq": Config(32, 32, 8, 1),  # four warps spill
-        "dkv": Config(32, 32, 4, 1),  # the largest of the clean tiles tried
+        "forward": Config(16, 16, 4, 1, 255),  # 32 keys spill at head_dim 16 and on Ada
+        "dq": Config(32, 32, 8, 1, 255),  # four warps spill
+        "dkv": Config(32, 32, 4, 1, 255),  # the largest of the clean tiles tried
     },
     128: {
-        "forward": Config(16, 16, 8, 1),  # 32 queries spill on Ada
-        "dq": Config(16, 16, 4, 1),  # the largest of the clean tiles tried
-        "dkv": Config(32, 32, 8, 1),  # likewise
+        "forward": Config(16, 16, 8, 1, 255),  # 32 queries spill on Ada
+        "dq": Config(16, 16, 4, 1, 255),  # the largest of the clean tiles tried
+        "dkv": Config(32, 32, 8, 1, 255),  # likewise
     },
     256: {
-        "forward": Config(16, 16, 8, 2),  # with one stage, or other warps, the compiler spills 8 to 32 bytes
-        "dq": Config(16, 16, 8, 1),  # the least tile
-        "dkv": Config(16, 32, 16, 1),  # with 16 keys, or fewer warps, the compiler spills 8 to 16 bytes
+        "forward": Config(16, 16, 8, 2, 255),  # with one stage, or other warps, the compiler spills 8 to 32 bytes
+        "dq": Config(16, 16, 8, 1, 255),  # the least tile
+        "dkv": Config(16, 32, 16, 1, 128),  # with 16 keys, or fewer warps, the compiler spills 8 to 16 bytes
     },
 }
 _CDNA_FLOAT32: Sizes = {
@@ -177,11 +177,11 @@ OLDER_INSTRUCTIONS = {("dkv", "sm_100", 256)}
 # Decoding. "decode" takes up to 16 stacked queries (a group's heads times the new tokens), "decode_many" more of them;
 # reading the ring is what takes the time, so a block is what keeps enough loads under way. "combine" takes in `bm`
 # splits at a time and "step" `bm` rows and `bn` elements of half a head: both wait for memory, whatever the part.
-# At head_dim 64 the limits leave room for four blocks and for three; beyond it shared memory leaves three at most.
+# The limits at head_dim 64 leave room for four blocks and for three.
 _DECODE = {
     64: {"decode": Config(16, 64, 4, 3, 128), "decode_many": Config(32, 64, 4, 2, 168)},
     128: {"decode": Config(16, 64, 4, 3), "decode_many": Config(32, 64, 4, 2)},
-    256: {"decode": Config(16, 32, 4, 3), "decode_many": Config(32, 32, 8, 2)},
+    256: {"decode": Config(16, 32, 4, 3), "decode_many": Config(32, 32, 8, 2, 255)},
 }
 _ADA_DECODE = _DECODE | {128: _DECODE[128] | {"decode": Config(16, 64, 4, 2)}}  # three stages spill
 _CDNA_DECODE = {
@@ -197,7 +197,7 @@ _DECODE_FLOAT32 = {
 _CDNA_DECODE_FLOAT32 = _DECODE_FLOAT32 | {
     256: {"decode": Config(16, 16, 8, 1), "decode_many": Config(16, 16, 8, 1)},
 }
-_COMBINE = Config(16, 0, 4, 1, 128)
+_COMBINE = Config(16, 0, 4, 1)
 _STEP_ELEMENTS = 1024
 
 

@@ -111,6 +111,6 @@ def _entry(entry: dict[str, Any]) -> tuple[Key, Config]:
             f"tiles must be powers of two of at least 16, warps of at most 32, stages at most 8, got {numbers[1:]}"
         )
     registers = entry["most_registers"]
-    if not isinstance(registers, int) or not 32 <= registers <= 255:
-        raise ValueError(f"most_registers must be an integer from 32 to 255, got {registers!r}")
+    if not isinstance(registers, int) or (registers and not 32 <= registers <= 255):
+        raise ValueError(f"most_registers must be 0 or an integer from 32 to 255, got {registers!r}")
     return (str(entry["kernel"]), dim, entry["dtype"]), Config(bm, bn, warps, stages, registers)
