@@ -23,9 +23,8 @@ DIRECTIONS = ("forward", "backward")
 # Bytes of float32 that AdamW and clipping move for a parameter: gradient read for the norm, read and written to be
 # scaled; then weight, gradient and two moments read, all but the gradient written.
 OPTIMIZER_BYTES = 4 * (1 + 2 + 4 + 3)
-# Operators, views included, that a token alone costs in a layer: two norms, four linear layers, heads split and joined,
-# keys and queries rotated in float32, the append's slots, activation and residuals; and the checks of the calls, which
-# cost as much Python.
+# Operators, views included, that a token alone costs in a layer: two norms, four products, heads split, keys and queries
+# rotated, their slots written, two stretches of the ring attended to, activation and residuals.
 DECODE_OPERATORS = 100
 
 
@@ -181,9 +180,11 @@ def keys_at(position: int, horizon: int, sizes: Sizes) -> int:
 def predict_token(sizes: Sizes, schedule: MemorySchedule, position: int, ceilings: Ceilings) -> tuple[float, float]:
     """Seconds of one token alone at `position`, and how much of them attention has."""
     attention = 0.0
+    # A CPU attends in float32: keys and values of two bytes are read, written as four and read again.
+    passes = 5 if sizes.device == "cpu" and sizes.element_bytes == 2 else 1
     for horizon, heads in zip(schedule.horizons, schedule.heads(sizes.heads), strict=True):
         work = decode_work(_call(sizes, horizon, heads, 1, 1, held=horizon), keys_at(position, horizon, sizes))
-        attention += work.bytes / ceilings.copy_bytes + ceilings.attention_seconds["forward"]
+        attention += passes * work.bytes / ceilings.copy_bytes + ceilings.attention_seconds["forward"]
     weights = parameters_of(sizes, schedule) * sizes.element_bytes
     rest = Work(bytes_read=weights, calls=DECODE_OPERATORS * schedule.layers)
     return attention + plain_seconds(rest, ceilings, sizes.dtype), attention
