@@ -20,8 +20,8 @@ from benchmarks.contenders import Shape, backward, check, forward, forward_backw
 from benchmarks.goals import OURS
 from benchmarks.peers import PEERS, Attention, Missing
 from dsmr_kernels import KVMemory
-from dsmr_kernels.measuring import graphed, kernel_seconds, wall_seconds
 from dsmr_kernels.testing import Case
+from dsmr_kernels.timing import graphed, kernel_seconds, wall_seconds
 
 BUDGET = 0.15  # seconds for each timing
 DIRECTIONS = {"forward": forward, "backward": backward, "forward_backward": forward_backward}

@@ -23,9 +23,8 @@ from benchmarks.peers import Missing
 from dsmr.terminal import out_of_memory
 from dsmr_kernels.ceilings import device_name, load
 from dsmr_kernels.cost import Work
-from dsmr_kernels.measuring import graphed, kernel_seconds
 from dsmr_kernels.predict import Ceilings
-from dsmr_kernels.timing import synchronize
+from dsmr_kernels.timing import graphed, kernel_seconds, synchronize
 
 OURS = "ours"
 

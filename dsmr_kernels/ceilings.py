@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from dsmr_kernels.api import memory_attention
 from dsmr_kernels.cost import Call
 from dsmr_kernels.memory import KVMemory
 from dsmr_kernels.predict import PARTS, Ceilings, bound_seconds, with_edge
+from dsmr_kernels.storage import write_text
 from dsmr_kernels.timing import Yardstick, seconds_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -102,17 +102,7 @@ def load(device: torch.device) -> Ceilings | None:
 
 def save(ceilings: Ceilings, device: torch.device) -> None:
     """Keep the figures, in one step, beside those of other devices; `OSError` or `RuntimeError` if that cannot be."""
-    file = cache_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_read() | {_key(device): ceilings.to_json()}, indent=1)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".ceilings-")
-    try:
-        with open(handle, "w", encoding="utf-8") as temporary:
-            temporary.write(text)
-        os.replace(name, file)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_text(cache_file(), json.dumps(_read() | {_key(device): ceilings.to_json()}, indent=1))
 
 
 def ceilings_of(

@@ -1,4 +1,8 @@
-"""Seconds of a call on the device where it runs: warmed up before the clock, on CUDA timed by events."""
+"""Seconds of a call on the device where it runs: warmed up before the clock, the device waited for.
+
+`seconds_of` gives every round of a long call. For short ones, `kernel_seconds` is what the GPU itself works, behind a
+cold L2 cache, and `wall_seconds` what the caller waits, launches and Python included; on a CPU both read the clock.
+"""
 
 import statistics
 import time
@@ -58,6 +62,66 @@ def seconds_of(
             call()
             seconds.append(time.perf_counter() - started)
     return seconds
+
+
+FLUSH, OFTEN = 256 << 20, 8  # bytes, several times any L2 cache, and how often they are written before a call
+
+
+def _often(call: Callable[[], Any], device: torch.device, budget: float, most: int) -> int:
+    """Repeats that fit into `budget` seconds, 3 to `most`; the calls that find it out are the warm-up."""
+    for _ in range(2):
+        call()
+    synchronize(device)
+    begin = time.perf_counter()
+    call()
+    synchronize(device)
+    return max(3, min(most, int(budget / max(time.perf_counter() - begin, 1e-6))))
+
+
+def kernel_seconds(call: Callable[[], Any], device: torch.device, *, budget: float = 0.3, most: int = 50) -> float:
+    """Median time of the GPU's own work in one call, the L2 cache overwritten before each."""
+    if device.type != "cuda":
+        return wall_seconds(call, device, budget=budget, most=most)
+    repeats = _often(call, device, budget, most)
+    flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for begin, end in events:
+        for _ in range(OFTEN):  # keeps the GPU busy for most of a millisecond, while the call's launches queue up
+            flush.zero_()
+        begin.record()
+        call()
+        end.record()
+    synchronize(device)
+    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
+
+
+def wall_seconds(call: Callable[[], Any], device: torch.device, *, budget: float = 0.3, most: int = 50) -> float:
+    """Median time of a call among others of its kind, one after another, launches and Python included."""
+    seconds, group = [], max(1, _often(call, device, budget, most) // 5)
+    for _ in range(5):
+        synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(group):
+            call()
+        synchronize(device)
+        seconds.append((time.perf_counter() - begin) / group)
+    return statistics.median(seconds)
+
+
+def graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any] | None:
+    """The call captured in a CUDA graph, to be replayed; None on a CPU. The call must already be warm."""
+    if device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 class Yardstick:

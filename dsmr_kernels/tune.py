@@ -25,10 +25,10 @@ import torch
 
 from dsmr_kernels import memory_attention
 from dsmr_kernels.aot import ELEMENTS, VARIANTS, Case, compile_kernel
-from dsmr_kernels.measuring import kernel_seconds
 from dsmr_kernels.targets import TARGETS
 from dsmr_kernels.testing import Case as Inputs
 from dsmr_kernels.testing import assert_agrees_with_oracle, random_case
+from dsmr_kernels.timing import kernel_seconds
 
 if TYPE_CHECKING:
     from dsmr_kernels.backends.triton.configs import Config

@@ -12,7 +12,7 @@ import torch
 from benchmarks import goals, gpu, gpu_report, gpu_worker, machine
 from benchmarks.contenders import Shape, check, forward, ours
 from benchmarks.peers import PEERS, MaskedSDPA, Missing, WrittenOut
-from dsmr_kernels.measuring import kernel_seconds, wall_seconds
+from dsmr_kernels.timing import kernel_seconds, wall_seconds
 
 CPU = torch.device("cpu")
 SMALL = Shape(2, 4, 2, 12, 20, 16)

@@ -23,8 +23,8 @@ DIRECTIONS = ("forward", "backward")
 # Bytes of float32 that AdamW and clipping move for a parameter: gradient read for the norm, read and written to be
 # scaled; then weight, gradient and two moments read, all but the gradient written.
 OPTIMIZER_BYTES = 4 * (1 + 2 + 4 + 3)
-# Operators, views included, that a token alone costs in a layer: two norms, four products, heads split, keys and queries
-# rotated, their slots written, two stretches of the ring attended to, activation and residuals.
+# Operators, views included, that a token alone costs in a layer: two norms, four products, heads split, keys, queries
+# rotated, slots written, two stretches of the ring attended to, activation and residuals.
 DECODE_OPERATORS = 100
 
 
