@@ -38,15 +38,13 @@ def _only(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"{sdpa}.blocks.{name}", 5)
     if way == "products":
         monkeypatch.setattr(f"{sdpa}.blocks.serves", lambda inputs: False)
-    if way == "blocks by head":
-        monkeypatch.setattr(f"{sdpa}.blocks.BY_HEAD", {torch.float32: 0, torch.bfloat16: 0})
-    if way.startswith("blocks"):
+    if way == "blocks":
         monkeypatch.setattr(f"{sdpa}.flash.AVAILABLE", False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("way", ["flash", "blocks", "blocks by head", "products"])
+@pytest.mark.parametrize("way", ["flash", "blocks", "products"])
 def test_each_way_of_sdpa_agrees_with_oracle(
     way: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,15 +1,13 @@
 """Forward and backward by batched matrix products over tiles, where a query's past is seen whole.
 
 A tile takes some heads, a block of queries and a stretch of keys, few enough for its scores to stay in the second-level
-caches: many heads, so that each operation runs over them on all cores, or in large calls one head for each core, so
-that no core waits for another. Scores are exponentiated against a pivot that is known beforehand, the query's score
-with its own key: a query always sees itself, so the sum is at least one, and the usual search for each row's maximum is
-left out. In the backward a stretch that takes no gradient, such as memory, needs only its share of dQ: three products
-of five.
+caches, and many heads, so that each operation runs over them on all cores. Scores are exponentiated against a pivot
+that is known beforehand, the query's score with its own key: a query always sees itself, so the sum is at least one,
+and the usual search for each row's maximum is left out. In the backward a stretch that takes no gradient, such as
+memory, needs only its share of dQ: three products of five.
 """
 
 import math
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,14 +17,10 @@ from torch import Tensor
 
 from dsmr_kernels.backends.autograd import Inputs
 from dsmr_kernels.backends.sdpa.plan import Group, Source, past_of
-from dsmr_kernels.backends.sdpa.workers import in_parallel
 
 BLOCK_QUERIES, BLOCK_KEYS = 512, 512
 TILE = {torch.float32: 1 << 19, torch.bfloat16: 1 << 21}  # scores of a tile
 LOG2E = math.log2(math.e)  # base-2 exponentials are three times as fast as natural ones
-# Scores of a call from which each core takes whole heads: until then the cores that PyTorch's own operators left
-# spinning are in the way, and in bfloat16 whole heads gain nothing.
-BY_HEAD = {torch.float32: 1 << 23, torch.bfloat16: math.inf}
 LIMIT = 2.0**64  # of a row's sum, above which a score may be out of range against its pivot
 
 
@@ -83,19 +77,11 @@ def _tiles(inputs: Inputs, group: Group, heads: slice) -> Iterator[Tile]:
 
 
 def _each_tile(inputs: Inputs, plan: list[Group], work: Callable[[Tile], None]) -> None:
-    """work(tile) for all tiles: of a large head one after another, so that heads can go side by side."""
+    """work(tile) for all tiles."""
     kv_heads = inputs.k.shape[1]
-    large = head_scores(plan) * inputs.q.shape[0] * inputs.q.shape[1] >= BY_HEAD[inputs.q.dtype]
-    jobs: list[tuple[Group, slice]] = []
     for group in plan:
-        first, last = group.rows.start * kv_heads, group.rows.stop * kv_heads
-        jobs += [(group, slice(i, i + 1)) for i in range(first, last)] if large else [(group, slice(first, last))]
-
-    def job(part: tuple[Group, slice]) -> None:
-        for tile in _tiles(inputs, *part):
+        for tile in _tiles(inputs, group, slice(group.rows.start * kv_heads, group.rows.stop * kv_heads)):
             work(tile)
-
-    in_parallel(job, jobs, worthwhile=large)
 
 
 class _Call:
@@ -107,20 +93,19 @@ class _Call:
         sides = [(k, v)] + ([] if memory is None else [(memory.k, memory.v)])
         self.sides = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in sides]
         self.alpha = inputs.spec.scale * LOG2E
-        self._storage = threading.local()
+        self._storage: dict[str, Tensor] = {}
 
     def by_head(self, x: Tensor) -> Tensor:
         """(B, Hq, T, ...) -> (B * Hkv, members of the group, T, ...)"""
         return x.reshape(x.shape[0] * self.kv_heads, x.shape[1] // self.kv_heads, *x.shape[2:])
 
     def scratch(self, which: str, block: Tensor, keys: Tensor) -> Tensor:
-        """Room for a tile's scores, the same storage every time, one for each thread."""
+        """Room for a tile's scores, the same storage every time."""
         shape = (block.shape[0], block.shape[1], keys.shape[1])
         count = math.prod(shape)
-        storage = getattr(self._storage, which, None)
+        storage = self._storage.get(which)
         if storage is None or storage.numel() < count:
-            storage = self.q.new_empty(count)
-            setattr(self._storage, which, storage)
+            storage = self._storage[which] = self.q.new_empty(count)
         return storage[:count].view(shape)
 
 

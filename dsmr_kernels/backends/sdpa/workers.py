@@ -15,11 +15,22 @@ import torch
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    pool = ThreadPoolExecutor(threads, "dsmr-attention", initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(threads, "dsmr-attention", initializer=_alone_on_a_core)
     for started in [pool.submit(_wait_for_another, threads) for _ in range(threads)]:
         started.result()
     torch.set_num_threads(threads)  # what threads started later begin with; the workers keep their own setting
     return pool
+
+
+def _alone_on_a_core() -> None:
+    """One thread for this worker's operators.
+
+    A thread that has not asked for the number first takes the global one at its first operator, whatever was set: each
+    worker would start helpers of its own, and with more threads than cores OpenMP's barriers sleep, everywhere in the
+    process and for good.
+    """
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 def _wait_for_another(threads: int) -> None:
