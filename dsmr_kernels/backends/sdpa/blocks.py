@@ -19,7 +19,7 @@ from dsmr_kernels.backends.autograd import Inputs
 from dsmr_kernels.backends.sdpa.plan import Group, Source, past_of
 
 BLOCK_QUERIES, BLOCK_KEYS = 512, 512
-TILE = {torch.float32: 1 << 19, torch.bfloat16: 1 << 21}  # scores of a tile
+TILE = {torch.float32: 1 << 20, torch.bfloat16: 1 << 21}  # scores of a tile
 LOG2E = math.log2(math.e)  # base-2 exponentials are three times as fast as natural ones
 LIMIT = 2.0**64  # of a row's sum, above which a score may be out of range against its pivot
 
