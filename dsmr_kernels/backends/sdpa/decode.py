@@ -46,11 +46,7 @@ class StretchAttention:
         done = 0
         for start, stop in stretches:
             part = scores[:, :, done : done + stop - start]
-            keys = k[:, start:stop].to(q.dtype)
-            if group == 1:  # the keys first: a matrix times a vector
-                torch.baddbmm(part.mT, keys, q.mT, beta=0, alpha=scale, out=part.mT)
-            else:
-                torch.baddbmm(part, q, keys.mT, beta=0, alpha=scale, out=part)
+            torch.baddbmm(part, q, k[:, start:stop].to(q.dtype).mT, beta=0, alpha=scale, out=part)
             if memory.k_scale is not None:
                 part *= memory.k_scale.flatten(0, 1)[:, None, start:stop]
             done += stop - start
