@@ -1,14 +1,16 @@
 """Attention of the newest tokens over the ring, where it lies.
 
 Music is generated one token at a time, all rows in step: then the visible slots are at most two stretches of the ring,
-and `StretchAttention` reads just these by batched products, with no mask and into buffers that it keeps. Everything
-else (rows of different age, several new tokens, devices whose positions the host should not wait for) takes the whole
-ring and masks slots by their age.
+and `StretchAttention` reads just these, with no mask: in float32 by PyTorch's flash kernel over each, merged by
+log-sum-exp; with ALiBi, or memories of other dtypes, by batched products into buffers that it keeps. Everything else
+(rows of different age, several new tokens, devices whose positions the host should not wait for) takes the whole ring
+and masks slots by their age.
 """
 
 import torch
 from torch import Tensor
 
+from dsmr_kernels.backends.sdpa import flash
 from dsmr_kernels.memory import KVMemory, ring_slices
 
 
@@ -41,6 +43,9 @@ class StretchAttention:
         """
         m, group, dim = q.shape
         stretches = ring_slices(position, memory.capacity, -sees, sees)
+        if flash.AVAILABLE and slopes is None and q.dtype == memory.dtype == torch.float32:
+            whole = [(0, sees)] if sees == memory.capacity else stretches  # their order is all one
+            return _by_flash(q.view(memory.batch, -1, group, dim), memory, whole, scale).view(q.shape)
         k, v = memory.k.flatten(0, 1), memory.v.flatten(0, 1)
         scores = self._buffer("scores", q, (m, group, sees))
         done = 0
@@ -63,6 +68,15 @@ class StretchAttention:
             torch.baddbmm(out, part, v[:, start:stop].to(q.dtype), beta=1 if done else 0, out=out)
             done += stop - start
         return out
+
+
+def _by_flash(q: Tensor, memory: KVMemory, stretches: list[tuple[int, int]], scale: float) -> Tensor:
+    """q (B, Hkv, g, D), all of which see the same slots, in one kernel a stretch."""
+    found = [
+        flash.attend(q, memory.k[:, :, start:stop], memory.v[:, :, start:stop], False, scale)
+        for start, stop in stretches
+    ]
+    return found[0][0] if len(found) == 1 else flash.merge(*found[0], *found[1])
 
 
 def decode_attention(

@@ -1,4 +1,5 @@
-"""Forward by PyTorch's flash kernel: over memory, earlier tokens and the run itself apart, merged by log-sum-exp."""
+"""PyTorch's flash kernel, over each source apart, merged by log-sum-exp; a call's forward by it: over memory, earlier
+tokens and the run itself."""
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", 
 AVAILABLE = _FLASH is not None
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """One source. q (b, Hq, n, D), k and v (b, Hkv, s, D) -> out (b, Hq, n, D), lse (b, Hq, n)."""
     assert _FLASH is not None
     queries, group = q.shape[2], q.shape[1] // k.shape[1]
@@ -25,6 +26,15 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
     return torch.stack([out for out, _ in parts], 2).flatten(1, 2), torch.stack([lse for _, lse in parts], 2).flatten(
         1, 2
     )
+
+
+def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:
+    """The output over two sources, float32, from those over each and their log-sum-exps; may be written over `out`.
+
+    Each softmax is over one source: the two are weighed by their shares of the common sum of exponentials. In place,
+    since in a small call fresh pages cost as much as the arithmetic; rounded once, at the end.
+    """
+    return out.float().lerp_(more.float(), torch.sigmoid(more_lse - lse).unsqueeze_(-1))
 
 
 def _stretch(tensor: Tensor, rows: slice, start: int, stop: int) -> Tensor:
@@ -46,16 +56,13 @@ def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor | None]:
         for run in group.runs:
             block = _stretch(q, rows, run.start - shift, run.stop - shift)
             keys, values = (_stretch(x, rows, run.start, run.stop) for x in (k, v))
-            o, l = _flash(block, keys, values, True, scale)
+            o, l = attend(block, keys, values, True, scale)
             sources = sources_of(run.floor, run.start, group.position, memory.capacity if memory else 0, False)
             for source in sources:
                 sides = (memory.k, memory.v) if source.memory and memory else (k, v)
                 keys, values = (_stretch(x, rows, source.start, source.stop) for x in sides)
-                past_o, past_l = _flash(block, keys, values, False, scale)
-                # Each softmax is over one source: weigh the two by their shares of the common sum of exponentials. In
-                # place, since in a small call fresh pages cost as much as the arithmetic; rounded once, at the end.
-                share = torch.sigmoid(past_l - l).unsqueeze_(-1)
-                o = o.float().lerp_(past_o.float(), share)
+                past_o, past_l = attend(block, keys, values, False, scale)
+                o = merge(o, l, past_o, past_l)
                 if wants_lse or source is not sources[-1]:
                     l = torch.logaddexp(past_l, l)
             if whole:
