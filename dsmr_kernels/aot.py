@@ -262,15 +262,15 @@ def markdown(report: dict[str, Any]) -> str:
         f" kernels, {sum(bool(row['faults']) for row in report['rows'])} of them faulty. Occupancy is estimated from"
         " registers, shared memory and tensor memory.",
         "",
-        "| kernel | target | head_dim | dtype | variant | queries x keys | warps | stages | registers | stack "
-        "| shared, bytes | of | tensor memory | matrix instructions | occupancy | compiled in, s | faults |",
-        "|---|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+        "| kernel | target | head_dim | dtype | variant | queries x keys | warps | stages | registers | of at most "
+        "| stack | shared, bytes | of | tensor memory | matrix instructions | occupancy | compiled in, s | faults |",
+        "|---|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for row in report["rows"]:
         lines.append(
             f"| {row['kernel']} | {row['target']} | {row['head_dim']} | {row['dtype']} | {row['variant']} "
-            f"| {row['bm']} x {row['bn']} | {row['warps']} | {row['stages']} | {row['registers']} | {row['stack']} "
-            f"| {row['shared']} | {row['shared_limit']} | {row['tensor_columns']} | {row['matrix']} "
+            f"| {row['bm']} x {row['bn']} | {row['warps']} | {row['stages']} | {row['registers']} "
+            f"| {row['most_registers'] or ''} | {row['stack']} | {row['shared']} | {row['shared_limit']} | {row['tensor_columns']} | {row['matrix']} "
             f"| {row['occupancy']:.0%} | {row['seconds'] or 'cached'} | {'; '.join(row['faults']) or 'none'} |"
         )
     return "\n".join(lines) + "\n"
@@ -308,8 +308,8 @@ def _write(report: dict[str, Any], json_file: Path | None, markdown_file: Path |
 def _config(text: str) -> "Config":
     from dsmr_kernels.backends.triton.configs import Config
 
-    bm, bn, warps, stages = (int(number) for number in text.split(","))
-    return Config(bm, bn, warps, stages)
+    bm, bn, warps, stages, *limit = (int(number) for number in text.split(","))
+    return Config(bm, bn, warps, stages, *limit)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -321,7 +321,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=ELEMENTS, action="append", help="only this dtype (may be given again)")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one (may be given again)")
     parser.add_argument("--variant", choices=VARIANTS, action="append", help="only this one (may be given again)")
-    parser.add_argument("--config", type=_config, metavar="BM,BN,WARPS,STAGES", help="instead of the table's")
+    numbers = "BM,BN,WARPS,STAGES[,REGISTERS]"
+    parser.add_argument("--config", type=_config, metavar=numbers, help="instead of the table's")
     parser.add_argument("--json", type=Path, help="write the report; rows of the same sources and Triton are kept")
     parser.add_argument("--markdown", type=Path, help="write the report as a table")
     asked = parser.parse_args(arguments)
