@@ -269,8 +269,9 @@ def markdown(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         lines.append(
             f"| {row['kernel']} | {row['target']} | {row['head_dim']} | {row['dtype']} | {row['variant']} "
-            f"| {row['bm']} x {row['bn']} | {row['warps']} | {row['stages']} | {row['registers']} "
-            f"| {row['most_registers'] or ''} | {row['stack']} | {row['shared']} | {row['shared_limit']} | {row['tensor_columns']} | {row['matrix']} "
+            f"| {row['bm']} x {row['bn']} | {row['warps']} | {row['stages']} "
+            f"| {row['registers']} | {row['most_registers'] or ''} | {row['stack']} "
+            f"| {row['shared']} | {row['shared_limit']} | {row['tensor_columns']} | {row['matrix']} "
             f"| {row['occupancy']:.0%} | {row['seconds'] or 'cached'} | {'; '.join(row['faults']) or 'none'} |"
         )
     return "\n".join(lines) + "\n"
