@@ -60,9 +60,10 @@ def compare(rounds: int, tokens: int, threads: int) -> list[dict[str, Any]]:
     return rows
 
 
-def at_places(rounds: int, tokens: int, precision: str) -> list[dict[str, Any]]:
+def at_places(rounds: int, tokens: int, threads: int, precision: str) -> list[dict[str, Any]]:
     """Milliseconds a token at positions far apart. Those far on are reached by setting a stream
     forward whose rings are full, by whole turns of every ring."""
+    torch.set_num_threads(threads)
     decoders = []
     for place in PLACES:
         turn = math.lcm(*(memory.capacity for memory in Ours(random_context(1), "plain").state.memories))
@@ -83,6 +84,7 @@ def at_places(rounds: int, tokens: int, precision: str) -> list[dict[str, Any]]:
     return [
         {
             "position": place,
+            "threads": threads,
             "ms": 1e3 * statistics.median(times),
             "of_first": statistics.median(b / a for a, b in zip(first, times, strict=True)),
         }
@@ -126,8 +128,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def places_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| position | ms a token | of that at 1,000 |", "|--:|--:|--:|"]
-    lines += [f"| {row['position']:,} | {row['ms']:.2f} | {row['of_first']:.2f} × |" for row in rows]
+    lines = ["| position | threads | ms a token | of that at 1,000 |", "|--:|--:|--:|--:|"]
+    lines += [
+        f"| {row['position']:,} | {row['threads']} | {row['ms']:.2f} | {row['of_first']:.2f} × |" for row in rows
+    ]
     return "\n".join(lines)
 
 
@@ -192,10 +196,13 @@ def main() -> None:
     else:
         name, command = "cpu-decode", "python -m benchmarks.decode"
         rows = [row for threads in arguments.threads for row in compare(arguments.rounds, arguments.tokens, threads)]
-        torch.set_num_threads(1)
-        places = at_places(arguments.rounds, arguments.tokens, arguments.precision)
+        places = [
+            row
+            for threads in arguments.threads
+            for row in at_places(4 * arguments.rounds, arguments.tokens, threads, arguments.precision)
+        ]
         results |= {"rows": rows, "positions": places}
-        parts = [table(rows), f"Time by position ({arguments.precision}, 1 thread):", places_table(places)]
+        parts = [table(rows), f"Time by position ({arguments.precision}):", places_table(places)]
         draw(rows, arguments.out / f"{name}.png")
     about = ", ".join(f"{key} {value}" for key, value in machine.items())
     text = "\n\n".join([f"Measured by `{command}` on: {about}.", *parts])
