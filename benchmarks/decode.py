@@ -129,9 +129,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def places_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| position | threads | ms a token | of that at 1,000 |", "|--:|--:|--:|--:|"]
-    lines += [
-        f"| {row['position']:,} | {row['threads']} | {row['ms']:.2f} | {row['of_first']:.2f} × |" for row in rows
-    ]
+    lines += [f"| {row['position']:,} | {row['threads']} | {row['ms']:.2f} | {row['of_first']:.2f} × |" for row in rows]
     return "\n".join(lines)
 
 
