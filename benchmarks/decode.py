@@ -69,8 +69,8 @@ def at_places(rounds: int, tokens: int, threads: int, precision: str) -> list[di
         turn = math.lcm(*(memory.capacity for memory in Ours(random_context(1), "plain").state.memories))
         read = place if place < 2 * turn else turn + place % turn
         decoder = Ours(random_context(read), precision)
-        for memory in decoder.state.memories:  # full where it is set forward, so that nothing but the count differs
-            memory.position += place - read
+        decoder.set_forward(place - read)  # a stream whose rings are full, so that nothing but the count differs
+        assert int(decoder.state.position[0]) == place
         decoders.append(decoder)
     turns: list[list[float]] = [[] for _ in PLACES]
     for _ in range(rounds):

@@ -46,9 +46,19 @@ class Ours:
         self.state = self.model.new_state(1)
         with torch.no_grad():
             self.model(context[None], self.state)
-        self._step: Any = (
-            PlainStep(self.model, self.state) if precision == "plain" else stepper(self.model, self.state, precision)
-        )
+        self._precision = precision
+        self._step = self._stepper()
+
+    def _stepper(self) -> Any:
+        if self._precision == "plain":
+            return PlainStep(self.model, self.state)
+        return stepper(self.model, self.state, self._precision)
+
+    def set_forward(self, tokens: int) -> None:
+        """Be `tokens` further on in the piece, with what is remembered as it is."""
+        for memory in self.state.memories:
+            memory.position += tokens
+        self._step = self._stepper()  # it counts for itself
 
     def step(self, token: int) -> Tensor:
         return self._step(torch.tensor([token]))[0]

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from dsmr.errors import UserError
 from dsmr.schedule import MemorySchedule
 from dsmr_kernels.cost import human_bytes
+from dsmr_kernels.quantise import SCALE_BYTES
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 # Of an element, and of a key's or value's scale.
-ELEMENT_BYTES = {"float32": (4, 0), "bfloat16": (2, 0), "float16": (2, 0), "int8": (1, 4)}
+ELEMENT_BYTES = {"float32": (4, 0), "bfloat16": (2, 0), "float16": (2, 0), "int8": (1, SCALE_BYTES)}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from dsmr.devices import resolve_device
+from dsmr.devices import resolve_device, resolve_memory_dtype
 from dsmr.errors import UserError
 from dsmr.files import check_writable
 from dsmr.generation import Limits, Player, Sampling, may_stop
@@ -209,8 +210,11 @@ def continue_variations(
 
 
 def check_memory_dtype(memory_dtype: str | None, load_state: str | os.PathLike[str] | None) -> None:
-    """`UserError` for a dtype that is asked of a stream which has one already."""
-    if memory_dtype is not None and load_state is not None:
+    """`UserError` for a dtype that there is not, or that is asked of a stream which has one already."""
+    if memory_dtype is None:
+        return
+    resolve_memory_dtype(memory_dtype, torch.float32)
+    if load_state is not None:
         raise UserError("--memory-dtype cannot be given with --load-state: the saved stream keeps its own")
 
 

@@ -47,7 +47,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def resolve_memory_dtype(name: str, computing: torch.dtype = torch.float32) -> torch.dtype:
+def resolve_memory_dtype(name: str, computing: torch.dtype) -> torch.dtype:
     """The dtype to remember in: "auto" is the one that is computed in, int8 halves the bytes of bfloat16."""
     named = {"auto": computing, "float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
     if name not in named:

@@ -120,7 +120,7 @@ class Player:
             raise ValueError(f"variations must be at least 1, got {variations}")
         heard = [array("i", tokens.tolist()) for _ in range(variations)]
         if state is None:
-            remembering = None if memory_dtype == "auto" else resolve_memory_dtype(memory_dtype)
+            remembering = None if memory_dtype == "auto" else resolve_memory_dtype(memory_dtype, torch.float32)
             state = model.new_state(variations, dtype=remembering)
         elif memory_dtype != "auto":
             raise ValueError(f"memory_dtype must be left out beside a state, which has its own, got {memory_dtype!r}")
@@ -223,8 +223,9 @@ def stream(
     dtype         of the weights: "float32" (the model's own), "bfloat16", "int8" or "auto"
     memory_dtype  of keys and values in a new state: "float32", "bfloat16", "int8" or "auto" (the model's own)
 
-    Raises `ValueError` at once for arguments that cannot be served, and `UserError` from the stream if the model's
-    logits are not finite; the tokens yielded until then are good. The model runs in evaluation mode meanwhile.
+    Raises `ValueError` at once for arguments that cannot be served (`UserError` for an unknown dtype), and `UserError`
+    from the stream if the model's logits are not finite; the tokens yielded until then are good. The model runs in
+    evaluation mode meanwhile.
     """
     limits = check_limits(vocabulary, max_tokens, seconds, notes, stop_at_end)
     player = Player.begin(model, prompt, sampling, vocabulary, state=state, dtype=dtype, memory_dtype=memory_dtype)

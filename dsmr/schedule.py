@@ -247,7 +247,7 @@ class MemorySchedule:
         self, *, n_heads: int, head_dim: int, bytes_per_element: int = 2, batch: int = 1, scale_bytes: int = 0
     ) -> int:
         """Bytes of recurrent state: 2 * batch * (head_dim * bytes_per_element + scale_bytes) * sum of horizon *
-        kv_heads; a memory in int8 has 1 byte an element and a scale of 4 bytes."""
+        kv_heads; only a memory in int8 has scales (`dsmr_kernels.quantise.SCALE_BYTES`)."""
         return sum(
             self.layer_bytes(
                 n_heads=n_heads,

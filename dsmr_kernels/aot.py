@@ -245,7 +245,8 @@ HEAD = (
 
 def line(row: dict[str, Any]) -> str:
     """A row for the terminal, under `HEAD`."""
-    tile = f"{row['bm']} x {row['bn']}, {row['warps']}, {row['stages']}"
+    limit = f", ≤ {row['most_registers']}" if row["most_registers"] else ""
+    tile = f"{row['bm']} x {row['bn']}, {row['warps']}, {row['stages']}{limit}"
     shared = f"{row['shared']}/{row['shared_limit'] // 1024}K"
     seconds = f"{row['seconds']:8.1f}" if row["seconds"] else "  cached"
     return (

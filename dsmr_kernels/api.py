@@ -268,7 +268,7 @@ def decode_attention(
                 f"each of the {q.shape[2]} new tokens must see itself, but row {row} sees {int(sees[row])}"
             )
     module = choose(q, backend)
-    return module.decode_attention(q, memory, visible, alibi_slopes, _scale(scale, q.shape[3]))
+    return module.decode_attention(q.detach(), memory, visible, alibi_slopes, _scale(scale, q.shape[3]))
 
 
 def append_rotated(

@@ -318,7 +318,7 @@ def memory_bytes(
 ) -> int:
     """Bytes of one layer's keys and values of `horizon` tokens: what `KVMemory.nbytes` gives for that capacity.
 
-    `scale_bytes`: of a key's or value's scale, 4 where the memory is int8.
+    `scale_bytes`: of a key's or value's scale, where the memory is int8 (`quantise.SCALE_BYTES`).
     """
     return 2 * batch * horizon * kv_heads * (head_dim * bytes_per_element + scale_bytes)
 

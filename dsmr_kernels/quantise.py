@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MOST = 127
+SCALE_BYTES = 4  # of a key's or value's scale
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsmr_kernels.aot import KERNELS, WITHOUT_PRODUCTS, Case, Compiled, every_case, markdown, merged, sample
 from dsmr_kernels.targets import TARGETS
@@ -15,7 +16,7 @@ from dsmr_kernels.targets import TARGETS
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton, which is not installed", allow_module_level=True)
 
-from dsmr_kernels.backends.triton.configs import DTYPES, OLDER_INSTRUCTIONS, TABLE, Config, choose, family
+from dsmr_kernels.backends.triton.configs import DTYPES, OLDER_INSTRUCTIONS, TABLE, Config, choose, family, from_table
 
 
 def _aot(*arguments: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
@@ -141,3 +142,16 @@ def test_the_table_has_an_entry_for_every_target_and_dtype() -> None:
 )
 def test_a_part_that_is_not_named_is_served_by_its_family(architecture: str, served: str) -> None:
     assert TABLE[family(architecture)] is TABLE[served]
+
+
+def test_limits_of_registers_fit_a_block_and_are_for_nvidia_alone() -> None:
+    limited = Config(16, 16, 8, 1, 255)
+    assert limited.launch_options("sm_90") == {"num_warps": 8, "num_stages": 1, "maxnreg": 255}
+    assert limited.launch_options("gfx942") == {"num_warps": 8, "num_stages": 1}
+    assert "maxnreg" not in Config(16, 16, 8, 1).launch_options("sm_90")
+    limits = set()
+    for case in every_case():
+        config = from_table(case.kernel, case.target, case.head_dim, getattr(torch, case.dtype))
+        limits.add(config.most_registers)
+        assert 32 * config.warps * config.most_registers <= 65536
+    assert 255 in limits

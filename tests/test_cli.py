@@ -245,6 +245,8 @@ def test_from_nothing_to_a_continued_piece(tmp_path):
     assert several.exit_code == 0, several.output
     assert out.with_name("continued-2.mid").is_file()
     assert says(dsmr("generate", run, "--prompt", piece, "--out", out, "--dtype", "int4"), "int4", "int8")
+    assert says(dsmr("generate", run, "--prompt", piece, "--out", out, "--memory-dtype", "int4"), "int4", "int8")
+    assert says(dsmr("play", run, "--prompt", piece, "--memory-dtype", "int4"), "int4", "int8")
     other = tmp_path / "other"
     shutil.copytree(run, other)
     config = json.loads((other / "config.json").read_text())

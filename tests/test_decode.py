@@ -75,6 +75,28 @@ def test_low_precision_stays_within_its_rounding(backend: str, new: int, dtype: 
 
 
 @every
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("visible", [30, 33])  # two stretches of the ring, and the whole of it
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
+def test_rows_in_step_in_every_dtype(
+    backend: str, stored: torch.dtype, visible: int, alibi: bool, flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one age take a way of their own; queries may want a gradient, and get none."""
+    if not flash:
+        monkeypatch.setattr("dsmr_kernels.backends.sdpa.flash.AVAILABLE", False)
+    memory = filled_memory(2, 2, 33, 16, [90, 90]).to(dtype=stored)
+    dtype = torch.float32 if stored == torch.int8 else stored
+    q = torch.randn(2, 6, 1, 16).to(dtype).requires_grad_()
+    slopes = torch.rand(6) if alibi else None
+    exact = defined(q.detach().double(), memory.to(dtype=torch.float64), [visible] * 2, alibi_slopes=slopes)
+    seen = torch.full((2,), visible, dtype=torch.int32)
+    out = decode_attention(q, memory, visible=seen, alibi_slopes=slopes, backend=backend)
+    assert (out.dtype, out.requires_grad) == (dtype, False)
+    assert error(out, exact) < 8 * torch.finfo(dtype).eps * 4
+
+
+@every
 @pytest.mark.parametrize("visibility", ["segment", "sliding"])
 @pytest.mark.parametrize("new", [1, 4])
 @pytest.mark.parametrize("alibi", [False, True])

@@ -205,6 +205,33 @@ def test_the_captured_step_draws_what_the_plain_one_draws(sampling, monkeypatch)
     assert sampling.temperature == 0 or len({token for tokens in played[0] for token in tokens}) > 3
 
 
+def test_the_captured_step_gives_the_logits_of_the_plain_one():
+    model = small_model(recall=2)
+    tokens = torch.randint(23, (40, 2), generator=torch.Generator().manual_seed(3))
+    plain = PlainStep(model, model.new_state(2))
+    captured = captured_step(model, model.new_state(2), "float32")
+    for token in tokens:
+        torch.testing.assert_close(captured(token), plain(token), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_runs_before_a_capture_are_taken_back_whole(dtype):
+    model = small_model(visibility="sliding")
+    state = model.new_state(1, dtype=dtype)
+    model(torch.randint(23, (1, 60)), state)
+    body = captured_step(model, state, "float32").body
+    kept = {id(x): x.clone() for memory in state.memories for x in memory.tensors().values()}
+    before = [tensor.clone() for tensor in body.tensors()]
+    for _ in range(3):
+        body.run()
+    for tensor, value in zip(body.tensors(), before, strict=True):
+        tensor.copy_(value)
+    for memory in state.memories:
+        for tensor in memory.tensors().values():
+            assert torch.equal(tensor, kept[id(tensor)])
+
+
 def test_the_captured_step_heeds_what_is_allowed_and_says_when_numbers_break():
     model = small_model()
     step = captured_step(model, model.new_state(1), "float32")

@@ -126,6 +126,7 @@ def test_a_stale_file_says_what_changed(tmp_path: Path, key: str, words: str) ->
 
 
 ENTRY = {"kernel": "forward", "padded_head_dim": 64, "dtype": "float16", "bm": 64, "bn": 64, "warps": 4, "stages": 2}
+ENTRY["most_registers"] = 0
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,8 @@ ENTRY = {"kernel": "forward", "padded_head_dim": 64, "dtype": "float16", "bm": 6
         ({"entries": [ENTRY | {"warps": 64}]}, "tiles must be powers of two"),
         ({"entries": [ENTRY | {"stages": 0}]}, "must be positive integers"),
         ({"entries": [ENTRY | {"bn": "64"}]}, "must be positive integers"),
+        ({"entries": [ENTRY | {"most_registers": 31}]}, "most_registers must be 0 or an integer from 32 to 255"),
+        ({"entries": [ENTRY | {"most_registers": 256}]}, "most_registers must be 0 or an integer from 32 to 255"),
         ({"entries": [ENTRY | {"dtype": "int8"}]}, "dtype must be one of float16"),
         ({"entries": 3}, "damaged"),
     ],

@@ -1,7 +1,8 @@
 """One row of a profile, measured in a process of its own: `python -m dsmr.profiling.row`, a job in, a result out.
 
 A fresh process is what makes peak memory true, and keeps a row that runs out of memory from taking the others along.
-Correctness goes first: the attention that the model will use is compared with the oracle before anything is timed.
+Correctness goes first: the attention that the model will use is compared with the oracle before anything is timed, and
+three steps of decoding with the model's own pass.
 Standard input is a `Job` as JSON, standard output the result as JSON.
 """
 
@@ -259,10 +260,11 @@ def measure_decode(job: Job) -> dict[str, Any]:
     device = torch.device(sizes.device)
     peak = Peak(device)
     rows = []
+    with torch.no_grad():
+        check_step(DSMRModel(sizes.config(schedule)).to(device).eval(), sizes)
     with peak, torch.no_grad():
         model = DSMRModel(sizes.config(schedule)).to(device).eval()
         token, noise, sampling = torch.zeros(1, dtype=torch.int64), torch.rand(1), Sampling()
-        check_step(model, sizes)
         for position in sizes.positions:
             state = filled_state(model, sizes, 1, position, aligned=False)
             step = stepper(model, state, sizes.dtype)
@@ -273,6 +275,7 @@ def measure_decode(job: Job) -> dict[str, Any]:
             seconds = seconds_of(one, device, rounds=10 * sizes.rounds, warmup=5, limit=sizes.seconds / 2)
             rows.append({"position": position, "timing": vars(Timing.of(seconds))})
             held = [memory.nbytes for memory in state.memories]
+            del one, step, state  # the next position has its own: a player has one
     return {
         "tokens": 1,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -302,7 +305,7 @@ def main() -> int:
         if isinstance(error, MemoryError) or out_of_memory(error):
             result = {"error": "out of memory"}
         elif isinstance(error, AssertionError):
-            result = {"error": f"not timed, because its attention is wrong: {error}"}
+            result = {"error": f"not timed, because it is wrong: {error}"}
         else:
             result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     json.dump(result, sys.stdout)

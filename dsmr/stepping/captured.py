@@ -51,7 +51,7 @@ class DeviceBody:
         """Everything of the stream that a run changes."""
         kept = [self.state.recent, *self.rings.counters()]
         for memory in self.state.memories:
-            kept += [memory.k, memory.v, memory.position, memory.length]
+            kept += memory.tensors().values()
         return kept
 
 

@@ -1,7 +1,7 @@
 """Forward and backward by batched matrix products over tiles, where a query's past is seen whole.
 
-A tile takes some heads, a block of queries and a stretch of keys, few enough for its scores to stay in the second-level
-caches, and many heads, so that each operation runs over them on all cores. Scores are exponentiated against a pivot
+A tile takes some heads, a block of queries and a stretch of keys: few enough for its scores to stay in the caches, and
+so many heads that each operation runs over them on all cores. Scores are exponentiated against a pivot
 that is known beforehand, the query's score with its own key: a query always sees itself, so the sum is at least one,
 and the usual search for each row's maximum is left out. In the backward a stretch that takes no gradient, such as
 memory, needs only its share of dQ: three products of five.
@@ -151,6 +151,9 @@ def _weighted_sums(inputs: Inputs, plan: list[Group], call: _Call, offset: Tenso
     """Values weighed by 2 ** (score + offset), (B * Hkv, members, T, D), and the weights' sum (..., 1), in float32."""
     q = call.by_head(inputs.q)
     totals, sums = torch.zeros(q.shape), torch.zeros(offset.shape)
+    # A float32 sum of bfloat16 goes through a copy. Rounded tile by tile it is no worse than the totals, which the
+    # products round; a caller who asks for the log-sum-exp shall have it exact.
+    exact = torch.float32 if inputs.spec.return_lse else None
 
     def work(tile: Tile) -> None:
         keys, values = (x[tile.heads, tile.keys] for x in call.sides[tile.memory])
@@ -159,7 +162,7 @@ def _weighted_sums(inputs: Inputs, plan: list[Group], call: _Call, offset: Tenso
         torch.baddbmm(_block(offset, tile), block, keys.mT, alpha=call.alpha, out=weights).exp2_()
         if tile.triangle:
             _keep_triangle(weights, tile)
-        _add(sums, tile, weights.sum(2))
+        _add(sums, tile, weights.sum(2, dtype=exact))
         _add(totals, tile, torch.bmm(weights, values))
 
     _each_tile(inputs, plan, work)

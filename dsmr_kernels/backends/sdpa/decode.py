@@ -35,7 +35,8 @@ class StretchAttention:
     def __call__(
         self, q: Tensor, memory: KVMemory, position: int, sees: int, scale: float, slopes: Tensor | None = None
     ) -> Tensor:
-        """q (m, g, D), of the token at `position` - 1, which is in `memory` already -> (m, g, D), in scratch.
+        """q (m, g, D), of the token at `position` - 1, which is in `memory` already
+        -> (m, g, D), new or in scratch: use it before the next call.
 
         Args:
             sees: how many of the newest slots are visible, the token's own included; all rows hold as many.
