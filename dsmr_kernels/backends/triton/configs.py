@@ -95,7 +95,7 @@ _HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) ea
     },
     256: {
         "forward": Config(64, 64, 8, 2),  # 128 queries spill
-        "dq": Config(64, 64, 8, 2),  # 128 queries x 32 keys spill 8 bytes
+        "dq": Config(64, 32, 8, 2),  # 128 queries spill, and under Triton 3.6 64 keys
         "dkv": Config(16, 64, 8, 1),  # a second stage spills
     },
 }
@@ -138,7 +138,7 @@ _FLOAT32: Sizes = {
     64: {
         "forward": Config(16, 16, 4, 1, 255),  # 32 keys spill at head_dim 16 and on Ada
         "dq": Config(32, 32, 8, 1, 255),  # four warps spill
-        "dkv": Config(32, 32, 4, 1, 255),  # the largest of the clean tiles tried
+        "dkv": Config(32, 32, 8, 1, 255),  # four warps spill under Triton 3.6
     },
     128: {
         "forward": Config(16, 16, 8, 1, 255),  # 32 queries spill on Ada
@@ -177,9 +177,9 @@ OLDER_INSTRUCTIONS = {("dkv", "sm_100", 256)}
 # Decoding. "decode" takes up to 16 stacked queries (a group's heads times the new tokens), "decode_many" more of them;
 # reading the ring is what takes the time, so a block is what keeps enough loads under way. "combine" takes in `bm`
 # splits at a time and "step" `bm` rows and `bn` elements of half a head: both wait for memory, whatever the part.
-# The limits at head_dim 64 leave room for four blocks and for three.
+# At head_dim 64, with lower limits than these, some variants spill under Triton 3.6 or 3.7.
 _DECODE = {
-    64: {"decode": Config(16, 64, 4, 3, 128), "decode_many": Config(32, 64, 4, 2, 168)},
+    64: {"decode": Config(16, 64, 4, 3, 168), "decode_many": Config(32, 64, 4, 2, 200)},
     128: {"decode": Config(16, 64, 4, 3), "decode_many": Config(32, 64, 4, 2)},
     256: {"decode": Config(16, 32, 4, 3), "decode_many": Config(32, 32, 8, 2, 255)},
 }
