@@ -242,8 +242,11 @@ def decode_attention(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: if a gradient is asked for.
     """
     _check_query(q)
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise RuntimeError("decode_attention gives no gradient, but q requires one: call it under torch.no_grad()")
     if not isinstance(memory, KVMemory):
         raise TypeError(f"memory must be a KVMemory that holds the new tokens, got {type(memory).__name__}")
     _check_heads(q, memory.kv_heads)
@@ -268,7 +271,7 @@ def decode_attention(
                 f"each of the {q.shape[2]} new tokens must see itself, but row {row} sees {int(sees[row])}"
             )
     module = choose(q, backend)
-    return module.decode_attention(q.detach(), memory, visible, alibi_slopes, _scale(scale, q.shape[3]))
+    return module.decode_attention(q, memory, visible, alibi_slopes, _scale(scale, q.shape[3]))
 
 
 def append_rotated(

@@ -192,10 +192,7 @@ _CDNA_DECODE = {
 _DECODE_FLOAT32 = {
     64: {"decode": Config(16, 32, 4, 1), "decode_many": Config(16, 32, 4, 1)},
     128: {"decode": Config(16, 32, 8, 1), "decode_many": Config(16, 32, 8, 1)},
-    256: {"decode": Config(16, 32, 8, 1), "decode_many": Config(16, 32, 8, 1)},
-}
-_CDNA_DECODE_FLOAT32 = _DECODE_FLOAT32 | {
-    256: {"decode": Config(16, 16, 8, 1), "decode_many": Config(16, 16, 8, 1)},
+    256: {"decode": Config(16, 16, 8, 1, 255), "decode_many": Config(16, 16, 8, 1, 255)},  # 32 keys spill in Triton 3.6
 }
 _COMBINE = Config(16, 0, 4, 1)
 _STEP_ELEMENTS = 1024
@@ -209,7 +206,7 @@ def _for_decoding(kernel: str, architecture: str, head_dim: int, dtype: torch.dt
         return Config(_STEP_ELEMENTS // half, half, 8 if half == 128 and dtype == torch.float32 else 4, 1, 128)
     part = family(architecture)
     if dtype == torch.float32:
-        sizes = _CDNA_DECODE_FLOAT32 if part == "gfx942" else _DECODE_FLOAT32
+        sizes = _DECODE_FLOAT32
     else:
         sizes = {"gfx942": _CDNA_DECODE, "sm_90": _DECODE, "sm_100": _DECODE}.get(part, _ADA_DECODE)
     return sizes[max(64, padded(head_dim))][kernel]
