@@ -192,7 +192,8 @@ def main() -> None:
         results["long"] = play_long(arguments.long, arguments.precision)
         parts = [f"{arguments.long:,} tokens played ({arguments.precision}, 1 thread):", long_table(results["long"])]
     else:
-        name, command = "cpu-decode", "python -m benchmarks.decode"
+        name = "cpu-decode"
+        command = f"python -m benchmarks.decode --rounds {arguments.rounds} --tokens {arguments.tokens}"
         rows = [row for threads in arguments.threads for row in compare(arguments.rounds, arguments.tokens, threads)]
         places = [
             row

@@ -159,7 +159,7 @@ def main() -> None:
     about = ", ".join(f"{key} {value}" for key, value in machine.items())
     write_text(
         arguments.out / "cpu-attention.md",
-        f"Measured by `python -m benchmarks.side_by_side` on: {about}.\n\n{markdown}\n",
+        f"Measured by `python -m benchmarks.side_by_side --rounds {arguments.rounds}` on: {about}.\n\n{markdown}\n",
     )
     draw(rows, arguments.out / "cpu-attention.png")
 
