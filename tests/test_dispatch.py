@@ -30,7 +30,7 @@ def call(device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int 
 
 
 def test_without_triton_its_absence_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", False)
     with pytest.raises(ValueError, match="backend 'triton' cannot serve: Triton is not installed"):
         call(backend="triton")
     assert available_backends() == ("sdpa", "reference")
@@ -38,7 +38,7 @@ def test_without_triton_its_absence_is_the_reason(monkeypatch: pytest.MonkeyPatc
 
 
 def test_without_a_gpu_its_absence_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"backend 'triton' cannot serve: there is no GPU \(TRITON_INTERPRET=1"):
@@ -86,7 +86,7 @@ def test_bfloat16_is_not_trusted_to_the_interpreter() -> None:
 
 @pytest.mark.parametrize("asked", ["argument", "environment"])
 def test_a_backend_that_was_asked_for_is_never_replaced(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", False)
     if asked == "environment":
         monkeypatch.setenv("DSMR_BACKEND", "triton")
     with pytest.raises(ValueError, match="Triton is not installed"):

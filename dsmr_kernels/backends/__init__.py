@@ -19,12 +19,13 @@ NAMES = ("triton", *_ALWAYS)
 # What is chosen unasked. The Triton kernels are tested on CPU only, through Triton's interpreter: until their tests
 # have passed on a GPU they serve those who ask for them.
 UNASKED = ("sdpa",)
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # here, since Dynamo refuses to trace a search
 
 
 @functools.cache
 def _triton() -> ModuleType | str:
     """The Triton backend, or why there is none."""
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "Triton is not installed"
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "there is no GPU (TRITON_INTERPRET=1, set before Python starts, runs it on CPU tensors, slowly)"
