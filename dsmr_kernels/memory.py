@@ -30,7 +30,7 @@ def ring_slices(position: int, capacity: int, first: int, count: int) -> list[tu
     return [(start, stop)] if stop <= capacity else [(start, capacity), (0, stop - capacity)]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class KVMemory:
     """Ring of detached keys and values, one row of the batch independent of the other.
 
@@ -86,6 +86,11 @@ class KVMemory:
             torch.zeros(batch, dtype=torch.int64, device=device),
             *(torch.zeros(shape[:3], device=device, dtype=torch.float32) for _ in range(2 * (dtype == torch.int8))),
         )
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in ("batch", "kv_heads", "capacity", "head_dim"))
+        return f"KVMemory({sizes}, {dtype} on {self.k.device})"
 
     @property
     def batch(self) -> int:

@@ -344,3 +344,7 @@ def test_another_dtype_is_refused() -> None:
 def test_rows_must_be_a_mask(rows: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"rows must be a boolean mask of shape \(2,\), got"):
         KVMemory.empty(2, HEADS, 4, DIM).reset(rows)
+
+
+def test_it_prints_as_its_sizes() -> None:
+    assert repr(KVMemory.empty(2, 3, 5, 16)) == "KVMemory(batch=2, kv_heads=3, capacity=5, head_dim=16, float32 on cpu)"
