@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,18 +77,34 @@ def test_a_sweep_of_sizes_horizons_and_offsets_compiles_nothing_anew(backend: st
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed")
-def test_one_sweep_is_one_compilation_of_each_triton_kernel() -> None:
-    """T, S, batch, GQA group, capacity, ring position, horizon, segment length and offset are run-time values."""
+@pytest.fixture(scope="module")
+def launch_keys() -> dict[str, Any]:
+    """What `launch_keys.py` prints."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton, which is not installed")
     script = Path(__file__).with_name("launch_keys.py")
     paths = [str(script.parents[1]), os.environ.get("PYTHONPATH", "")]  # the sources beside it, installed or not
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+    return json.loads(result.stdout)
+
+
+def test_one_sweep_is_one_compilation_of_each_triton_kernel(launch_keys) -> None:
+    """T, S, batch, GQA group, capacity, ring position, horizon, segment length and offset are run-time values."""
+    found = launch_keys["keys"]
     assert set(found) == {"16", "20", "40", "64", "80"}
     for head_dim, keys in found.items():
         assert keys == {"forward_kernel": 1, "dq_kernel": 1, "dkv_kernel": 1}, f"head_dim {head_dim}"
+
+
+def test_a_launch_like_an_earlier_one_asks_triton_for_nothing(launch_keys) -> None:
+    """And it runs the kernel that Triton would have chosen: `launch_keys.py` works that out at every launch."""
+    first, second = launch_keys["starts"], launch_keys["starts again"]
+    assert first["from the dictionary"] > 5 * first["by Triton"]
+    decoding = {name: second[name] - first[name] for name in first}
+    assert decoding["from the dictionary"] >= 24  # the calls once more, every other one with rows out of line
+    assert decoding["by Triton"] <= 2 * 12
 
 
 def test_training_step_with_append_in_the_graph() -> None:

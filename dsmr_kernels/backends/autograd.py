@@ -3,7 +3,8 @@
 Eager calls go through the node alone, which saves the operators' dispatch; a graph sees one operator a call.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,6 +53,22 @@ class Method:
     keeps_result: Callable[[Inputs], bool]
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _switched_off(device: str) -> Iterator[None]:
+    with torch.autocast(device, enabled=False), torch.no_grad():
+        yield
+
+
+def _plainly(device: str) -> contextlib.AbstractContextManager[None]:
+    """Without autocast and without gradients; switching off what is off already would cost time."""
+    if torch.is_autocast_enabled(device) or torch.is_grad_enabled():
+        return _switched_off(device)
+    return _AS_IT_IS
+
+
 class _Once(torch.autograd.Function):
     """Passes gradients through, and lets a second differentiation fail with a sentence."""
 
@@ -98,7 +115,7 @@ class _Node(torch.autograd.Function):
                 "append through KVMemory.append, which keeps what a backward still needs"
             )
         inputs = Inputs(q, k, v, *ctx.rest)
-        with torch.autocast(q.device.type, enabled=False), torch.no_grad():
+        with _plainly(q.device.type):
             grads = ctx.method.backward(inputs, ctx.plan, tuple(result) or None, grad)
         ctx.lease = None  # the memory may be overwritten from here on
         if torch.is_grad_enabled():
@@ -107,10 +124,7 @@ class _Node(torch.autograd.Function):
 
 
 def _forward(method: Method, inputs: Inputs) -> tuple[Tensor, Tensor | None, Any]:
-    device = inputs.q.device.type
-    if not torch.is_autocast_enabled(device) and not torch.is_grad_enabled():  # nothing to switch off, which costs time
-        return method.forward(inputs)
-    with torch.autocast(device, enabled=False), torch.no_grad():
+    with _plainly(inputs.q.device.type):
         return method.forward(inputs)
 
 

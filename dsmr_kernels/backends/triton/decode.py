@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsmr_kernels.backends.triton.configs import choose, padded
-from dsmr_kernels.backends.triton.launch import INTERPRETED, LOG2E, _on, _rows, architecture
+from dsmr_kernels.backends.triton.launch import INTERPRETED, LOG2E, _rows, architecture, launch_kernel
 from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows
 from dsmr_kernels.memory import KVMemory
 
@@ -227,21 +227,36 @@ def _launch(
     lse = out if direct else torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
     scales = [_rows(x) for x in (k_scale, v_scale) if x is not None]
     # A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
-    with _on(q.device):
-        decode_kernel[(programs, splits)](
-            q, k, v, *(scales or (q, q)), length, position, length if visible is None else visible.contiguous(),
-            q if alibi is None else alibi.contiguous(), parts, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *(stride for x in scales for stride in x.stride()[:2]), *(() if scales else (0,) * 4),
-            kv_heads, group, dim, scale * LOG2E, new, capacity,
-            HAS_VISIBLE=visible is not None, HAS_ALIBI=alibi is not None, QUANTISED=bool(scales), DIRECT=direct,
-            WHOLE_DIM=bd == dim, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            BM=config.bm, BN=config.bn, BD=bd, **config.launch_options(part),
-        )  # fmt: skip
-        if not direct:
-            config = choose("combine", part, dim, q.dtype)
-            combine_kernel[(batch * heads * new,)](
-                parts, lse, out, dim, splits, BS=config.bm, BD=bd, **config.launch_options(part)
-            )
+    tensors = (
+        q, k, v, *(scales or (q, q)), length, position, length if visible is None else visible.contiguous(),
+        q if alibi is None else alibi.contiguous(), parts, lse,
+    )  # fmt: skip
+    numbers = (
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *(stride for x in scales for stride in x.stride()[:2]), *(() if scales else (0,) * 4),
+        kv_heads, group, dim, scale * LOG2E, new, capacity,
+    )  # fmt: skip
+    constants = {
+        "HAS_VISIBLE": visible is not None,
+        "HAS_ALIBI": alibi is not None,
+        "QUANTISED": bool(scales),
+        "DIRECT": direct,
+        "WHOLE_DIM": bd == dim,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "BM": config.bm,
+        "BN": config.bn,
+        "BD": bd,
+    }
+    launch_kernel(
+        decode_kernel, (programs, splits, 1), q.device, tensors, numbers, constants, config.launch_options(part)
+    )
+    if not direct:
+        config = choose("combine", part, dim, q.dtype)
+        constants = {"BS": config.bm, "BD": bd}
+        grid = (batch * heads * new, 1, 1)
+        launch_kernel(
+            combine_kernel, grid, q.device, (parts, lse, out), (dim, splits), constants, config.launch_options(part)
+        )
     return out
 
 

@@ -8,9 +8,9 @@ import contextlib
 import functools
 import math
 import os
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from dsmr_kernels.backends.autograd import Inputs
@@ -34,9 +34,60 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+_NOWHERE = contextlib.nullcontext()
+
+
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensors'."""
-    return contextlib.nullcontext() if INTERPRETED else torch.cuda.device(device)
+    return _NOWHERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+
+
+# What `launch_kernel` was asked for -> the kernel that Triton compiled for it, and its constants in their order.
+_compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+
+
+@functools.cache
+def _specialised(kernel: Any, tensors: int) -> tuple[list[int], list[int]]:
+    """Which of a kernel's tensors have it compiled anew if they are not aligned, and which of its numbers behind them
+    if they are 1 or a multiple of 16."""
+    watched = [i for i, p in enumerate(kernel.params) if not (p.is_constexpr or p.do_not_specialize)]
+    return [i for i in watched if i < tensors], [i - tensors for i in watched if i >= tensors]
+
+
+def launch_kernel(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    device: torch.device,
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+    constants: dict[str, Any],
+    options: dict[str, int],
+) -> None:
+    """Launch a kernel, whose arguments are tensors, then numbers, then constants.
+
+    At every launch Triton works out from the arguments which compiled kernel they ask for, and that takes several times
+    as long as to launch it. Here arguments that can only ask for what was compiled before find it in a dictionary.
+    """
+    if INTERPRETED:
+        kernel[grid](*tensors, *numbers, **constants, **options)
+        return
+    key: tuple[Any, ...] | None = None
+    aligned, special = _specialised(kernel, len(tensors))
+    addresses = 0
+    for i in aligned:
+        addresses |= tensors[i].data_ptr()
+    # Rare, and left to Triton: a tensor that is not aligned, a number of more than 32 bits, on AMD's parts 2 GiB.
+    large = torch.version.hip is not None and any(x.untyped_storage().nbytes() >> 31 for x in tensors)
+    if not (addresses & 15 or large) and max(numbers) < 1 << 31 and min(numbers) >= -1 << 31:
+        values = [(numbers[i] == 1, numbers[i] % 16 == 0) for i in special]
+        key = (id(kernel), device, *[x.dtype for x in tensors], *constants.values(), *options.values(), *values)
+    with _on(device):
+        if key is not None and (found := _compiled.get(key)):
+            found[0][grid](*tensors, *numbers, *found[1])
+            return
+        compiled = kernel[grid](*tensors, *numbers, **constants, **options)
+    if key is not None and compiled is not None:
+        _compiled[key] = compiled, [constants[p.name] for p in kernel.params if p.is_constexpr]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -46,10 +97,12 @@ def _rows(x: Tensor) -> Tensor:
 
 def _strides(*tensors: Tensor) -> tuple[int, list[int]]:
     """Batch, head and token strides of all tensors in units of as many elements, up to 16, as divide them all."""
-    strides = [
-        stride if size > 1 else 0 for x in tensors for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
-    ]
+    strides = [stride for x in tensors for stride in x.stride()[:3]]
     unit = math.gcd(16, *strides)
+    if unit < 16:  # what a dimension of size 1 has for a stride is of no account
+        sizes = [size for x in tensors for size in x.shape[:3]]
+        strides = [stride if size > 1 else 0 for size, stride in zip(sizes, strides, strict=True)]
+        unit = math.gcd(16, *strides)
     return unit, [stride // unit for stride in strides]
 
 
@@ -88,6 +141,7 @@ class Call:
         self.piece_stride = 0 if piece_start is None else self.pieces.stride(0)
         self.slopes = q if alibi is None else alibi.contiguous()
         self.state = (*state, self.pieces, self.slopes)
+        self.group = self.heads // self.kv_heads
         self.scale, self.detach = spec.scale, spec.detach_segments
         self.limits = bounded(spec, self.tokens, self.capacity)
         self.architecture = architecture(q.device)
@@ -101,11 +155,28 @@ class Call:
             "BD": padded(self.head_dim),
         }
 
-    def _options(self, kernel: str, unit: int) -> tuple[dict[str, int | str], int, int]:
-        config = choose(kernel, self.architecture, self.head_dim, self.q.dtype)
-        options = {**self.constants, "UNIT": unit, "BM": config.bm, "BN": config.bn}
-        options |= config.launch_options(self.architecture)
-        return options, config.bm, config.bn
+    def _start(
+        self,
+        kernel: Any,
+        name: str,
+        heads: int,
+        unit: int,
+        tensors: tuple[Tensor, ...],
+        numbers: tuple[float, ...],
+        constants: dict[str, Any],
+    ) -> None:
+        """Launch a program for every tile of `heads` heads: of queries, or for "dkv" of keys."""
+        config = choose(name, self.architecture, self.head_dim, self.q.dtype)
+        tokens, tile = (self.tokens, config.bn) if name == "dkv" else (self.queries, config.bm)
+        launch_kernel(
+            kernel,
+            (-(-tokens // tile) * self.batch * heads, 1, 1),
+            self.q.device,
+            tensors,
+            numbers,
+            {**constants, "UNIT": unit, "BM": config.bm, "BN": config.bn},
+            config.launch_options(self.architecture),
+        )
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """out (B, Hq, T, D) and lse (B, Hq, T)."""
@@ -115,36 +186,35 @@ class Call:
         if q.numel() == 0:
             return out, lse
         unit, strides = _strides(q, k, v, *self.memory)
-        options, bm, _ = self._options("forward", unit)
-        with _on(q.device):
-            forward_kernel[(triton.cdiv(self.queries, bm) * self.batch * self.heads,)](
-                q, k, v, *self.memory, *self.state, out, lse, *strides,
-                self.piece_stride, self.heads, self.heads // self.kv_heads, self.scale * LOG2E,
-                self.queries, self.tokens, self.capacity, *self.limits, **options,
-            )  # fmt: skip
+        numbers = (
+            *strides, self.piece_stride, self.heads, self.group, self.scale * LOG2E,
+            self.queries, self.tokens, self.capacity, *self.limits,
+        )  # fmt: skip
+        tensors = (q, k, v, *self.memory, *self.state, out, lse)
+        self._start(forward_kernel, "forward", self.heads, unit, tensors, numbers, self.constants)
         return out, lse
 
     def backward(self, out: Tensor, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv."""
-        q, k, v, out, grad = self.q, self.k, self.v, out.contiguous(), _rows(grad)
+        q, k, v, out, lse, grad = self.q, self.k, self.v, out.contiguous(), lse.contiguous(), _rows(grad)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         if q.numel() == 0:
             return dq, dk.zero_(), dv.zero_()
         delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
-        group, scales = self.heads // self.kv_heads, (self.scale * LOG2E, self.scale)
+        scales = (self.scale * LOG2E, self.scale)
         unit, strides = _strides(q, k, v, *self.memory, grad)
-        options, bm, _ = self._options("dq", unit)
-        with _on(q.device):
-            dq_kernel[(triton.cdiv(self.queries, bm) * self.batch * self.heads,)](
-                q, k, v, *self.memory, *self.state, grad, out, lse.contiguous(), delta, dq, *strides,
-                self.piece_stride, self.heads, group, *scales,
-                self.queries, self.tokens, self.capacity, *self.limits, **options,
-            )  # fmt: skip
-            options, _, bn = self._options("dkv", unit)
-            del options["HAS_MEMORY"]  # nothing is computed for memory
-            dkv_kernel[(triton.cdiv(self.tokens, bn) * self.batch * self.kv_heads,)](
-                q, k, v, self.pieces, self.slopes, grad, lse.contiguous(), delta, dk, dv, *strides[:9], *strides[15:],
-                self.piece_stride, self.kv_heads, group, *scales,
-                self.queries, self.tokens, *self.limits, DETACH=self.detach, **options,
-            )  # fmt: skip
+        numbers = (
+            *strides, self.piece_stride, self.heads, self.group, *scales,
+            self.queries, self.tokens, self.capacity, *self.limits,
+        )  # fmt: skip
+        tensors = (q, k, v, *self.memory, *self.state, grad, out, lse, delta, dq)
+        self._start(dq_kernel, "dq", self.heads, unit, tensors, numbers, self.constants)
+        # Nothing is computed for memory.
+        numbers = (
+            *strides[:9], *strides[15:], self.piece_stride, self.kv_heads, self.group, *scales,
+            self.queries, self.tokens, *self.limits,
+        )  # fmt: skip
+        constants = {name: value for name, value in self.constants.items() if name != "HAS_MEMORY"}
+        own = (q, k, v, self.pieces, self.slopes, grad, lse, delta, dk, dv)
+        self._start(dkv_kernel, "dkv", self.kv_heads, unit, own, numbers, {**constants, "DETACH": self.detach})
         return dq, dk, dv

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsmr_kernels.backends.triton.configs import choose, padded
-from dsmr_kernels.backends.triton.launch import _on, _rows, architecture
+from dsmr_kernels.backends.triton.launch import _rows, architecture, launch_kernel
 from dsmr_kernels.memory import KVMemory
 
 
@@ -169,18 +169,20 @@ def _launch(
     part = architecture(q.device)
     config = choose("step", part, dim, q.dtype)
     rows = min(triton.next_power_of_2(heads * new), config.bm)
-    with _on(q.device):
-        step_kernel[(batch,)](
-            q, k, v, *(turn or (q, q)), memory_k, memory_v, *(scales or (out, out)), *counters, out,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *((turn[0].stride(0), turn[0].stride(2)) if turn else (0, 0)),
-            *memory_k.stride()[:3], *memory_v.stride()[:3], *(stride for x in scales for stride in x.stride()[:2]),
-            *(() if scales else (0,) * 4),
-            heads, k.shape[1], dim, (dim + 1) // 2, new, memory_k.shape[2],
-            ROTATE=bool(turn), QUANTISED=bool(scales), BR=rows, BH=padded(dim) // 2,
-            **config.launch_options(part),
-            enable_fp_fusion=False,  # products and sums are rounded apart, as PyTorch rounds them
-        )  # fmt: skip
+    tensors = (
+        q, k, v, *(turn or (q, q)), memory_k, memory_v, *(scales or (out, out)), *counters, out,
+    )  # fmt: skip
+    numbers = (
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *((turn[0].stride(0), turn[0].stride(2)) if turn else (0, 0)),
+        *memory_k.stride()[:3], *memory_v.stride()[:3], *(stride for x in scales for stride in x.stride()[:2]),
+        *(() if scales else (0,) * 4),
+        heads, k.shape[1], dim, (dim + 1) // 2, new, memory_k.shape[2],
+    )  # fmt: skip
+    constants = {"ROTATE": bool(turn), "QUANTISED": bool(scales), "BR": rows, "BH": padded(dim) // 2}
+    # Products and sums are rounded apart, as PyTorch rounds them.
+    options = config.launch_options(part) | {"enable_fp_fusion": False}
+    launch_kernel(step_kernel, (batch, 1, 1), q.device, tensors, numbers, constants, options)
     for counter, advanced in zip((length, position), counters, strict=True):
         if advanced is not counter:
             counter.copy_(advanced)
