@@ -1,5 +1,7 @@
 """The two attention calls: check the arguments at the border, then hand them to a backend."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -124,12 +126,17 @@ def _check_angles(cos: Tensor | None, sin: Tensor | None, q: Tensor) -> None:
         raise ValueError(f"q must have an even head_dim to be turned, got {q.shape[3]}")
 
 
-def _scale(scale: float | None, head_dim: int) -> float:
+def _scaled(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
+    """q and a scale > 0, with which the largest score stays the largest: backends count on it."""
     if scale is None:
-        return head_dim**-0.5
+        return q, q.shape[3] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    return float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if scale < 0:
+        q, scale = -q, -scale
+    return q, float(scale) or 1e-30  # as good as 0, but a mask's infinities times it stay infinities
 
 
 def memory_attention(
@@ -206,13 +213,14 @@ def memory_attention(
     if alibi_slopes is not None:
         _check_alibi(alibi_slopes, q)
 
+    q, scale = _scaled(q, scale)
     spec = AttentionSpec(
         horizon=horizon,
         segment_length=segment_length,
         segment_offset=segment_offset,
         visibility=visibility,
         detach_segments=detach_segments,
-        scale=_scale(scale, dim),
+        scale=scale,
         return_lse=return_lse,
     )
     out, lse = choose(q, backend).memory_attention(q, k, v, memory, piece_start, alibi_slopes, spec)
@@ -270,8 +278,8 @@ def decode_attention(
             raise ValueError(
                 f"each of the {q.shape[2]} new tokens must see itself, but row {row} sees {int(sees[row])}"
             )
-    module = choose(q, backend)
-    return module.decode_attention(q, memory, visible, alibi_slopes, _scale(scale, q.shape[3]))
+    q, scale = _scaled(q, scale)
+    return choose(q, backend).decode_attention(q, memory, visible, alibi_slopes, scale)
 
 
 def append_rotated(

@@ -77,6 +77,8 @@ CASES = {
     "multi-query": {"heads": 8, "kv_heads": 1, "seen": [57, 30], "horizon": 40, "segment_length": 20},
     "odd head_dim": {"head_dim": 23, "seen": [57, 30], "horizon": 40, "segment_length": 20},
     "own scale": {"seen": [57, 30], "horizon": 40, "scale": 0.3},
+    "negative scale": {"seen": [57, 30], "horizon": 17, "scale": -0.2, "segment_length": 7},
+    "scale 0": {"seen": [57, 30], "horizon": 17, "scale": 0.0, "segment_length": 7},
     "alibi": {"seen": [57, 30], "horizon": 40, "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])},
     "alibi, segments": {
         "seen": [57, 30],

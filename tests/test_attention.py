@@ -259,6 +259,7 @@ def test_any_arguments_agree_with_oracle(backend: str, case: Case) -> None:
         ({"piece_start": pieces([0] * 5, [0, 1, 0, 3, 3])}, ValueError, "must not decrease"),
         ({"alibi_slopes": torch.zeros(3)}, ValueError, r"alibi_slopes must be a floating tensor of shape \(4,\)"),
         ({"scale": "small"}, TypeError, "scale must be a number or None, got 'small'"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
         ({"backend": "cudnn"}, ValueError, "backend must be one of triton, sdpa, reference, got 'cudnn'"),
     ],
 )

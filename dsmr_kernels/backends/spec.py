@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class AttentionSpec(NamedTuple):
-    """The scalar arguments of one `memory_attention` call, checked and completed."""
+    """The scalar arguments of one `memory_attention` call, checked and completed; the scale is > 0."""
 
     horizon: int
     segment_length: int | None
