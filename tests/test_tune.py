@@ -186,9 +186,15 @@ def test_a_trial_ends_with_its_block() -> None:
     assert choose("forward", "interpreter", 16, torch.float32) != FASTER
 
 
-def test_sources_are_hashed() -> None:
-    assert len(tuned.kernel_sources()) == 16
-    assert tuned.this_machine()["sources"] == tuned.kernel_sources()
+def test_sources_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = tuned._sources()
+    for name in ("forward.forward_kernel", "backward.dkv_kernel", "primitives.lowest_visible", "step.step_kernel"):
+        assert f"dsmr_kernels.backends.triton.{name}" in sources
+    before = tuned.kernel_sources()
+    assert tuned.this_machine()["sources"] == before
+    for name in sources:
+        monkeypatch.setattr(tuned, "_sources", lambda name=name: sources | {name: sources[name] + "#"})
+        assert tuned.kernel_sources() != before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

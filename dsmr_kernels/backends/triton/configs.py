@@ -101,7 +101,7 @@ _HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) ea
 }
 _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 512 columns of it
     64: {
-        "forward": Config(128, 128, 8, 2),  # with 64 keys the compiler keeps to 128 registers, and spills
+        "forward": Config(128, 64, 8, 3, 255),  # without a limit the compiler keeps to 128 registers; 128 keys spill
         "dq": Config(128, 64, 8, 2),  # 256 columns: two blocks share an SM
         "dkv": Config(64, 128, 8, 1),  # a second stage, or 128 queries a step, spill
     },

@@ -132,13 +132,20 @@ def _block(
     PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, UNIT: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, start ... stop - 1 or BN of them; see `visit_keys`."""
+    """One block of keys, start ... stop - 1 or BN of them; see `visit_keys`.
+
+    The forward without ALiBi scales the largest score of a row, not every score: scaling then costs nothing, since it
+    becomes one instruction with the subtraction before the exponential.
+    """
+    LATE: tl.constexpr = not (BACKWARD or HAS_ALIBI)
     j = start + tl.arange(0, BN)
     in_range = j < stop
     rows = memory_rows(j, position, capacity) if RING else j
     k = load_rows(K, rows, k_stride, d, in_range, HEAD_DIM, WHOLE_DIM, not MASKED, UNIT)  # [BN, BD]
     v = load_rows(V, rows, v_stride, d, in_range, HEAD_DIM, WHOLE_DIM, not MASKED, UNIT)  # [BN, BD]
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2  # [BM, BN]
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+    if not LATE:
+        s *= scale_log2
     if HAS_ALIBI:
         s -= slope * (p[:, None] - j[None, :]).to(tl.float32)
     if MASKED:
@@ -148,7 +155,11 @@ def _block(
         ds = w * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - total[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     else:
-        new_top = tl.maximum(top, tl.max(s, 1))  # finite from the start: a row that has seen nothing makes no NaN
+        block_top = tl.max(s, 1)
+        if LATE:
+            block_top *= scale_log2
+            s *= scale_log2
+        new_top = tl.maximum(top, block_top)  # finite from the start: a row that has seen nothing makes no NaN
         shrink = tl.exp2(top - new_top)
         w = tl.exp2(s - new_top[:, None])
         total = total * shrink + tl.sum(w, 1)
@@ -192,8 +203,8 @@ def visit_keys(
     """Every key that a query of the tile sees, in memory and in the call; blocks that none of them sees are skipped.
 
     Forward: updates acc [BM, BD], the weighted sum of values, and the running maximum `top` and sum `total` [BM] of
-    base-2 exponentials. BACKWARD: adds to acc, the gradient of q; `top` is the base-2 log-sum-exp and `total` the delta
-    of the rows, and both stay as they are.
+    base-2 exponentials; `scale_log2` must be > 0. BACKWARD: adds to acc, the gradient of q; `top` is the base-2
+    log-sum-exp and `total` the delta of the rows, and both stay as they are.
     """
     first, full = tl.min(low, 0), tl.max(low, 0)  # some query sees from `first` on, every query from `full` on
     p_first, p_last = tl.min(p, 0), tl.max(p, 0)

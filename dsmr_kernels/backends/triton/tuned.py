@@ -5,6 +5,7 @@ kernels' sources must be what they were. Whatever does not fit is refused in one
 """
 
 import hashlib
+import inspect
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -28,12 +29,24 @@ class Tuned:
     entries: dict[Key, Config]
 
 
+def _sources() -> dict[str, str]:
+    """What is compiled, by name: every function that a module of kernels decorates for Triton."""
+    from dsmr_kernels.backends.triton import backward, decode, forward, primitives, step
+
+    found = {"RUNTIME": repr(primitives.RUNTIME)}
+    for module in (primitives, forward, backward, decode, step):
+        for name, value in vars(module).items():
+            function = getattr(value, "fn", None)  # where Triton's decorator leaves it
+            if function is not None and function.__module__ == module.__name__:  # not one that was imported
+                found[f"{module.__name__}.{name}"] = inspect.getsource(function)
+    return found
+
+
 def kernel_sources() -> str:
-    """A hash of the kernels and their launches: configurations that were measured with others say nothing."""
+    """A hash of what is compiled: what was measured of other kernels, or seen in their machine code, says nothing."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name not in ("configs.py", "tuned.py"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, source in sorted(_sources().items()):
+        digest.update(name.encode() + b"\0" + source.encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
