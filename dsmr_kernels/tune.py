@@ -96,7 +96,16 @@ def _possible(kernel: str, config: "Config", architecture: str, dim: int, dtype:
     return bool(target.tensor_columns) or held / (config.warps * target.warp) <= 256
 
 
-def clean(kernel: str, config: "Config", architecture: str, head_dim: int, dtype: str) -> str | None:
+def limited(config: "Config", architecture: str) -> "Config | None":
+    """The same with all the registers that its warps may have, which keeps the assembler from aiming at more warps and
+    spilling to get there; None where it has a limit already, or the part takes none."""
+    target = TARGETS[architecture]
+    if config.most_registers or target.backend != "cuda":
+        return None
+    return replace(config, most_registers=min(255, target.registers // config.warps))
+
+
+def clean(kernel: str, architecture: str, head_dim: int, dtype: str, config: "Config") -> str | None:
     """Why a configuration may not be used, or None; see `dsmr_kernels.aot`."""
     for variant in VARIANTS:
         try:
@@ -106,6 +115,25 @@ def clean(kernel: str, config: "Config", architecture: str, head_dim: int, dtype
         if compiled.faults:
             return "; ".join(compiled.faults)
     return None
+
+
+def refusals(
+    alternatives: list["Config"],
+    architecture: str,
+    reasons: Callable[[list["Config"]], Iterable[str | None]],
+) -> dict["Config", str | None]:
+    """Each configuration with why it may not be used; those that spill are tried again `limited`.
+
+    Args:
+        reasons: of some configurations, as `clean` gives them.
+    """
+    found = dict(zip(alternatives, reasons(alternatives), strict=True))
+    again = [
+        other
+        for config, reason in found.items()
+        if "spills" in (reason or "") and (other := limited(config, architecture))
+    ]
+    return found | dict(zip(again, reasons(again), strict=True))
 
 
 @dataclass(frozen=True)
@@ -148,12 +176,13 @@ def select(
             measured.append(row | {"seconds": times, "speedup": round(speedup, 3)})
             if speedup > max(best_speedup, 1 + MARGIN):
                 best, best_speedup = config, speedup
-        say(f"  {_words(config):28} {_outcome(measured[-1])}")
+        say(f"  {_words(config):44} {_outcome(measured[-1])}")
     return Choice(best, best_speedup, measured)
 
 
 def _words(config: "Config") -> str:
-    return f"{config.bm} x {config.bn}, {config.warps} warps, {config.stages} stages"
+    limit = f", ≤ {config.most_registers} registers" if config.most_registers else ""
+    return f"{config.bm} x {config.bn}, {config.warps} warps, {config.stages} stages{limit}"
 
 
 def _outcome(row: dict[str, Any]) -> str:
@@ -214,10 +243,10 @@ def tune(
                 for kernel in kernels:
                     alternatives = candidates(kernel, architecture, head_dim, dtype)
                     say(f"{kernel}, head_dim {head_dim}, {name}: compiling {len(alternatives)} configurations")
-                    asked = [pool.submit(clean, kernel, c, architecture, head_dim, name) for c in alternatives]
-                    refused = {c: future.result() for c, future in zip(alternatives, asked, strict=True)}
+                    compiled = functools.partial(clean, kernel, architecture, head_dim, name)
+                    refused = refusals(alternatives, architecture, functools.partial(pool.map, compiled))
                     choice = select(
-                        alternatives,
+                        list(refused),
                         refused.__getitem__,
                         lambda c, k=kernel, d=head_dim, t=dtype: measure(k, c, SHAPES, d, t, device),  # type: ignore[misc]
                         say,

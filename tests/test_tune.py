@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,24 @@ def test_the_fastest_is_chosen_over_all_shapes() -> None:
     assert [row.get("left_out") for row in choice.measured] == [
         None, "out errs by 1, allowed 0.1", "spills 8", None, None
     ]  # fmt: skip
+
+
+def test_what_spills_is_tried_again_with_a_limit_of_registers() -> None:
+    table, spills, wide, large = (Config(16, 16, *x) for x in ((4, 1), (8, 2), (16, 2), (4, 3)))
+    asked = []
+
+    def reasons(configs: list[Config]) -> list[str | None]:
+        asked.append(configs)
+        return [
+            "spills 8" if c.warps > 4 and not c.most_registers else "beyond" if c == large else None for c in configs
+        ]
+
+    found = tune.refusals([table, spills, wide, large], "sm_90", reasons)
+    again = [replace(spills, most_registers=255), replace(wide, most_registers=128)]
+    assert asked == [[table, spills, wide, large], again]
+    assert found == {table: None, spills: "spills 8", wide: "spills 8", large: "beyond"} | dict.fromkeys(again)
+    assert tune.limited(again[0], "sm_90") is None
+    assert tune.limited(spills, "gfx942") is None
 
 
 def test_noise_does_not_displace_the_table() -> None:
