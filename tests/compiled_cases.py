@@ -15,6 +15,7 @@ from attention_cases import pieces
 from guard import Buffers, surrounded_case
 
 from dsmr_kernels import KVMemory, append_rotated, decode_attention
+from dsmr_kernels.backends.triton.check import disagreement
 from dsmr_kernels.testing import (
     allowed_error,
     assert_agrees_with_oracle,
@@ -101,3 +102,7 @@ def test_storing_and_decoding(new: int, group: int, dtype: torch.dtype, stored: 
         out = decode_attention(turned, memory, backend="triton", **options)
         exact = decode_attention(turned.double(), held, backend="reference", **options)
         assert error(out, exact) <= 8 * torch.finfo(dtype).eps * float(held.v.abs().max())
+
+
+def test_the_trial_of_a_gpu_passes() -> None:
+    assert disagreement(torch.device("cpu")) is None

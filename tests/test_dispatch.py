@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsmr_kernels import KVMemory, available_backends, backends, memory_attention
+from dsmr_kernels.backends import choose
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
@@ -19,9 +22,11 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _looked_for_anew() -> Iterator[None]:
-    backends._triton.cache_clear()
+    backends._loaded.clear()
+    backends._disagreements.clear()
     yield
-    backends._triton.cache_clear()
+    backends._loaded.clear()
+    backends._disagreements.clear()
 
 
 def call(device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int = 16, **options: Any) -> Any:
@@ -91,6 +96,75 @@ def test_a_backend_that_was_asked_for_is_never_replaced(asked: str, monkeypatch:
         monkeypatch.setenv("DSMR_BACKEND", "triton")
     with pytest.raises(ValueError, match="Triton is not installed"):
         call(backend="triton" if asked == "argument" else None)
+
+
+@pytest.fixture
+def as_gpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """Takes CPU tensors for a GPU's, and the interpreter for its kernels; returns the devices that were tried out."""
+    tried: list[torch.device] = []
+    from dsmr_kernels.backends.triton import check
+
+    def disagreement(device: torch.device) -> None:
+        tried.append(device)
+
+    monkeypatch.setattr(backends, "GPU", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(check, "disagreement", disagreement)
+    return tried
+
+
+def half(head_dim: int) -> torch.Tensor:
+    return torch.empty(1, 1, 1, head_dim, dtype=torch.float16)
+
+
+@needs_triton
+def test_on_a_gpu_the_kernels_serve_unasked_once_they_have_been_tried_out(as_gpu: list[torch.device]) -> None:
+    for _ in range(3):
+        assert choose(half(16), None).__name__ == "dsmr_kernels.backends.triton"
+    assert as_gpu == [torch.device("cpu")]
+    assert choose(half(8), None).__name__ == "dsmr_kernels.backends.sdpa"  # no head_dim of theirs
+    assert choose(half(16).float(), None).__name__ == "dsmr_kernels.backends.sdpa"  # faster there
+
+
+@needs_triton
+def test_kernels_that_disagree_with_the_oracle_are_replaced_with_a_warning(
+    as_gpu: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsmr_kernels.backends.triton import check
+
+    monkeypatch.setattr(check, "disagreement", lambda device: "AssertionError: out errs by 1, allowed 0.1")
+    with pytest.warns(UserWarning, match=r"fail on cpu and backend 'sdpa' serves .* \(AssertionError: out errs by 1"):
+        assert choose(half(16), None).__name__ == "dsmr_kernels.backends.sdpa"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(half(16), None).__name__ == "dsmr_kernels.backends.sdpa"
+        assert choose(half(16), "triton").__name__ == "dsmr_kernels.backends.triton"
+
+
+@needs_triton
+def test_nothing_is_tried_out_in_a_graph(as_gpu: list[torch.device]) -> None:
+    torch._dynamo.reset()
+    q = torch.randn(1, 2, 5, 16).half()
+    compiled = torch.compile(memory_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, q, q, horizon=0), memory_attention(q, q, q, horizon=0, backend="triton"))
+    assert not as_gpu
+    memory_attention(q, q, q, horizon=0)
+    assert as_gpu == [torch.device("cpu")]
+    torch._dynamo.reset()
+    assert compiled(q, q, q, horizon=0).shape == q.shape
+
+
+@needs_triton
+def test_whatever_goes_wrong_in_the_trial_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsmr_kernels.backends.triton import check
+
+    # The interpreter has no bfloat16, in which the trial computes.
+    with torch.inference_mode():
+        reason = check.disagreement(torch.device("cpu"))
+    assert reason is not None
+    assert re.fullmatch(r"ValueError: backend 'triton' cannot serve these inputs: .*not bfloat16.*", reason)
+    monkeypatch.setattr(check, "_compare", lambda device: None)
+    assert check.disagreement(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from attention_cases import CASES, pieces
 from guard import Buffers, surrounded_case
 
-from dsmr_kernels import available_backends, memory_attention
+from dsmr_kernels import available_backends, backends, memory_attention
 from dsmr_kernels.testing import Case, assert_agrees_with_oracle, error, random_case, run
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -147,6 +147,16 @@ def test_segments_in_one_launch_equal_sequential_calls(dtype: torch.dtype) -> No
         memory.append(k, v)
     for one, many in zip(whole, parts, strict=True):
         assert error(one.grad, many.grad) < bound * float(one.grad.abs().max())
+
+
+def test_it_serves_unasked_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the trial allocates for itself
+    monkeypatch.delenv("DSMR_BACKEND", raising=False)
+    backends._disagreements.clear()
+    for dtype, name in ((torch.bfloat16, "triton"), (torch.float16, "triton"), (torch.float32, "sdpa")):
+        q = torch.empty(1, 1, 1, 64, dtype=dtype, device="cuda")
+        assert backends.choose(q, None).__name__ == f"dsmr_kernels.backends.{name}"
+    assert backends._disagreements == {q.device: None}
 
 
 def test_a_call_does_not_wait_for_the_device() -> None:
