@@ -42,6 +42,11 @@ def test_it_computes() -> None:
     assert np.array_equal(run("mad.lo.s32 %r3, %r2, %r2, -1;\nst.global.b32 [%rd2+0], %r3;"), lane * lane - 1)
     halved = run("cvt.rn.f32.s32 %r3, %r2;\nmul.f32 %r3, %r3, 0f3F000000;\nst.global.b32 [%rd2], {%r3};")
     assert np.array_equal(halved.view(np.float32), lane / 2)
+    most = "mov.b32 %r3, 0f40000000;\nmov.b32 %r4, 0f40400000;\nmax.f32 %r5, %r3, %r4, 0f3F800000;"
+    assert set(run(most + "\nst.global.b32 [%rd2], %r5;").view(np.float32)) == {3.0}
+    pair = "mov.b64 %rd3, {%r2, %r2};\ncvt.rn.f32.s32 %r3, %r2;\nmov.b64 %rd4, {%r3, 0f3F000000};\n"
+    twice = run(pair + "fma.rn.f32x2 %rd5, %rd4, %rd4, %rd4;\nmov.b64 {%r4, %r5}, %rd5;\nst.global.b32 [%rd2], %r4;")
+    assert np.array_equal(twice.view(np.float32), lane * lane + lane)
     odd = "and.b32 %r3, %r2, 1;\nsetp.eq.b32 %p1, %r3, 0;\n@!%p1 st.global.b32 [%rd2], %r2;"
     assert np.array_equal(run(odd), np.where(lane % 2, lane, 0))
     assert np.array_equal(run("shfl.sync.bfly.b32 %r3, %r2, 3, 31, -1;\nst.global.b32 [%rd2], %r3;"), lane ^ 3)

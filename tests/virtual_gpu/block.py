@@ -4,6 +4,7 @@ Threads of Triton's kernels take every branch together; where they would not, th
 products run at once, or with `late` not before they are waited for: correct code gives the same either way.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -114,8 +115,11 @@ class Block:
     # Operands
 
     def _get(self, operand: str, kind: str = "b32") -> Any:
+        """A number or [threads] numbers; of "f32x2" [threads, 2]."""
+        if kind == "f32x2":
+            return np.ascontiguousarray(self._lanes(operand, "b64")).view(np.float32).reshape(-1, 2)
         if operand.startswith("%") or operand in self._registers:  # inline assembly names its own without a sign
-            bits = self._registers[operand]
+            bits = self._old(operand, np.empty(0, BITS[size_of(kind)]))
             if bits.dtype.itemsize != size_of(kind):
                 raise Fault(f"{operand} has {bits.dtype.itemsize} bytes, not the {size_of(kind)} of {kind}")
             return bits.view(TYPES[kind])
@@ -125,6 +129,8 @@ class Block:
         return np.broadcast_to(self._get(operand, kind), (self.threads,))
 
     def _put(self, register: str, values: Any, kind: str = "b32", mask: Array | None = None) -> None:
+        if kind == "f32x2":
+            values, kind = np.ascontiguousarray(values, np.float32).view(np.uint64)[:, 0], "b64"
         lanes = np.broadcast_to(np.asarray(values).astype(TYPES[kind], copy=False), (self.threads,))
         bits = np.ascontiguousarray(lanes).view(BITS[size_of(kind)])
         if mask is not None:
@@ -147,15 +153,19 @@ class Block:
     # Arithmetic
 
     def _two(self, function: Callable[[Any, Any], Any], parts: Any, operands: Any, mask: Array | None) -> None:
+        """Of two operands, or from the left of three, as the youngest parts' maximum has them."""
         kind = parts[-1]
         if kind == "pred":
-            self._registers[operands[0]] = function(*(self._predicate(operand) for operand in operands[1:]))
+            self._registers[operands[0]] = functools.reduce(
+                function, [self._predicate(operand) for operand in operands[1:]]
+            )
         elif kind == "bf16x2":
             pairs = [np.ascontiguousarray(self._lanes(operand)).view(np.uint16) for operand in operands[1:]]
-            values = to_bfloat16(function(*(from_bfloat16(pair) for pair in pairs)))
+            values = to_bfloat16(functools.reduce(function, [from_bfloat16(pair) for pair in pairs]))
             self._put(operands[0], values.view(np.uint32), "b32", mask)
         else:
-            self._put(operands[0], function(*(self._get(operand, kind) for operand in operands[1:])), kind, mask)
+            values = functools.reduce(function, [self._get(operand, kind) for operand in operands[1:]])
+            self._put(operands[0], values, kind, mask)
 
     def _add(self, parts: Any, operands: Any, mask: Array | None) -> None:
         self._two(lambda x, y: x + y, parts, operands, mask)
@@ -210,8 +220,12 @@ class Block:
             self._put(operands[0], x * y + z, kind, mask)
 
     def _fma(self, parts: Any, operands: Any, mask: Array | None) -> None:
-        x, y, z = (self._lanes(operand, "f32").astype(np.float64) for operand in operands[1:])
-        self._put(operands[0], x * y + z, "f32", mask)
+        if parts[-1] == "bf16":  # of two such numbers and a float32
+            x, y = (from_bfloat16(self._lanes(operand, "b16")).astype(np.float64) for operand in operands[1:3])
+            self._put(operands[0], x * y + self._get(operands[3], "f32"), "f32", mask)
+            return
+        x, y, z = (np.asarray(self._get(operand, parts[-1])).astype(np.float64) for operand in operands[1:])
+        self._put(operands[0], x * y + z, parts[-1], mask)
 
     def _one(self, function: Callable[[Any], Any], parts: Any, operands: Any, mask: Array | None) -> None:
         self._put(operands[0], function(self._get(operands[1], parts[-1])), parts[-1], mask)
