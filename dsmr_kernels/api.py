@@ -132,11 +132,11 @@ def _scaled(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
         return q, q.shape[3] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     if scale < 0:
         q, scale = -q, -scale
-    return q, float(scale) or 1e-30  # as good as 0, but a mask's infinities times it stay infinities
+    return q, max(float(scale), 1e-30)  # as good as 0, but a mask's infinities times it stay infinities
 
 
 def memory_attention(

@@ -48,6 +48,16 @@ def test_fullgraph_gives_the_same_outputs_and_gradients(backend: str, name: str)
         assert error(leaf.grad, expected[gradient]) < 1e-6
 
 
+@every
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_scale_may_be_a_symbol(backend: str, dynamic: bool | None) -> None:
+    compiled = torch.compile(memory_attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    q = torch.randn(1, 2, 5, 16)
+    for scale in (0.3, 0.4, 0.5, -0.2, 0.0, 1e-40):
+        options = {"horizon": 0, "scale": scale, "backend": backend}
+        assert error(compiled(q, q, q, **options), memory_attention(q, q, q, **options)) < 1e-6
+
+
 @operators
 def test_a_sweep_of_sizes_horizons_and_offsets_compiles_nothing_anew(backend: str) -> None:
     def step(q: torch.Tensor, memory: KVMemory, horizon: int, length: int, offset: int) -> torch.Tensor:

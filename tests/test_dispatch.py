@@ -5,13 +5,15 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsmr_kernels import KVMemory, available_backends, backends, memory_attention
+from dsmr_kernels import KVMemory, available_backends, backends, memory_attention, trial
 from dsmr_kernels.backends import choose
 
 needs_triton = pytest.mark.skipif(
@@ -22,10 +24,8 @@ needs_triton = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _looked_for_anew() -> Iterator[None]:
-    backends._loaded.clear()
     backends._disagreements.clear()
     yield
-    backends._loaded.clear()
     backends._disagreements.clear()
 
 
@@ -102,14 +102,13 @@ def test_a_backend_that_was_asked_for_is_never_replaced(asked: str, monkeypatch:
 def as_gpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     """Takes CPU tensors for a GPU's, and the interpreter for its kernels; returns the devices that were tried out."""
     tried: list[torch.device] = []
-    from dsmr_kernels.backends.triton import check
 
     def disagreement(device: torch.device) -> None:
         tried.append(device)
 
     monkeypatch.setattr(backends, "GPU", "cpu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(check, "disagreement", disagreement)
+    monkeypatch.setattr(trial, "disagreement", disagreement)
     return tried
 
 
@@ -130,9 +129,7 @@ def test_on_a_gpu_the_kernels_serve_unasked_once_they_have_been_tried_out(as_gpu
 def test_kernels_that_disagree_with_the_oracle_are_replaced_with_a_warning(
     as_gpu: list[torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dsmr_kernels.backends.triton import check
-
-    monkeypatch.setattr(check, "disagreement", lambda device: "AssertionError: out errs by 1, allowed 0.1")
+    monkeypatch.setattr(trial, "disagreement", lambda device: "AssertionError: out errs by 1, allowed 0.1")
     with pytest.warns(UserWarning, match=r"fail on cpu and backend 'sdpa' serves .* \(AssertionError: out errs by 1"):
         assert choose(half(16), None).__name__ == "dsmr_kernels.backends.sdpa"
     with warnings.catch_warnings():
@@ -142,29 +139,52 @@ def test_kernels_that_disagree_with_the_oracle_are_replaced_with_a_warning(
 
 
 @needs_triton
-def test_nothing_is_tried_out_in_a_graph(as_gpu: list[torch.device]) -> None:
+def test_a_graph_has_them_tried_out_too_and_is_not_compiled_anew_for_it(as_gpu: list[torch.device]) -> None:
     torch._dynamo.reset()
     q = torch.randn(1, 2, 5, 16).half()
-    compiled = torch.compile(memory_attention, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(q, q, q, horizon=0), memory_attention(q, q, q, horizon=0, backend="triton"))
-    assert not as_gpu
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(memory_attention, fullgraph=True, backend=counter)
+    expected = memory_attention(q, q, q, horizon=0, backend="triton")
+    for _ in range(3):
+        assert torch.equal(compiled(q, q, q, horizon=0), expected)
+        assert as_gpu == [torch.device("cpu")]
     memory_attention(q, q, q, horizon=0)
-    assert as_gpu == [torch.device("cpu")]
-    torch._dynamo.reset()
-    assert compiled(q, q, q, horizon=0).shape == q.shape
+    compiled(q, q, q, horizon=0)
+    assert counter.frame_count == 1
+
+
+@needs_triton
+def test_nothing_is_tried_out_in_a_capture(as_gpu: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert choose(half(16), None).__name__ == "dsmr_kernels.backends.triton"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert not as_gpu
+    choose(half(16), None)
+    assert as_gpu
+
+
+@needs_triton
+def test_a_tuned_file_that_is_missing_is_no_fault_of_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsmr_kernels.backends.triton import configs, launch
+
+    monkeypatch.setenv("DSMR_TUNED", str(tmp_path / "missing.json"))
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    configs._choose.cache_clear()
+    with pytest.raises(ValueError, match=r"tuned configurations .*missing\.json cannot be read"):
+        trial.disagreement(torch.device("cpu"))
 
 
 @needs_triton
 def test_whatever_goes_wrong_in_the_trial_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsmr_kernels.backends.triton import check
-
     # The interpreter has no bfloat16, in which the trial computes.
     with torch.inference_mode():
-        reason = check.disagreement(torch.device("cpu"))
+        reason = trial.disagreement(torch.device("cpu"))
     assert reason is not None
     assert re.fullmatch(r"ValueError: backend 'triton' cannot serve these inputs: .*not bfloat16.*", reason)
-    monkeypatch.setattr(check, "_compare", lambda device: None)
-    assert check.disagreement(torch.device("cpu")) is None
+    monkeypatch.setattr(trial, "_compare", lambda device: None)
+    assert trial.disagreement(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(

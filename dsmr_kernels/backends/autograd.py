@@ -163,7 +163,7 @@ def _register(method: Method) -> Callable[..., tuple[Tensor, Tensor]]:
     @torch.library.custom_op(f"{name}_backward", mutates_args=(), schema=schema)
     def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         inputs = _unpack(arguments)
-        with torch.autocast(grad.device.type, enabled=False):
+        with _plainly(grad.device.type):
             result = (out, lse) if method.keeps_result(inputs) else None
             dq, dk, dv = method.backward(inputs, None, result, grad)
             return dq.contiguous(), dk.contiguous(), dv.contiguous()

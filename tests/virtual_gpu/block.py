@@ -1,7 +1,7 @@
 """One block of threads: every instruction for all of them at once, an array a register.
 
 Threads of Triton's kernels take every branch together; where they would not, that is a fault. Asynchronous copies and
-products run at once, or with `late` not before they are waited for: correct code gives the same either way.
+products run at once or, if they are `late`, not before they are waited for: correct code gives the same either way.
 """
 
 import functools
@@ -36,6 +36,13 @@ _COMPARE = {
 }
 _REDUCE = {"max": np.max, "min": np.min, "add": np.sum, "or": np.bitwise_or.reduce, "and": np.bitwise_and.reduce}
 Job = Callable[[], None]
+# Parts of an operation that change nothing here: rounding is to nearest, approximations are exact.
+_PLAIN = {"rn", "approx", "full", "ftz", "lo", *TYPES, "pred", "bf16", "bf16x2", "f16x2", "f32x2"}
+
+
+def _check_plain(parts: tuple[str, ...], *known: str) -> None:
+    if not set(parts[1:]) <= _PLAIN | set(known):
+        raise Fault("a form of the instruction that this machine does not know")
 
 
 def _quotient(x: Array, y: Array) -> Array:
@@ -54,7 +61,7 @@ def _filling(register: str, kind: str) -> str:
 
 
 class Block:
-    """See the module. `number` counts the blocks of a launch from 1."""
+    """See the module. `number` counts the blocks of a launch from 1; `late` may hold "cp" and "wgmma"."""
 
     def __init__(
         self,
@@ -65,19 +72,22 @@ class Block:
         grid: tuple[int, int, int],
         place: tuple[int, int, int],
         number: int,
-        late: bool,
+        late: frozenset[str] = frozenset(),
     ) -> None:
         self.program, self.parameters, self.memory, self.number, self.late = program, parameters, memory, number, late
         self.shared = SharedMemory(shared)
         self.threads = program.threads
         self.warps = np.arange(self.threads) // 32
-        self.executed = 0
         self._registers: dict[str, Array] = {"%tid.x": np.arange(self.threads, dtype=np.uint32)}
         for axis, index, count in zip("xyz", place, grid, strict=True):
             self._registers[f"%ctaid.{axis}"] = np.full(self.threads, index, np.uint32)
             self._registers[f"%nctaid.{axis}"] = np.full(self.threads, count, np.uint32)
         self._jobs: dict[str, list[Job]] = {"cp": [], "wgmma": []}  # not yet committed
         self._groups: dict[str, list[list[Job]]] = {"cp": [], "wgmma": []}
+
+    @property
+    def _moment(self) -> int:
+        return self.number << 32 | self.shared.interval
 
     def run(self) -> None:
         """Run to the end.
@@ -90,7 +100,6 @@ class Block:
             while True:
                 instruction = self.program.code[counter]
                 counter += 1
-                self.executed += 1
                 mask = None
                 if instruction.predicate:
                     mask = self._registers[instruction.predicate] ^ instruction.negated
@@ -109,7 +118,7 @@ class Block:
                     if method is None:
                         raise Fault("an instruction that this machine does not know")
                     method(instruction.parts, instruction.operands, mask)
-                except (Fault, KeyError) as error:
+                except Exception as error:  # a type or register that the method did not expect, too
                     raise Fault(f"{error} at `{instruction.text}`") from error
 
     # Operands
@@ -119,7 +128,7 @@ class Block:
         if kind == "f32x2":
             return np.ascontiguousarray(self._lanes(operand, "b64")).view(np.float32).reshape(-1, 2)
         if operand.startswith("%") or operand in self._registers:  # inline assembly names its own without a sign
-            bits = self._old(operand, np.empty(0, BITS[size_of(kind)]))
+            bits = self._registers[operand]
             if bits.dtype.itemsize != size_of(kind):
                 raise Fault(f"{operand} has {bits.dtype.itemsize} bytes, not the {size_of(kind)} of {kind}")
             return bits.view(TYPES[kind])
@@ -154,6 +163,7 @@ class Block:
 
     def _two(self, function: Callable[[Any, Any], Any], parts: Any, operands: Any, mask: Array | None) -> None:
         """Of two operands, or from the left of three, as the youngest parts' maximum has them."""
+        _check_plain(parts)
         kind = parts[-1]
         if kind == "pred":
             self._registers[operands[0]] = functools.reduce(
@@ -195,6 +205,7 @@ class Block:
         self._two(lambda x, y: x - _quotient(x, y) * y, parts, operands, mask)
 
     def _mul(self, parts: Any, operands: Any, mask: Array | None) -> None:
+        _check_plain(parts, "wide", "hi")
         kind = parts[-1]
         if parts[1] == "wide":
             self._put(operands[0], self._product(operands, kind), kind[0] + str(8 * 2 * size_of(kind)), mask)
@@ -211,6 +222,7 @@ class Block:
         )
 
     def _mad(self, parts: Any, operands: Any, mask: Array | None) -> None:
+        _check_plain(parts, "wide")
         kind = parts[-1]
         if parts[1] == "wide":
             wide = kind[0] + str(8 * 2 * size_of(kind))
@@ -220,7 +232,10 @@ class Block:
             self._put(operands[0], x * y + z, kind, mask)
 
     def _fma(self, parts: Any, operands: Any, mask: Array | None) -> None:
+        _check_plain(parts)
         if parts[-1] == "bf16":  # of two such numbers and a float32
+            if parts != ("fma", "rn", "f32", "bf16"):
+                raise Fault("a form of the instruction that this machine does not know")
             x, y = (from_bfloat16(self._lanes(operand, "b16")).astype(np.float64) for operand in operands[1:3])
             self._put(operands[0], x * y + self._get(operands[3], "f32"), "f32", mask)
             return
@@ -228,6 +243,7 @@ class Block:
         self._put(operands[0], x * y + z, parts[-1], mask)
 
     def _one(self, function: Callable[[Any], Any], parts: Any, operands: Any, mask: Array | None) -> None:
+        _check_plain(parts)
         self._put(operands[0], function(self._get(operands[1], parts[-1])), parts[-1], mask)
 
     def _neg(self, parts: Any, operands: Any, mask: Array | None) -> None:
@@ -281,6 +297,7 @@ class Block:
 
     def _setp(self, parts: Any, operands: Any, mask: Array | None) -> None:
         comparison, kind = parts[1], parts[-1]
+        _check_plain(parts, *_COMPARE, *(name + "u" for name in _COMPARE), "nan")
         x, y = self._lanes(operands[1], kind), self._lanes(operands[2], kind)
         unordered = np.isnan(x) | np.isnan(y) if kind[0] == "f" else np.zeros(self.threads, bool)
         if comparison == "nan":
@@ -316,6 +333,7 @@ class Block:
             self._put(to, self._get(source, kind), kind, mask)
 
     def _cvt(self, parts: Any, operands: Any, mask: Array | None) -> None:
+        _check_plain(parts, "rni", "rzi", "rmi", "rpi")
         to, source = (part for part in parts[1:] if part in TYPES or part in ("bf16", "bf16x2", "f16x2"))
         if to.endswith("x2"):
             narrow = to_bfloat16 if to == "bf16x2" else to_float16
@@ -352,7 +370,7 @@ class Block:
         if lanes.any():
             at = self._addresses(operands[1], space == "global")[lanes]
             if space == "global":
-                data[lanes] = self.memory.read(at, data.shape[1], self.number)
+                data[lanes] = self.memory.read(at, data.shape[1], self.warps[lanes], self._moment)
             else:
                 data[lanes] = self.shared.read(at, data.shape[1], self.warps[lanes])
         for index, register in enumerate(registers):
@@ -370,15 +388,20 @@ class Block:
         if not lanes.any():
             return
         if space == "global":
-            self.memory.write(at, data, self.number)
+            self.memory.write(at, data, self.warps[lanes], self._moment)
         else:
             self.shared.write(at, data, self.warps[lanes])
 
     def _bar(self, parts: Any, operands: Any, mask: Array | None) -> None:
+        if parts == ("bar", "warp", "sync"):
+            return  # the threads of a warp are in step
+        if parts != ("bar", "sync") or operands != ("0",) or mask is not None:
+            raise Fault("a barrier that this machine does not know")
         self.shared.barrier()
 
     def _fence(self, parts: Any, operands: Any, mask: Array | None) -> None:
-        pass
+        if parts != ("fence", "proxy", "async", "shared::cta"):
+            raise Fault("a fence that this machine does not know")
 
     # What runs beside the threads
 
@@ -396,7 +419,7 @@ class Block:
         return True
 
     def _begin(self, queue: str, job: Job) -> None:
-        if self.late:
+        if queue in self.late:
             self._jobs[queue].append(job)
         else:
             job()
@@ -415,7 +438,7 @@ class Block:
             data = np.zeros((self.threads, size), np.uint8)
             real = lanes & (count > 0)
             if real.any():
-                data[real] = self.memory.read(source[real], size, self.number)
+                data[real] = self.memory.read(source[real], size, self.warps[real], self._moment)
             if lanes.any():
                 self.shared.write(to[lanes], data[lanes], self.warps[lanes])
 

@@ -18,7 +18,8 @@ def _check_alignment(addresses: Array, width: int) -> None:
 class GlobalMemory:
     """What one launch may touch: the storages of its tensors, at their own addresses.
 
-    A byte that two blocks write, or one writes and another reads, has no certain value: that is a fault.
+    A byte to which one thread gives a new value while another one may read or write it has no certain value, and that
+    is a fault: threads of two blocks at any time, warps of a block between two barriers.
     """
 
     def __init__(self, storages: dict[int, int]) -> None:
@@ -29,8 +30,10 @@ class GlobalMemory:
             np.ctypeslib.as_array((ctypes.c_uint8 * int(size)).from_address(int(start)))
             for start, size in zip(self._starts, self._sizes, strict=True)
         ]
-        self._writers = [np.zeros(size, np.int32) for size in self._sizes]
-        self._readers = [np.zeros(size, np.int32) for size in self._sizes]
+        # When each byte was last written and read, by which warp; -1 = by several. A moment is block << 32 | barriers.
+        self._written, self._writers, self._read, self._readers = (
+            [np.zeros(size, np.int64) for size in self._sizes] for _ in range(4)
+        )
 
     def contents(self) -> list[Array]:
         """A copy of all bytes."""
@@ -38,8 +41,11 @@ class GlobalMemory:
 
     def restore(self, contents: list[Array]) -> None:
         """Put a copy back, and forget who read and wrote."""
-        for data, old, writers, readers in zip(self._bytes, contents, self._writers, self._readers, strict=True):
-            data[:], writers[:], readers[:] = old, 0, 0
+        for data, old in zip(self._bytes, contents, strict=True):
+            data[:] = old
+        for notes in (self._written, self._writers, self._read, self._readers):
+            for note in notes:
+                note[:] = 0
 
     def _places(self, addresses: Array, width: int) -> list[tuple[int, Array, Array]]:
         """Storage, which of the accesses lie in it, and their bytes, for each storage that is touched."""
@@ -57,26 +63,43 @@ class GlobalMemory:
             found.append((int(storage), inside, offset[inside][:, None] + np.arange(width)))
         return found
 
-    def read(self, addresses: Array, width: int, block: int) -> Array:
-        """[n] int64 -> [n, width] bytes; `block` counts from 1."""
+    def read(self, addresses: Array, width: int, warps: Array, moment: int) -> Array:
+        """[n] int64 -> [n, width] bytes, of which warp `warps[n]` reads each row; blocks count from 1."""
         out = np.empty((addresses.size, width), np.uint8)
         for storage, inside, at in self._places(addresses, width):
-            writers = self._writers[storage][at]
-            if ((writers != 0) & (writers != block)).any():
-                raise Fault("a block reads what another one writes")
-            readers = self._readers[storage]
-            readers[at] = np.where((readers[at] == 0) | (readers[at] == block), block, -1)
+            by = np.broadcast_to(warps[inside][:, None], at.shape)
+            if _clash(self._written[storage][at], self._writers[storage][at], by, moment).any():
+                raise Fault("a thread reads what another one writes")
+            read, readers = self._read[storage], self._readers[storage]
+            several = ((read[at] == moment) & (readers[at] != by)) | (read[at] >> 32 != moment >> 32) & (read[at] != 0)
+            readers[at] = by
+            several |= readers[at] != by  # of this very access
+            readers[at[several]] = -1
+            read[at] = np.where(read[at] >> 32 == moment >> 32, moment, np.where(read[at] == 0, moment, -1))
             out[inside] = self._bytes[storage][at]
         return out
 
-    def write(self, addresses: Array, data: Array, block: int) -> None:
+    def write(self, addresses: Array, data: Array, warps: Array, moment: int) -> None:
         """data: [n, width] bytes."""
         for storage, inside, at in self._places(addresses, data.shape[1]):
-            for others in (self._writers[storage][at], self._readers[storage][at]):
-                if ((others != 0) & (others != block)).any():
-                    raise Fault("a block writes what another one reads or writes")
-            self._writers[storage][at] = block
-            self._bytes[storage][at] = data[inside]
+            by, here = np.broadcast_to(warps[inside][:, None], at.shape), self._bytes[storage]
+            if _clash(self._read[storage][at], self._readers[storage][at], by, moment).any():
+                raise Fault("a thread writes what another one reads")
+            written = self._written[storage]
+            other_block = (written[at] != 0) & (written[at] >> 32 != moment >> 32)
+            clash = _clash(written[at], self._writers[storage][at], by, moment) & (here[at] != data[inside])
+            if (other_block | clash).any():
+                raise Fault("a thread writes what another one writes")
+            written[at], self._writers[storage][at], here[at] = moment, by, data[inside]
+            if (here[at] != data[inside]).any():
+                raise Fault("two threads write different values to the same memory at once")
+
+
+def _clash(then: Array, warps: Array, by: Array, now: int) -> Array:
+    """Whether what happened `then`, 0 = never and -1 = in several blocks, has no certain order to what warps `by` do
+    `now`."""
+    other_block = (then != 0) & (then >> 32 != now >> 32)
+    return other_block | (then == now) & (warps != by)
 
 
 class SharedMemory:
@@ -92,6 +115,11 @@ class SharedMemory:
     def barrier(self) -> None:
         """From here on every warp may read what any has written."""
         self._interval += 1
+
+    @property
+    def interval(self) -> int:
+        """How many barriers there have been, from 1."""
+        return self._interval
 
     def _at(self, addresses: Array, width: int) -> Array:
         _check_alignment(addresses, width)

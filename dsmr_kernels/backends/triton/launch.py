@@ -66,7 +66,8 @@ def launch_kernel(
     """Launch a kernel, whose arguments are tensors, then numbers, then constants.
 
     At every launch Triton works out from the arguments which compiled kernel they ask for, and that takes several times
-    as long as to launch it. Here arguments that can only ask for what was compiled before find it in a dictionary.
+    as long as to launch it. Here arguments that can only ask for what was compiled before find it in a dictionary. What
+    Triton's own knobs (debugging, instrumentation, hooks) have changed since then goes unseen.
     """
     if INTERPRETED:
         kernel[grid](*tensors, *numbers, **constants, **options)
@@ -87,6 +88,7 @@ def launch_kernel(
             return
         compiled = kernel[grid](*tensors, *numbers, **constants, **options)
     if key is not None and compiled is not None:
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled  # it may compile in the background
         _compiled[key] = compiled, [constants[p.name] for p in kernel.params if p.is_constexpr]
 
 
