@@ -145,7 +145,7 @@ def allowed_error(name: str, plain: Tensor, exact: Tensor, dtype: torch.dtype) -
     if name == "lse":
         dtype = torch.promote_types(dtype, torch.float32) if dtype != torch.float64 else torch.float32
     # One rounding of the result, and those of sums over head_dim of terms of order one, which may cancel to nothing.
-    terms = 16 if name == "lse" else max(16, exact.shape[-1])
+    terms = 16 if name == "lse" else max((16, *exact.shape[-1:]))
     sums = torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 4 * terms**0.5
     return factor * error(plain, exact) + torch.finfo(dtype).eps * size + sums * max(size, 1.0)
 

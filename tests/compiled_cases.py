@@ -41,8 +41,8 @@ def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
 
 
 EVERYTHING = {
-    "heads": 4,
-    "kv_heads": 2,
+    "heads": 2,
+    "kv_heads": 1,
     "queries": 140,
     "tokens": 150,
     "capacity": 90,
@@ -51,11 +51,11 @@ EVERYTHING = {
     "segment_length": 60,
     "segment_offset": 7,
     "piece_start": pieces([-1] * 70 + [70] * 80, [0] * 5 + [5] * 145),
-    "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]),
+    "alibi_slopes": torch.tensor([0.5, 0.1]),
 }
 
 
-@pytest.mark.parametrize(("visibility", "detached"), [("segment", True), ("segment", False), ("sliding", True)])
+@pytest.mark.parametrize(("visibility", "detached"), [("segment", True), ("sliding", False)])
 def test_everything_at_once(visibility: str, detached: bool) -> None:
     """Ring wrapped and part full, groups, more keys than queries, segments, pieces, ALiBi; NaN around every tensor."""
     case = random_case(head_dim=64, dtype=BF16, visibility=visibility, detach_segments=detached, **EVERYTHING)
@@ -67,8 +67,8 @@ def test_everything_at_once(visibility: str, detached: bool) -> None:
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "sizes"),
     [
-        (128, BF16, {"queries": 200, "capacity": 150, "seen": [170], "horizon": 150}),
-        (64, BF16, {"queries": 300}),
+        (128, BF16, {"queries": 150, "capacity": 150, "seen": [170], "horizon": 150}),
+        (64, BF16, {"queries": 200}),
         (40, F16, {"queries": 70, "capacity": 50, "seen": [77], "horizon": 30, "segment_length": 32}),
         (16, BF16, {"queries": 65, "capacity": 64, "seen": [64]}),
         (256, BF16, {"queries": 65, "capacity": 40, "seen": [50], "horizon": 40}),

@@ -171,6 +171,7 @@ def test_a_tuned_file_that_is_missing_is_no_fault_of_the_kernels(
 
     monkeypatch.setenv("DSMR_TUNED", str(tmp_path / "missing.json"))
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(configs, "_asked", None)  # nothing asked for, as in a process that begins
     configs._choose.cache_clear()
     with pytest.raises(ValueError, match=r"tuned configurations .*missing\.json cannot be read"):
         trial.disagreement(torch.device("cpu"))
