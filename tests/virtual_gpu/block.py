@@ -532,13 +532,14 @@ class Block:
 
     def _accumulate(self, registers: list[str], product: Array, at: slice, adds: Array) -> None:
         """Hand out the [64, n] product of a warpgroup's four warps."""
-        lane = np.arange(128)
-        row = 16 * (lane // 32) + lane % 32 // 4
-        for index, register in enumerate(registers):
-            part = product[row + 8 * (index // 2 % 2), 8 * (index // 4) + 2 * (lane % 4) + index % 2]
-            values = self._old(register, np.empty(0, np.uint32)).copy()
-            values[at] = (part + np.where(adds, values[at].view(np.float32), 0)).astype(np.float32).view(np.uint32)
-            self._registers[register] = values
+        lane, index = np.arange(128)[None, :], np.arange(len(registers))[:, None]
+        row = 16 * (lane // 32) + lane % 32 // 4 + 8 * (index // 2 % 2)
+        column = 8 * (index // 4) + 2 * (lane % 4) + index % 2
+        empty = np.empty(0, np.uint32)
+        values = np.stack([self._old(register, empty) for register in registers])  # [registers, threads]
+        old = np.where(adds, values[:, at].view(np.float32), 0)
+        values[:, at] = (product[row, column] + old).astype(np.float32).view(np.uint32)
+        self._registers.update(zip(registers, values, strict=True))
 
     def _matrix(self, descriptors: Array, rows: int, turned: bool, warps: Array) -> Array:
         """[rows, 16] elements of an operand in shared memory, rows along M or N.
@@ -561,6 +562,5 @@ class Block:
         else:
             at = start + row // 8 * stride + row % 8 * span + column * 2
         at ^= at >> 3 & {1: 0x70, 2: 0x30, 3: 0x10}[swizzle]
-        for warp in warps:
-            read = self.shared.read(at.ravel(), 2, np.full(at.size, warp))
+        read = self.shared.read_by_all(at.ravel(), 2, warps)
         return read.view(np.uint16).reshape(at.shape)

@@ -130,13 +130,25 @@ class SharedMemory:
     def read(self, addresses: Array, width: int, warps: Array) -> Array:
         """[n, width] bytes, of which warp `warps[n]` reads each row."""
         at = self._at(addresses, width)
-        if ((self._written[at] == self._interval) & (self._writer[at] != warps[:, None])).any():
-            raise Fault("a warp reads shared memory that another one has written since the last barrier")
+        self._check_read((self._written[at] == self._interval) & (self._writer[at] != warps[:, None]))
         self._readers[at[self._read[at] != self._interval]] = 0
         self._read[at] = self._interval
         for warp in np.unique(warps):
             self._readers[at[warps == warp]] |= 1 << int(warp)
         return self.bytes[at]
+
+    def read_by_all(self, addresses: Array, width: int, warps: Array) -> Array:
+        """[n, width] bytes, each row of which all of several warps read."""
+        at = self._at(addresses, width)
+        self._check_read(self._written[at] == self._interval)  # by one of them at most
+        self._readers[at[self._read[at] != self._interval]] = 0
+        self._read[at] = self._interval
+        self._readers[at] |= sum(1 << int(warp) for warp in warps)
+        return self.bytes[at]
+
+    def _check_read(self, clashes: Array) -> None:
+        if clashes.any():
+            raise Fault("a warp reads shared memory that another one has written since the last barrier")
 
     def write(self, addresses: Array, data: Array, warps: Array) -> None:
         """data: [n, width] bytes, of which warp `warps[n]` writes each row."""
