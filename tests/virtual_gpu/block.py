@@ -151,6 +151,11 @@ class Block:
         """What a register held; if nothing, all ones, which as a float is not a number."""
         return self._registers.get(register, np.full(self.threads, np.iinfo(like.dtype).max, like.dtype))
 
+    def _half(self, operand: str, kind: str) -> Array:
+        """Part of a pair: of some, one half is never used, and never written."""
+        unwritten = operand.startswith("%") and operand not in self._registers
+        return self._old(operand, np.empty(0, BITS[size_of(kind)])) if unwritten else self._lanes(operand, kind)
+
     def _predicate(self, operand: str) -> Array:
         return self._registers[operand] if operand[0] == "%" else np.full(self.threads, int(operand, 0) != 0)
 
@@ -327,7 +332,7 @@ class Block:
         elif source.startswith("{"):
             registers = names(source)
             part = f"b{8 * size_of(kind) // len(registers)}"
-            values = np.stack([self._lanes(register, part) for register in registers], 1)
+            values = np.stack([self._half(register, part) for register in registers], 1)
             self._put(to, np.ascontiguousarray(values).view(BITS[size_of(kind)])[:, 0], kind, mask)
         else:
             self._put(to, self._get(source, kind), kind, mask)
