@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from attention_cases import pieces
-from guard import Buffers, surrounded_case
+from guard import Buffers, guarded, surrounded_case
 
 from dsmr_kernels import KVMemory, append_rotated, decode_attention
 from dsmr_kernels.testing import (
@@ -33,11 +33,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 @pytest.fixture(autouse=True)
 def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
-    """Output buffers begin as NaN, so that an element that no kernel writes is found, and lie between guard bands."""
-    buffers = Buffers()
-    monkeypatch.setattr("dsmr_kernels.backends.triton.launch.torch.empty", buffers)
-    yield buffers
-    buffers.assert_untouched()
+    yield from guarded(monkeypatch)
 
 
 EVERYTHING = {

@@ -1,8 +1,9 @@
 """Guard bands: tensors inside larger storage, so that a stray read shows up as NaN and a stray write is found."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 
 from dsmr_kernels import KVMemory
@@ -59,3 +60,12 @@ class Buffers:
         for storage in self.storages:
             for band in (storage[:BAND], storage[-BAND:]):
                 assert bool((band == band.new_tensor(_MARK)).all()), "a kernel wrote outside its output buffer"
+
+
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
+    """For a fixture: the Triton backend's output buffers begin as NaN, so that an element that no kernel writes is
+    found, and lie between guard bands, which are looked at in the end."""
+    buffers = Buffers()
+    monkeypatch.setattr("dsmr_kernels.backends.triton.launch.torch.empty", buffers)
+    yield buffers
+    buffers.assert_untouched()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from attention_cases import CASES, pieces
 from attention_strategy import LAYOUTS, attention_calls, laid_out
-from guard import Buffers, surrounded_case
+from guard import Buffers, guarded, surrounded_case
 from hypothesis import given, settings
 
 from dsmr_kernels import available_backends, memory_attention
@@ -25,11 +25,7 @@ NAN = float("nan")
 
 @pytest.fixture(autouse=True)
 def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
-    """Output buffers begin as NaN, so that an element that no kernel writes is found, and lie between guard bands."""
-    buffers = Buffers()
-    monkeypatch.setattr("dsmr_kernels.backends.triton.launch.torch.empty", buffers)
-    yield buffers
-    buffers.assert_untouched()
+    yield from guarded(monkeypatch)
 
 
 def small(name: str) -> dict:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import CASES, pieces
-from guard import Buffers, surrounded_case
+from guard import Buffers, guarded, surrounded_case
 
 from dsmr_kernels import available_backends, backends, memory_attention
 from dsmr_kernels.testing import Case, assert_agrees_with_oracle, error, random_case, run
@@ -35,12 +35,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture(autouse=True)
 def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
-    """Output buffers begin as NaN, so that an element that no kernel writes is found, and lie between guard bands."""
-    buffers = Buffers()
-    if torch.cuda.is_available():
-        monkeypatch.setattr("dsmr_kernels.backends.triton.launch.torch.empty", buffers)
-    yield buffers
-    buffers.assert_untouched()
+    yield from guarded(monkeypatch)
 
 
 def case_of(**options: object) -> Case:
