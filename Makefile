@@ -8,7 +8,7 @@ DEMO ?= demo
 # Rounds and shapes of `make bench`: full (five minutes on two cores), or quick (two).
 BENCH ?= full
 
-.PHONY: demo test bench gpu lint format clean
+.PHONY: demo test test-quick bench gpu lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## compose a corpus, train two models on it, measure them, continue a piece, draw
@@ -17,8 +17,11 @@ demo: $(READY)  ## compose a corpus, train two models on it, measure them, conti
 test: $(READY)  ## the whole test suite
 	$(BIN)/python -m pytest tests -n auto --dist worksteal -q
 
+test-quick: $(READY)  ## without what takes seconds (marked slow): whole programs, compilers, the virtual GPU, real time
+	$(BIN)/python -m pytest tests -n auto --dist worksteal -q -m "not slow"
+
 bench: $(PEERS)  ## the benchmarks, each checked before it is timed, and a table for each question
-	$(BIN)/python -m dsmr_kernels.ceilings
+	$(BIN)/python -m dsmr_kernels.costing.ceilings
 	mkdir -p .benchmarks
 	DSMR_BENCH=$(BENCH) $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-quiet -q -rf \
 		--benchmark-json=.benchmarks/last.json; status=$$?; \
@@ -27,17 +30,20 @@ bench: $(PEERS)  ## the benchmarks, each checked before it is timed, and a table
 gpu:  ## tests, measurements and goals on this machine's GPU, ten minutes; uses PYTHON as it is: torch, triton, pytest
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
-lint: $(READY)  ## style, unused code, types
+lint: $(READY)  ## style, unused code, types, who imports whom, and the drawing of it
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python docs/draw_architecture.py --check
 
 format: $(READY)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python docs/draw_architecture.py
 
 clean:  ## remove the environment and what the tools leave behind
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .benchmarks build *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .benchmarks build *.egg-info
 
 $(PEERS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"

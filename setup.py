@@ -36,11 +36,12 @@ setup(
             "pytest-xdist>=3",
             "ruff>=0.12",
             "mypy>=1.15",
+            "import-linter>=2.5",  # who may import whom, kept by `make lint`; grimp, which it uses, draws it
             "miditok>=3.1",
             "matplotlib>=3.8",
             *TRITON,
         ],
     },
-    entry_points={"console_scripts": ["dsmr = dsmr.cli:main"]},
+    entry_points={"console_scripts": ["dsmr = dsmr.cli.app:main"]},
     zip_safe=False,
 )

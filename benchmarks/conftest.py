@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.rows import about, quick
+from benchmarks.parts.rows import about, quick
 
 UNTIMED = pytest.StashKey[list[dict[str, str]]]()
 SAID = ("question", "case", "contender", "dtype")

@@ -21,8 +21,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.decoders import CONTENDERS, Ours, random_context, ready
-from dsmr.files import atomic_path, write_json, write_text
+from benchmarks.parts.decoders import CONTENDERS, Ours, random_context, ready
+from dsmr.console.files import atomic_path, write_json, write_text
 
 CONTEXT = 2048
 DENSE_MUSIC = 40.0  # tokens a second

@@ -22,18 +22,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import goals, gpu_report, predictions
-from benchmarks.contenders import Shape
-from benchmarks.machine import describe, slug
-from benchmarks.peers import PEERS
-from dsmr.errors import UserError
-from dsmr.files import write_json, write_text
+from benchmarks.parts import goals, gpu_report, predictions
+from benchmarks.parts.contenders import Shape
+from benchmarks.parts.machine import describe, slug
+from benchmarks.parts.peers import PEERS
+from dsmr.console.errors import UserError
+from dsmr.console.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ("tests", "aot", "goals", "piece", "grid")
 LIMITS = {"tests": 180.0, "aot": 75.0}  # seconds of a step; the comparison may take what is left
 ROW_LIMIT = 75.0  # seconds of a row without a word, compilation included
-WORKER = (sys.executable, "-m", "benchmarks.gpu_worker")
+WORKER = (sys.executable, "-m", "benchmarks.parts.gpu_worker")
 TOTAL = 540.0
 
 
@@ -62,7 +62,7 @@ def run_step(name: str, command: list[str], limit: float) -> dict[str, Any]:
 
 def tests_step(limit: float) -> dict[str, Any]:
     """The GPU tests; only files that have some are collected, since others may need what is not installed."""
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     if not files:
         return {"step": "tests", "status": "skipped", "seconds": 0.0, "said": "no test is marked gpu"}
     return run_step(
@@ -72,7 +72,7 @@ def tests_step(limit: float) -> dict[str, Any]:
 
 def aot_step(device: torch.device, limit: float, out: Path) -> dict[str, Any]:
     """What this part's compiler makes of the configurations of its goals; without a GPU, a single one."""
-    command = [sys.executable, "-m", "dsmr_kernels.aot", "--dtype", "bfloat16", "--dim", "64", "--dim", "128"]
+    command = [sys.executable, "-m", "dsmr_kernels.tools.aot", "--dtype", "bfloat16", "--dim", "64", "--dim", "128"]
     if device.type == "cuda":
         from dsmr_kernels.backends.triton.configs import family
         from dsmr_kernels.backends.triton.launch import architecture
@@ -114,7 +114,7 @@ def measure(
     Args:
         until: on the clock of `time.monotonic`; tasks not begun by then become rows that say so.
         row_limit: seconds after which a silent process is ended, and its task has failed.
-        worker: the process: see `benchmarks.gpu_worker`.
+        worker: the process: see `benchmarks.parts.gpu_worker`.
     """
     while tasks:
         if time.monotonic() >= until:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dsmr.devices import resolve_device, resolve_dtype
-from dsmr.files import write_json, write_text
+from dsmr.console.devices import resolve_device, resolve_dtype
+from dsmr.console.files import write_json, write_text
+from dsmr.console.progress import ProgressLine
 from dsmr.profiling.job import Job, Sizes
 from dsmr.profiling.profile import measured_row, tokens_per_second
-from dsmr.progress import ProgressLine
-from dsmr_kernels.ceilings import device_name
-from dsmr_kernels.cost import human_bytes
+from dsmr_kernels.costing.ceilings import device_name
+from dsmr_kernels.costing.cost import human_bytes
 
 # Table of the paper (arXiv 2602.19816): peak GB and, where it is given, tokens a second against full memory.
 PAPER: dict[str, tuple[float, float | None]] = {

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsmr.errors import UserError
-from dsmr.files import read_json, write_text
+from dsmr.console.errors import UserError
+from dsmr.console.files import read_json, write_text
 
 THRESHOLD = 0.25
 KEY = ("question", "case", "contender")
@@ -42,12 +42,12 @@ PAGE = """# Benchmarks
 
 Written by `python -m benchmarks.report RUN.json --out docs` from a run of `pytest benchmarks/ --benchmark-only
 --benchmark-json=RUN.json`; `make bench` does both for your machine. Each row is compared with the float64 oracle by the
-rule of `dsmr_kernels/testing.py` before it is timed, and fails instead if it is wrong; models, whose results cannot be
-equal, are held to the same number of parameters and a loss that falls, ours also to the reference backend. Ratios
+rule of `dsmr_kernels/tolerance.py` before it is timed, and fails instead if it is wrong; models, whose results cannot
+be equal, are held to the same number of parameters and a loss that falls, ours also to the reference backend. Ratios
 and rates are those of the fastest round (on CUDA of the GPU's own work, cold L2 cache). "GFLOP/s" counts what the
 result needs, "nominal" what ordinary attention with all its gradients makes for it; "of the ceiling" is the least time
-by the measured matrix rate and copy bandwidth (`python -m dsmr_kernels.ceilings`) over the time taken. Rows of ours
-are set in bold.
+by the measured matrix rate and copy bandwidth (`python -m dsmr_kernels.costing.ceilings`) over the time taken. Rows of
+ours are set in bold.
 
 """
 OTHERS = {"schedules": "full memory"}  # what rows are held against, where it is not a peer
@@ -80,7 +80,7 @@ def load(path: Path) -> Run:
         rows = {}
         for benchmark in content["benchmarks"]:
             said, stats = benchmark["extra_info"], benchmark["stats"]
-            if "question" not in said:  # a benchmark that was not made by benchmarks/rows.py
+            if "question" not in said:  # a benchmark that was not made by benchmarks/parts/rows.py
                 continue
             row = {**said, "fastest_ms": 1e3 * stats["min"], "median_ms": 1e3 * stats["median"]}
             row["ms"] = row.get("kernel_ms", row["fastest_ms"])
@@ -159,7 +159,7 @@ def picture(folder: Path, question: str) -> Path:
 
 def draw(run: Run, folder: Path) -> list[Path]:
     """For each question a picture of how many times as fast as the best of the others ours is, case by case."""
-    from dsmr.plots import new_figure, save
+    from dsmr.console.figures import new_figure, save
 
     written = []
     for question, cases in run.questions.items():

@@ -21,9 +21,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.contenders import Shape, check, forward, forward_backward, matmul_rate, ours
-from benchmarks.peers import MaskedSDPA
-from dsmr.files import atomic_path, write_json, write_text
+from benchmarks.parts.contenders import Shape, check, forward, forward_backward, matmul_rate, ours
+from benchmarks.parts.peers import MaskedSDPA
+from dsmr.console.files import atomic_path, write_json, write_text
 
 CLAIM = Shape(1, 8, 8, 1024, 4096, 64)
 GRID = [

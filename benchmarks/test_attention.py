@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.contenders import Oracle, Shape, backward, forward, forward_backward, ours
-from benchmarks.flex_cpu import FlexOnCPU
-from benchmarks.peers import PEERS, Attention, Missing
-from benchmarks.rows import DEVICE, OURS, Row, ceilings, name_of, quick, reported, timed
-from dsmr_kernels.backends import choose
-from dsmr_kernels.cost import Call, Work, backward_parts, forward_parts, total
-from dsmr_kernels.predict import attention_seconds
-from dsmr_kernels.testing import Case
+from benchmarks.parts.contenders import Oracle, Shape, backward, forward, forward_backward, ours
+from benchmarks.parts.flex_cpu import FlexOnCPU
+from benchmarks.parts.peers import PEERS, Attention, Missing
+from benchmarks.parts.rows import DEVICE, OURS, Row, ceilings, name_of, quick, reported, timed
+from dsmr_kernels.cases import Case
+from dsmr_kernels.costing.cost import Call, Work, backward_parts, forward_parts, total
+from dsmr_kernels.costing.predict import attention_seconds
+from dsmr_kernels.dispatch import choose
 
 SHAPES = {
     ("cpu", True): {

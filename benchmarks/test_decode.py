@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.decode import CONTEXT, DENSE_MUSIC
-from benchmarks.decoders import CONTENDERS, Contender, config, random_context, ready
-from benchmarks.peers import Missing
-from benchmarks.rows import DEVICE, Row, quick, reported, timed
+from benchmarks.parts.decoders import CONTENDERS, Contender, config, random_context, ready
+from benchmarks.parts.peers import Missing
+from benchmarks.parts.rows import DEVICE, Row, quick, reported, timed
 
 
 @pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.name)

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.caches import Cache, Concatenation, HuggingFaceSliding, Ring
-from benchmarks.contenders import Shape
-from benchmarks.rows import DEVICE, OURS, Row, name_of, quick, reported, timed
+from benchmarks.parts.caches import Cache, Concatenation, HuggingFaceSliding, Ring
+from benchmarks.parts.contenders import Shape
+from benchmarks.parts.rows import DEVICE, OURS, Row, name_of, quick, reported, timed
 from benchmarks.test_attention import DTYPES, call_of
 from dsmr_kernels import KVMemory, decode_attention
-from dsmr_kernels.backends import choose
-from dsmr_kernels.cost import decode_work
-from dsmr_kernels.testing import Case, allowed_error, error
+from dsmr_kernels.cases import Case
+from dsmr_kernels.costing.cost import decode_work
+from dsmr_kernels.dispatch import choose
+from dsmr_kernels.tolerance import allowed_error, error
 
 SHAPES = {
     "one stream": Shape(1, 8, 8, 1, 1024, 64) if quick() else Shape(1, 8, 8, 1, 4096, 64),

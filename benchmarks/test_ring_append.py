@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.caches import CACHES, Cache, Ring
-from benchmarks.contenders import Shape
-from benchmarks.rows import DEVICE, OURS, Row, name_of, quick, reported, timed
+from benchmarks.parts.caches import CACHES, Cache, Ring
+from benchmarks.parts.contenders import Shape
+from benchmarks.parts.rows import DEVICE, OURS, Row, name_of, quick, reported, timed
 from benchmarks.test_attention import DTYPES
 from dsmr_kernels import KVMemory
-from dsmr_kernels.cost import Work
+from dsmr_kernels.costing.cost import Work
 
 SHAPES = {
     "a segment": Shape(2, 4, 4, 128, 1024, 64) if quick() else Shape(2, 8, 8, 512, 2048, 64),

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.models import Ours, Training, check_learning
-from benchmarks.rows import DEVICE, Row, name_of, reported, timed
+from benchmarks.parts.models import Ours, Training, check_learning
+from benchmarks.parts.rows import DEVICE, Row, name_of, reported, timed
 from benchmarks.test_attention import DTYPES
 from benchmarks.test_training_step import CHECKED, SIZES, reference
-from dsmr.schedule import MemorySchedule
+from dsmr.model.schedule import MemorySchedule
 
 
 @pytest.mark.parametrize("schedule", SIZES.schedules)

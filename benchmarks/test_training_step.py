@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.models import CONTENDERS, Ours, ReferenceStep, Sizes, Training, check_learning
-from benchmarks.rows import DEVICE, Row, name_of, quick, reported, timed
+from benchmarks.parts.models import CONTENDERS, Ours, ReferenceStep, Sizes, Training, check_learning
+from benchmarks.parts.rows import DEVICE, Row, name_of, quick, reported, timed
 from benchmarks.test_attention import DTYPES
 
 SIZES = {

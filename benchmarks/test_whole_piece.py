@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.contenders import Oracle, Shape, forward, forward_backward, ours, recorded
-from benchmarks.rows import DEVICE, Row, name_of, quick, reported, timed
+from benchmarks.parts.contenders import Oracle, Shape, forward, forward_backward, ours, recorded
+from benchmarks.parts.rows import DEVICE, Row, name_of, quick, reported, timed
 from benchmarks.test_attention import DTYPES, call_of, predicted, work_of
 from dsmr_kernels import KVMemory
-from dsmr_kernels.backends import choose
-from dsmr_kernels.testing import Case
+from dsmr_kernels.cases import Case
+from dsmr_kernels.dispatch import choose
 
 SEGMENT = {  # one segment, and how many of them
     ("cpu", True): (Shape(1, 4, 4, 64, 256, 64), 8),

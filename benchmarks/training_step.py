@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.models import CONTENDERS, Ours, ReferenceStep, Sizes, Training, check_learning
-from benchmarks.peers import Missing
-from benchmarks.rows import about
-from dsmr.devices import resolve_device
-from dsmr.errors import UserError
-from dsmr.files import write_json, write_text
+from benchmarks.parts.models import CONTENDERS, Ours, ReferenceStep, Sizes, Training, check_learning
+from benchmarks.parts.peers import Missing
+from benchmarks.parts.rows import about
+from dsmr.console.devices import resolve_device
+from dsmr.console.errors import UserError
+from dsmr.console.files import write_json, write_text
+from dsmr.console.progress import ProgressLine
+from dsmr.console.terminal import out_of_memory
 from dsmr.profiling.row import Peak, resident_bytes
-from dsmr.progress import ProgressLine
-from dsmr.terminal import out_of_memory
-from dsmr_kernels.cost import human_bytes
-from dsmr_kernels.timing import synchronize
+from dsmr_kernels.costing.cost import human_bytes
+from dsmr_kernels.costing.timing import synchronize
 
 SIZES = Sizes(8, 512, 8, 512, 2048, 2)
 CHECKED = Sizes(4, 128, 2, 32, 96, 2, vocabulary=64)
@@ -221,7 +221,7 @@ def text_of(rows: list[Row], goals: list[Row], sizes: Sizes, turns: int) -> str:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Tokens a second and peak memory, side by side."""
-    from dsmr.plots import new_figure, save
+    from dsmr.console.figures import new_figure, save
 
     shown = [row for row in rows if "tokens_per_s" in row]
     figure, axes = new_figure(1, 2, size=(11, 0.4 * len(shown) + 1.2), sharey=True)

@@ -5,9 +5,27 @@ tokens alone, and `append_rotated` stores these before. Importing this package n
 Triton.
 """
 
+import sys
+
 from dsmr_kernels.api import append_rotated, decode_attention, memory_attention
-from dsmr_kernels.backends import available_backends
+from dsmr_kernels.dispatch import available_backends
 from dsmr_kernels.memory import KVMemory
 
 __all__ = ["KVMemory", "append_rotated", "available_backends", "decode_attention", "memory_attention"]
 __version__ = "0.1.0"
+
+_MOVED = dict.fromkeys(("aot", "targets", "tune"), "tools")
+_MOVED |= dict.fromkeys(("cost", "ceilings", "predict", "prediction_check", "timing"), "costing")
+
+
+class _Moved:
+    """Asked by Python when nothing else has found a module: says where those went that have moved to a room."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        package, _, module = name.rpartition(".")
+        if package == __name__ and module in _MOVED:
+            raise ModuleNotFoundError(f"{name} is now {package}.{_MOVED[module]}.{module}", name=name)
+
+
+sys.meta_path.append(_Moved)

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends import choose
-from dsmr_kernels.backends.spec import AttentionSpec
+from dsmr_kernels.dispatch import choose
 from dsmr_kernels.memory import KVMemory
+from dsmr_kernels.spec import AttentionSpec
 from dsmr_kernels.visibility import VISIBILITIES
 
 
@@ -22,14 +22,27 @@ def _check_integer(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
-def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:
-    """The rules for every tensor beside q: floating dtype, device and layout of q."""
+def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+
+
+def _check_tensor(name: str, tensor: Tensor, q: Tensor) -> None:
+    """The rules for keys and values: dtype and device of q."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype != like.dtype:
-        raise TypeError(f"{name} must have the dtype of q, {like.dtype}, got {tensor.dtype}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name} must be on the device of q, {like.device}, got {tensor.device}")
+    if tensor.dtype != q.dtype:
+        raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+    _check_device(name, tensor, q)
+
+
+def _check_table(name: str, x: object, q: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...], said: str) -> None:
+    """The rules for a tensor beside these: what was `said` of it; any floating dtype, if `dtype` is None."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be {said}, got {x!r}")
+    if tuple(x.shape) != shape or (x.dtype != dtype if dtype else not x.dtype.is_floating_point):
+        raise ValueError(f"{name} must be {said}, got {x.dtype} of shape {_shape(x)}")
+    _check_device(name, x, q)
 
 
 def _check_query(q: Tensor) -> None:
@@ -43,23 +56,17 @@ def _check_query(q: Tensor) -> None:
         raise ValueError(f"q must have at least one head and a head_dim of at least 1, got shape {_shape(q)}")
 
 
-def _check_memory(memory: KVMemory, q: Tensor, kv_heads: int) -> None:
-    if not isinstance(memory, KVMemory):
-        raise TypeError(f"memory must be a KVMemory or None, got {type(memory).__name__}")
+def _check_memory(memory: KVMemory, q: Tensor, kv_heads: int, any_dtype: bool = False) -> None:
+    """That a memory, which anyone may put together, fits q and the KV heads, and its parts one another."""
     for name, tensor in (("memory.k", memory.k), ("memory.v", memory.v)):
-        if memory.dtype != torch.int8:
+        if any_dtype or memory.dtype == torch.int8:
+            _check_device(name, tensor, q)
+        else:
             _check_tensor(name, tensor, q)
-        elif tensor.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
     found = (memory.batch, memory.kv_heads, memory.head_dim)
     expected = (q.shape[0], kv_heads, q.shape[3])
     if found != expected:
         raise ValueError(f"memory must have (batch, kv_heads, head_dim) = {expected} to fit q and k, got {found}")
-    _check_ring(memory, q)
-
-
-def _check_ring(memory: KVMemory, q: Tensor) -> None:
-    """That a memory, which anyone may put together, fits together."""
     if memory.v.shape != memory.k.shape:
         raise ValueError(f"memory.v must have the shape of memory.k, {_shape(memory.k)}, got {_shape(memory.v)}")
     for name, tensor, dtype in (("length", memory.length, torch.int32), ("position", memory.position, torch.int64)):
@@ -76,15 +83,10 @@ def _check_heads(q: Tensor, kv_heads: int) -> None:
 
 
 def _check_alibi(slopes: Tensor, q: Tensor) -> None:
-    if not isinstance(slopes, Tensor) or tuple(slopes.shape) != (q.shape[1],) or not slopes.dtype.is_floating_point:
-        found = f"{slopes.dtype} of shape {_shape(slopes)}" if isinstance(slopes, Tensor) else type(slopes).__name__
-        raise ValueError(
-            f"alibi_slopes must be a floating tensor of shape ({q.shape[1]},), one a query head, got {found}"
-        )
+    said = f"a floating tensor of shape ({q.shape[1]},), one a query head"
+    _check_table("alibi_slopes", slopes, q, None, (q.shape[1],), said)
     if slopes.requires_grad:
         raise ValueError("alibi_slopes are constants: they must not require a gradient")
-    if slopes.device != q.device:
-        raise ValueError(f"alibi_slopes must be on the device of q, {q.device}, got {slopes.device}")
 
 
 def _check_piece_start(piece_start: Tensor, k: Tensor) -> None:
@@ -96,8 +98,7 @@ def _check_piece_start(piece_start: Tensor, k: Tensor) -> None:
         raise ValueError(
             f"piece_start must have shape (batch, S) = {expected}, one entry a key, got {_shape(piece_start)}"
         )
-    if piece_start.device != k.device:
-        raise ValueError(f"piece_start must be on the device of q, {k.device}, got {piece_start.device}")
+    _check_device("piece_start", piece_start, k)
     if torch.compiler.is_compiling() or piece_start.device.type != "cpu" or piece_start.numel() == 0:
         return  # looking at the values would make the device wait
     tokens = torch.arange(k.shape[2], dtype=torch.int32)
@@ -116,12 +117,9 @@ def _check_angles(cos: Tensor | None, sin: Tensor | None, q: Tensor) -> None:
     if cos is None and sin is None:
         return
     expected = (q.shape[0], 1, q.shape[2], q.shape[3] // 2)
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tuple(tensor.shape) != expected:
-            found = f"{tensor.dtype} of shape {_shape(tensor)}" if isinstance(tensor, Tensor) else repr(tensor)
-            raise ValueError(f"{name} must be float32 of shape (batch, 1, n, head_dim // 2) = {expected}, got {found}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+    said = f"float32 of shape (batch, 1, n, head_dim // 2) = {expected}"
+    for name, table in (("cos", cos), ("sin", sin)):
+        _check_table(name, table, q, torch.float32, expected, said)
     if q.shape[3] % 2:
         raise ValueError(f"q must have an even head_dim to be turned, got {q.shape[3]}")
 
@@ -207,6 +205,8 @@ def memory_attention(
     if visibility not in VISIBILITIES:
         raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {visibility!r}")
     if memory is not None:
+        if not isinstance(memory, KVMemory):
+            raise TypeError(f"memory must be a KVMemory or None, got {type(memory).__name__}")
         _check_memory(memory, q, k.shape[1])
     if piece_start is not None:
         _check_piece_start(piece_start, k)
@@ -264,11 +264,8 @@ def decode_attention(
             f"q must hold 1 to 16 new tokens, no more than the memory's capacity of {memory.capacity}, got {q.shape[2]}"
         )
     if visible is not None:
-        if not isinstance(visible, Tensor) or visible.dtype != torch.int32 or tuple(visible.shape) != (q.shape[0],):
-            found = f"{visible.dtype} of shape {_shape(visible)}" if isinstance(visible, Tensor) else repr(visible)
-            raise ValueError(f"visible must be int32 of shape ({q.shape[0]},), got {found}")
-        if visible.device != q.device:
-            raise ValueError(f"visible must be on the device of q, {q.device}, got {visible.device}")
+        shape = (q.shape[0],)
+        _check_table("visible", visible, q, torch.int32, shape, f"int32 of shape {shape}")
     if alibi_slopes is not None:
         _check_alibi(alibi_slopes, q)
     if not torch.compiler.is_compiling() and q.device.type == "cpu":  # elsewhere, looking would make the device wait
@@ -316,12 +313,7 @@ def append_rotated(
         raise TypeError(f"memory must be a KVMemory, got {type(memory).__name__}")
     _check_heads(q, memory.kv_heads)
     batch, _, new, dim = q.shape
-    found = (memory.batch, memory.head_dim)
-    if found != (batch, dim):
-        raise ValueError(f"memory must have (batch, head_dim) = {(batch, dim)} to fit q, got {found}")
-    if memory.k.device != q.device:
-        raise ValueError(f"memory must be on the device of q, {q.device}, got {memory.k.device}")
-    _check_ring(memory, q)
+    _check_memory(memory, q, memory.kv_heads, any_dtype=True)
     for name, tensor in (("k", k), ("v", v)):
         _check_tensor(name, tensor, q)
         expected = (batch, memory.kv_heads, new, dim)

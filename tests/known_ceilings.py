@@ -1,6 +1,6 @@
 """Ceilings of a machine that does not exist, whose figures are easy to reckon with."""
 
-from dsmr_kernels.predict import Ceilings
+from dsmr_kernels.costing.predict import Ceilings
 
 SHARE = {"products": 0.5, "exponentials": 0.25, "own": 1.0, "edge": 0.0}
 KNOWN = Ceilings(

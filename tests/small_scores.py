@@ -1,4 +1,4 @@
-"""Small scores and MIDI files made of random notes, for the tests of `dsmr.data`."""
+"""Small scores and MIDI files made of random notes, for the tests of `dsmr.music` and `dsmr.corpus`."""
 
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dsmr.data.corpus import Corpus, PieceRecord, write_corpus
-from dsmr.data.vocabulary import Vocabulary
+from dsmr.corpus.store import Corpus, PieceRecord, write_corpus
+from dsmr.music.vocabulary import Vocabulary
 
 TOKENS = (
     *("PAD_None", "BOS_None", "EOS_None"),

@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dsmr.errors import UserError
+from dsmr.console.errors import UserError
+from dsmr.model.schedule import MOST_TOKENS, MemorySchedule
 from dsmr.profiling.cost import predict_step, predict_token
 from dsmr.profiling.job import Sizes
-from dsmr.schedule import MOST_TOKENS, MemorySchedule
-from dsmr_kernels.cost import human_bytes
-from dsmr_kernels.predict import Ceilings
+from dsmr_kernels.costing.cost import human_bytes
+from dsmr_kernels.costing.predict import Ceilings
 
 LONG_OVER_SHORT = 8
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

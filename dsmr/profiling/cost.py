@@ -1,4 +1,4 @@
-"""What a model's step should cost, layer by layer: counts of `dsmr_kernels.cost`, seconds of `dsmr_kernels.predict`.
+"""What a model's step should cost, layer by layer: counts and seconds of `dsmr_kernels.costing`.
 
 A layer has three parts: "attention" (`memory_attention` itself), "projections" (norm, Q, K, V and output projections,
 positions, the residual) and "ffn" (norm, both products, activation, residual). Around the layers lie "embedding" (with
@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dsmr.model.schedule import MemorySchedule
 from dsmr.profiling.job import Sizes
-from dsmr.schedule import MemorySchedule
-from dsmr_kernels.cost import Call, Work, decode_work, linear_work, memory_bytes, memory_capacity
-from dsmr_kernels.predict import Ceilings, attention_seconds, plain_seconds
+from dsmr_kernels.costing.cost import Call, Work, decode_work, linear_work, memory_bytes, memory_capacity
+from dsmr_kernels.costing.predict import Ceilings, attention_seconds, plain_seconds
 
 LAYER_PARTS = ("attention", "projections", "ffn")
 AROUND = ("embedding", "head", "optimizer")

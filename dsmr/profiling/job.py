@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from dsmr.errors import UserError
-from dsmr.schedule import MemorySchedule
+from dsmr.console.errors import UserError
+from dsmr.model.schedule import MemorySchedule
+from dsmr.model.transformer import DSMRConfig
 
 KINDS = ("train", "piece", "decode")
 """One training step behind full memories; a whole piece in one call, forward and backward; one token at a time."""
@@ -61,8 +62,6 @@ class Sizes:
 
     def config(self, schedule: MemorySchedule) -> Any:
         """The `DSMRConfig`; `UserError` in one sentence for sizes that do not go together."""
-        from dsmr.model import DSMRConfig
-
         try:
             return DSMRConfig(
                 self.vocab_size,

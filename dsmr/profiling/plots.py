@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dsmr.plots import finish, new_figure, save
+from dsmr.console.figures import finish, new_figure, save
 from dsmr.profiling.cost import LAYER_PARTS
 from dsmr.profiling.profile import Profile, tokens_per_second
 from dsmr.profiling.report import labels, seconds_by_part

@@ -18,20 +18,13 @@ from typing import Any
 
 import torch
 
-from dsmr.files import write_json
+from dsmr.console.files import write_json
+from dsmr.model.schedule import MemorySchedule
 from dsmr.profiling.budget import Proposal
-from dsmr.profiling.cost import (
-    Predicted,
-    held_bytes,
-    least_bytes,
-    predict_piece,
-    predict_step,
-    predict_token,
-)
+from dsmr.profiling.cost import Predicted, held_bytes, least_bytes, predict_piece, predict_step, predict_token
 from dsmr.profiling.job import KINDS, Job, Sizes
-from dsmr.schedule import MemorySchedule
-from dsmr_kernels.cost import human_bytes
-from dsmr_kernels.predict import Ceilings
+from dsmr_kernels.costing.cost import human_bytes
+from dsmr_kernels.costing.predict import Ceilings
 
 Row = dict[str, Any]
 """A measured row as `dsmr.profiling.row` gives it, with "predicted" beside it; or no more than "error"."""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dsmr.attention
-from dsmr.model import Block, DSMRModel
+import dsmr.model.attention
+from dsmr.model.transformer import Block, DSMRModel
 
 Parts = dict[tuple[str, int, str], float]
 """Seconds by direction ("forward" or "backward"), layer (-1: around the layers) and part."""
@@ -60,12 +60,12 @@ class Recorder:
             handles.append(block.attention_norm.register_forward_pre_hook(self._on_input(layer, "begin")))
             handles.append(block.ffn_norm.register_forward_pre_hook(self._on_input(layer, "middle")))
         handles.append(self.model.norm.register_forward_pre_hook(self._on_input(len(self.model.blocks), "begin")))
-        original = dsmr.attention.memory_attention
-        dsmr.attention.memory_attention = self._around(original)
+        original = dsmr.model.attention.memory_attention
+        dsmr.model.attention.memory_attention = self._around(original)
         try:
             yield
         finally:
-            dsmr.attention.memory_attention = original
+            dsmr.model.attention.memory_attention = original
             for handle in handles:
                 handle.remove()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
+from dsmr.model.schedule import MemorySchedule
 from dsmr.profiling.cost import DIRECTIONS, LAYER_PARTS
 from dsmr.profiling.profile import Profile, Row, attention_share, tokens_per_second
-from dsmr.schedule import MemorySchedule
-from dsmr_kernels.cost import human_bytes
+from dsmr_kernels.costing.cost import human_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

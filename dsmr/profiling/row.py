@@ -16,18 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dsmr_kernels.cases import Case, random_case
+from dsmr_kernels.dispatch import choose
+from dsmr_kernels.tolerance import error
 from torch import Tensor
 
-from dsmr.devices import autocast
-from dsmr.files import atomic_path
-from dsmr.model import DSMRModel
+from dsmr.console.devices import autocast
+from dsmr.console.files import atomic_path
+from dsmr.console.terminal import out_of_memory
+from dsmr.generation.sampling import Sampling
+from dsmr.generation.stepping import Stepper, stepper
+from dsmr.model.schedule import MemorySchedule
+from dsmr.model.state import DSMRState
+from dsmr.model.transformer import DSMRModel
 from dsmr.profiling.job import Job, Sizes
 from dsmr.profiling.record import Parts, Recorder
-from dsmr.sampling import Sampling
-from dsmr.schedule import MemorySchedule
-from dsmr.state import DSMRState
-from dsmr.stepping import Stepper, stepper
-from dsmr_kernels.timing import Timing, seconds_of, synchronize
+from dsmr_kernels.costing.timing import Timing, seconds_of, synchronize
+from dsmr_kernels.testing import assert_agrees_with_oracle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,9 +45,6 @@ def check_attention(sizes: Sizes, schedule: MemorySchedule) -> int:
 
     Returns the number of cases; `AssertionError` with the figures if one is outside the tolerance.
     """
-    from dsmr_kernels.backends import choose
-    from dsmr_kernels.testing import Case, assert_agrees_with_oracle, random_case
-
     device, dtype = torch.device(sizes.device), DTYPES[sizes.dtype]
     kinds = {
         (min(horizon, 48), sizes.heads // heads)
@@ -69,8 +71,6 @@ def check_attention(sizes: Sizes, schedule: MemorySchedule) -> int:
 
 def check_step(model: DSMRModel, sizes: Sizes) -> None:
     """Hold three steps behind the middle position against the model's own pass; `AssertionError` if they differ."""
-    from dsmr_kernels.testing import error
-
     position = sorted(sizes.positions)[len(sizes.positions) // 2]
     tokens = torch.arange(3) % sizes.vocab_size
     torch.manual_seed(1)
@@ -253,7 +253,7 @@ def write_trace(steps: Steps, path: str) -> None:
 
 
 def measure_decode(job: Job) -> dict[str, Any]:
-    """One token at a time, drawn as a stream draws it (`dsmr.stepping`), at several positions of a piece."""
+    """One token at a time, drawn as a stream draws it (`dsmr.generation.stepping`), at several positions of a piece."""
     sizes = job.sizes
     schedule = MemorySchedule.parse(job.schedule)
     torch.manual_seed(0)
@@ -296,8 +296,6 @@ def measure(job: Job) -> dict[str, Any]:
 
 def main() -> int:
     """Read the job, write the result; a failure that the parent should report is a result too."""
-    from dsmr.terminal import out_of_memory
-
     job = Job.from_json(json.load(sys.stdin))
     try:
         result = measure(job)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends.spec import AttentionSpec
 from dsmr_kernels.memory import KVMemory
+from dsmr_kernels.spec import AttentionSpec
 
 
 class Inputs(NamedTuple):

@@ -6,9 +6,9 @@ Slow and simple on purpose. Every other backend is tested against this one, in f
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends.spec import AttentionSpec
 from dsmr_kernels.memory import KVMemory
 from dsmr_kernels.rotary import append_rotated
+from dsmr_kernels.spec import AttentionSpec
 from dsmr_kernels.visibility import lowest_visible, segment_of
 
 __all__ = ["append_rotated", "decode_attention", "memory_attention", "unsupported"]

@@ -3,8 +3,8 @@
 `plan` cuts each row into runs that share segment and piece, so that under segment visibility nothing needs a mask but
 the run's own causal edge. Where that holds, on a CPU, `blocks` serves, matrix products over tiles that fit the cache,
 and in the forward, by what is measured to be faster, `flash`, PyTorch's flash kernel over each source apart, merged by
-log-sum-exp. `products` serves everything else. Keys and values are never concatenated and grouped
-heads never expanded.
+log-sum-exp. `products` serves everything else. Keys and values are never concatenated and grouped heads never expanded.
+They may import the contract and `autograd`.
 """
 
 import torch

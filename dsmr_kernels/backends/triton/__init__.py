@@ -1,8 +1,10 @@
 """Fused Triton kernels: one online softmax over ring memory and current keys, forward and backward.
 
 `primitives` holds the visibility rule for a tile, `forward` and `backward` the kernels, `configs` their tile sizes by
-architecture, `launch` the way from tensors to launches; `decode` serves the newest tokens alone, `step` stores them
-before. Under TRITON_INTERPRET=1 they run on CPU tensors, for tests.
+architecture, `launch` the way to the GPU and `training` that of one call; `decode` serves the newest tokens alone,
+`step` stores them before; `tuned` reads measured tile sizes. Under TRITON_INTERPRET=1 they run on CPU tensors, for
+tests. They may import the contract and `autograd`, and Triton, which need not be installed: nothing but the dispatcher,
+its trial and the tools may import this room, and only when it is asked for.
 """
 
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor
 from dsmr_kernels.backends.autograd import Inputs, Method, attention_by
 from dsmr_kernels.backends.triton.configs import DTYPES, HEAD_DIMS
 from dsmr_kernels.backends.triton.decode import decode_attention
-from dsmr_kernels.backends.triton.launch import INTERPRETED, Call
+from dsmr_kernels.backends.triton.launch import INTERPRETED
 from dsmr_kernels.backends.triton.step import append_rotated
+from dsmr_kernels.backends.triton.training import Call
 
 __all__ = ["append_rotated", "decode_attention", "memory_attention", "unsupported"]
 _ELSEWHERE = "backend 'sdpa' serves it as it is"

@@ -1,8 +1,9 @@
 """Tile sizes, warps and pipeline stages by architecture, head dimension and dtype: fixed, so that runs reproduce.
 
-The choice is deterministic and needs no tuning. `python -m dsmr_kernels.aot` compiles every entry for every target
-without a GPU and shows what it takes; an entry that spills registers is not kept. Behind each entry stands why it is
-not larger, as far as compiling tells; which of the clean ones is fastest, a GPU tells (`python -m dsmr_kernels.tune`).
+The choice is deterministic and needs no tuning. `python -m dsmr_kernels.tools.aot` compiles every entry for every
+target without a GPU and shows what it takes; an entry that spills registers is not kept. Behind each entry stands why
+it is not larger, as far as compiling tells; which of the clean ones is fastest, a GPU tells
+(`python -m dsmr_kernels.tools.tune`).
 
 Beyond head_dim 128 the kernels' loops recompute addresses rather than hold them (`disable_licm`): the accumulators
 leave no registers for what would be hoisted, and it spills.
@@ -10,8 +11,6 @@ leave no registers for what would be hoisted, and it spills.
 
 import contextlib
 import functools
-import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -71,17 +70,6 @@ _AMPERE: Sizes = {
 }
 _AMPERE[32] = {**_AMPERE[64], "forward": Config(128, 64, 4, 2)}  # with eight warps the compiler keeps to 128 registers
 _AMPERE[16] = {**_AMPERE[64], "dq": Config(128, 64, 4, 2)}  # likewise, on the youngest of the parts that use it
-_ADA: Sizes = {  # as Ampere, with 99 KiB of shared memory
-    16: _AMPERE[16],
-    32: _AMPERE[32],
-    64: _AMPERE[64],
-    128: _AMPERE[128],
-    256: {
-        "forward": _AMPERE[256]["forward"],
-        "dq": _AMPERE[256]["dq"],
-        "dkv": _AMPERE[256]["dkv"],
-    },
-}
 _HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) each
     64: {
         "forward": Config(128, 128, 8, 2),  # 256 queries or keys spill
@@ -151,24 +139,15 @@ _FLOAT32: Sizes = {
         "dkv": Config(16, 32, 16, 1, 128),  # with 16 keys, or fewer warps, the compiler spills 8 to 16 bytes
     },
 }
-_CDNA_FLOAT32: Sizes = {
-    64: {
-        "forward": Config(32, 32, 4, 1),  # the largest of the clean tiles tried
-        "dq": Config(32, 32, 4, 1),  # likewise
-        "dkv": Config(32, 32, 4, 1),  # likewise
-    },
-    128: {
-        "forward": Config(16, 32, 4, 1),  # the largest of the clean tiles tried
-        "dq": Config(16, 32, 4, 1),  # likewise
-        "dkv": Config(16, 32, 4, 1),  # likewise
-    },
-    256: {
-        "forward": Config(16, 16, 4, 1),  # the least tile
-        "dq": Config(16, 16, 4, 1),  # likewise
-        "dkv": Config(16, 16, 4, 1),  # likewise
-    },
+_CDNA_FLOAT32: Sizes = {  # the largest of the clean tiles tried, and at 256 the least that there is
+    64: dict.fromkeys(("forward", "dq", "dkv"), Config(32, 32, 4, 1)),
+    128: dict.fromkeys(("forward", "dq", "dkv"), Config(16, 32, 4, 1)),
+    256: dict.fromkeys(("forward", "dq", "dkv"), Config(16, 16, 4, 1)),
 }
-TABLE = {"sm_80": _AMPERE, "sm_89": _ADA, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_120": _ADA, "gfx942": _CDNA}
+# Ada and workstation Blackwell multiply as Ampere does: its tiles fit their 99 KiB of shared memory, too.
+TABLE = {
+    "sm_80": _AMPERE, "sm_89": _AMPERE, "sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_120": _AMPERE, "gfx942": _CDNA,
+}  # fmt: skip
 FLOAT32_TABLE = {name: _CDNA_FLOAT32 if name.startswith("gfx") else _FLOAT32 for name in TABLE}
 # (kernel, architecture, padded head_dim) where no clean tile uses the fast matrix instructions: the older ones serve.
 OLDER_INSTRUCTIONS = {("dkv", "sm_100", 256)}
@@ -225,15 +204,13 @@ def family(architecture: str) -> str:
 
 _INTERPRETER = Config(16, 16, 4, 1)  # small, so that tests of few tokens have several blocks
 
-_asked: dict[tuple[str, int, str], Config] | None = None  # by `use_tuned`; None: not decided yet
+_measured: dict[tuple[str, int, str], Config] = {}  # by `use`: (kernel, padded head_dim, dtype) -> Config
 _trial: dict[str, Config] = {}  # by `trying`: kernel -> Config
 
 
 def choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
-    """The configuration of a kernel: "forward", "dq", "dkv" or one of `DECODING`.
-
-    The table's, unless the environment variable DSMR_TUNED or `use_tuned` names a file of measured ones.
-    """
+    """The configuration of a kernel: "forward", "dq", "dkv" or one of `DECODING`; the table's, unless `use` was told of
+    a measured one."""
     return _trial.get(kernel) or _choose(kernel, architecture, head_dim, dtype)
 
 
@@ -241,11 +218,8 @@ def choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) ->
 def _choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
     if architecture == "interpreter":
         return _INTERPRETER
-    path = os.environ.get("DSMR_TUNED")
-    if _asked is None and path:
-        use_tuned(path, architecture=architecture, fallback=os.environ.get("DSMR_TUNED_FALLBACK") == "1")
-    tuned = (_asked or {}).get((kernel, padded(head_dim), str(dtype).removeprefix("torch.")))
-    return tuned or from_table(kernel, architecture, head_dim, dtype)
+    measured = _measured.get((kernel, padded(head_dim), str(dtype).removeprefix("torch.")))
+    return measured or from_table(kernel, architecture, head_dim, dtype)
 
 
 def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
@@ -256,48 +230,16 @@ def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype
     return sizes.get(padded(head_dim), sizes[64])[kernel]
 
 
-def use_tuned(
-    path: str | os.PathLike[str] | None,
-    *,
-    architecture: str | None = None,
-    fallback: bool = False,
-    machine: dict[str, str] | None = None,
-) -> None:
-    """Use the configurations that `python -m dsmr_kernels.tune` wrote to `path`; None: the table again, whatever
-    the environment says.
-
-    Args:
-        path: the file.
-        architecture: of the GPU that will run, as the table names it; default: whatever the file says.
-        fallback: warn and use the table where the file cannot be used, rather than raise.
-        machine: what the file must agree with, for tests; default: this machine.
-
-    Raises:
-        ValueError: in one sentence, if the file is missing, damaged or was made for something else.
-    """
-    from dsmr_kernels.backends.triton import tuned
-
-    global _asked
-    entries: dict[tuple[str, int, str], Config] = {}
-    if path is not None:
-        try:
-            found = tuned.read(path, machine)
-            if architecture not in (None, found.architecture):
-                raise ValueError(
-                    f"tuned configurations {path} are for {found.architecture}, this GPU is {architecture}"
-                )
-            entries = found.entries
-        except ValueError as error:
-            if not fallback:
-                raise
-            warnings.warn(f"{error}; the fixed table is used", stacklevel=2)
-    _asked = entries
+def use(measured: dict[tuple[str, int, str], Config]) -> None:
+    """From now on, use these configurations and for everything else the table's: see `dsmr_kernels.dispatch`."""
+    _measured.clear()
+    _measured.update(measured)
     _choose.cache_clear()
 
 
 @contextlib.contextmanager
 def trying(kernel: str, config: Config) -> Iterator[None]:
-    """Launch `kernel` with `config` inside the block: for `dsmr_kernels.tune`."""
+    """Launch `kernel` with `config` inside the block: for `dsmr_kernels.tools.tune`."""
     _trial[kernel] = config
     try:
         yield

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsmr_kernels.backends.triton.configs import choose, padded
-from dsmr_kernels.backends.triton.launch import INTERPRETED, LOG2E, _rows, architecture, launch_kernel
-from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows
+from dsmr_kernels.backends.triton.launch import INTERPRETED, LOG2E, architecture, as_rows, launch_kernel, strides
+from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows, softmax_step
 from dsmr_kernels.memory import KVMemory
 
 
@@ -41,10 +41,7 @@ def _decode_block(
         s -= slope[:, None] * (p[:, None] - j[None, :]).to(tl.float32)
     if MASKED:
         s = tl.where((j[None, :] <= p[:, None]) & in_range[None, :], s, -float("inf"))
-    new_top = tl.maximum(top, tl.max(s, 1))  # finite from the start, so a row that has seen nothing yet makes no NaN
-    shrink = tl.exp2(top - new_top)
-    w = tl.exp2(s - new_top[:, None])  # [BM, BN]
-    total = total * shrink + tl.sum(w, 1)
+    w, shrink, top, total = softmax_step(s, top, total, scale_log2, False)  # [BM, BN]
     acc = acc * shrink[:, None]
     if QUANTISED:  # against the block's largest scale, so that small values do not underflow in float16
         v_scale = tl.load(VScale + rows, mask=in_range, other=0.0)  # [BN]
@@ -53,51 +50,18 @@ def _decode_block(
         acc += tl.dot(w.to(q.dtype), v.to(q.dtype), input_precision=PRECISION) * largest
     else:
         acc = tl.dot(w.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, new_top, total
+    return acc, top, total
 
 
 @triton.jit(do_not_specialize=["new", "capacity"])
 def decode_kernel(
-    Q,
-    K,
-    V,
-    KScale,
-    VScale,
-    Length,
-    Position,
-    Visible,
-    Slopes,
-    Out,
-    Lse,
-    q_batch,
-    q_head,
-    q_token,
-    k_batch,
-    k_head,
-    k_token,
-    v_batch,
-    v_head,
-    v_token,
-    ks_batch,
-    ks_head,
-    vs_batch,
-    vs_head,
-    kv_heads,
-    group,
-    head_dim,
-    scale_log2,
-    new,
-    capacity,
-    HAS_VISIBLE: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    QUANTISED: tl.constexpr,
-    DIRECT: tl.constexpr,
-    WHOLE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-):
+    Q, K, V, KScale, VScale, Length, Position, Visible, Slopes, Out, Lse,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    ks_batch, ks_head, vs_batch, vs_head,
+    kv_heads, group, head_dim, scale_log2, new, capacity,
+    HAS_VISIBLE: tl.constexpr, HAS_ALIBI: tl.constexpr, QUANTISED: tl.constexpr, DIRECT: tl.constexpr,
+    WHOLE_DIM: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Split `program_id(1)` of the slots, for one tile of the stacked queries of one KV head.
 
     Out is (B, Hq, n, head_dim) with DIRECT, where there is one split, and else (B, Hq, n, splits, head_dim) float32;
@@ -199,18 +163,10 @@ def splits_of(capacity: int, programs: int, processors: int, block: int) -> int:
 
 
 def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    length: Tensor,
-    position: Tensor,
-    visible: Tensor | None,
-    alibi: Tensor | None,
-    scale: float,
-) -> Tensor:
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor,
+    visible: Tensor | None, alibi: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    q, k, v = as_rows(q), as_rows(k), as_rows(v)
     length, position = length.contiguous(), position.contiguous()
     batch, heads, new, dim = q.shape
     kv_heads, capacity = k.shape[1], k.shape[2]
@@ -225,16 +181,14 @@ def _launch(
     direct = splits == 1
     parts = out if direct else torch.empty((*q.shape[:3], splits, dim), dtype=torch.float32, device=q.device)
     lse = out if direct else torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
-    scales = [_rows(x) for x in (k_scale, v_scale) if x is not None]
+    scales = [as_rows(x) for x in (k_scale, v_scale) if x is not None]
     # A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
     tensors = (
         q, k, v, *(scales or (q, q)), length, position, length if visible is None else visible.contiguous(),
         q if alibi is None else alibi.contiguous(), parts, lse,
     )  # fmt: skip
     numbers = (
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *(stride for x in scales for stride in x.stride()[:2]), *(() if scales else (0,) * 4),
-        kv_heads, group, dim, scale * LOG2E, new, capacity,
+        *strides(q, k, v), *(strides(*scales, axes=2) or (0,) * 4), kv_heads, group, dim, scale * LOG2E, new, capacity,
     )  # fmt: skip
     constants = {
         "HAS_VISIBLE": visible is not None,
@@ -247,16 +201,13 @@ def _launch(
         "BN": config.bn,
         "BD": bd,
     }
-    launch_kernel(
-        decode_kernel, (programs, splits, 1), q.device, tensors, numbers, constants, config.launch_options(part)
-    )
+    grid, options = (programs, splits, 1), config.launch_options(part)
+    launch_kernel(decode_kernel, grid, q.device, tensors, numbers, constants, options)
     if not direct:
         config = choose("combine", part, dim, q.dtype)
+        grid, options = (batch * heads * new, 1, 1), config.launch_options(part)
         constants = {"BS": config.bm, "BD": bd}
-        grid = (batch * heads * new, 1, 1)
-        launch_kernel(
-            combine_kernel, grid, q.device, (parts, lse, out), (dim, splits), constants, config.launch_options(part)
-        )
+        launch_kernel(combine_kernel, grid, q.device, (parts, lse, out), (dim, splits), constants, options)
     return out
 
 
@@ -271,16 +222,7 @@ def _(q: Tensor, *arguments: Any) -> Tensor:
 def decode_attention(
     q: Tensor, memory: KVMemory, visible: Tensor | None, alibi_slopes: Tensor | None, scale: float
 ) -> Tensor:
-    """See `dsmr_kernels.decode_attention`; arguments are taken as checked.
-
-    Raises:
-        RuntimeError: if `q` asks for a gradient, which this kernel has none to give for.
-    """
-    if torch.is_grad_enabled() and q.requires_grad:
-        raise RuntimeError(
-            "decode_attention of the triton backend gives no gradient, but q requires one: "
-            "call it under torch.no_grad()"
-        )
+    """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
     call = _operator if torch.compiler.is_compiling() else _launch
     scales = (memory.k_scale, memory.v_scale)
     return call(q, memory.k, memory.v, *scales, memory.length, memory.position, visible, alibi_slopes, scale)

@@ -7,65 +7,19 @@ lies in the ring. Blocks that all queries see are computed without a mask; only 
 import triton
 import triton.language as tl
 
-from dsmr_kernels.backends.triton.primitives import (
-    RUNTIME,
-    head_of,
-    load_rows,
-    query_tile,
-    store_rows,
-    visit_keys,
-)
+from dsmr_kernels.backends.triton.primitives import RUNTIME, head_of, load_rows, query_tile, store_rows, visit_keys
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def forward_kernel(
-    Q,
-    K,
-    V,
-    MemoryK,
-    MemoryV,
-    Length,
-    Position,
-    PieceStart,
-    Slopes,
-    Out,
-    Lse,
-    q_batch,
-    q_head,
-    q_token,
-    k_batch,
-    k_head,
-    k_token,
-    v_batch,
-    v_head,
-    v_token,
-    mk_batch,
-    mk_head,
-    mk_token,
-    mv_batch,
-    mv_head,
-    mv_token,
-    piece_stride,
-    heads,
-    group,
-    scale_log2,
-    queries,
-    tokens,
-    capacity,
-    horizon,
-    segment_length,
-    segment_offset,
-    SLIDING: tl.constexpr,
-    HAS_MEMORY: tl.constexpr,
-    HAS_PIECES: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    UNIT: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-):
+    Q, K, V, MemoryK, MemoryV, Length, Position, PieceStart, Slopes, Out, Lse,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    mk_batch, mk_head, mk_token, mv_batch, mv_head, mv_token,
+    piece_stride, heads, group, scale_log2, queries, tokens, capacity, horizon, segment_length, segment_offset,
+    SLIDING: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_PIECES: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, UNIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Out (B, Hq, T, D) and the natural log-sum-exp Lse (B, Hq, T), both contiguous."""
     line, b, h, row, p, low, position = query_tile(
         Length, Position, PieceStart, piece_stride, heads, queries, tokens, capacity, horizon, segment_length,

@@ -1,4 +1,5 @@
-"""What the kernels share: the visibility rule for a tile, where a token's row lies, and the walk over a tile's keys.
+"""What the kernels share: the visibility rule for a tile, where a token's row lies, the online softmax, and the walk
+over a tile's keys.
 
 Keys are counted as in `dsmr_kernels.visibility`: j >= 0 is token j of the call, j < 0 lies in memory, in slot
 (position + j) % capacity. Shapes of tiles stand behind them: BM queries, BN keys, BD padded head_dim. Strides come in
@@ -126,6 +127,24 @@ def edge_block(i, before, begin, inner, outer, high_end, B: tl.constexpr):
 
 
 @triton.jit
+def softmax_step(s, top, total, scale_log2, LATE: tl.constexpr):
+    """Take a block of scores s [BM, BN] into a softmax in base 2 whose maximum `top` and sum `total` [BM] run on.
+
+    Returns the block's weights [BM, BN], the factor [BM] by which the sums so far shrink, and the new maximum and sum.
+    With LATE it also scales the scores by `scale_log2` > 0. Scaling then costs nothing: of a row only the largest score
+    is scaled, and for the others it becomes one instruction with the subtraction before the exponential.
+    """
+    block_top = tl.max(s, 1)
+    if LATE:
+        block_top *= scale_log2
+        s *= scale_log2
+    new_top = tl.maximum(top, block_top)  # finite from the start: a row that has seen nothing yet makes no NaN
+    shrink = tl.exp2(top - new_top)
+    w = tl.exp2(s - new_top[:, None])
+    return w, shrink, new_top, total * shrink + tl.sum(w, 1)
+
+
+@triton.jit
 def _block(
     q, grad, acc, top, total, start, stop, K, V, k_stride, v_stride, d, p, low, position, capacity, scale_log2, slope,
     MASKED: tl.constexpr, RING: tl.constexpr, BACKWARD: tl.constexpr, HAS_ALIBI: tl.constexpr,
@@ -134,8 +153,7 @@ def _block(
 ):  # fmt: skip
     """One block of keys, start ... stop - 1 or BN of them; see `visit_keys`.
 
-    The forward without ALiBi scales the largest score of a row, not every score: scaling then costs nothing, since it
-    becomes one instruction with the subtraction before the exponential.
+    The forward without ALiBi leaves the scaling to `softmax_step`.
     """
     LATE: tl.constexpr = not (BACKWARD or HAS_ALIBI)
     j = start + tl.arange(0, BN)
@@ -155,16 +173,8 @@ def _block(
         ds = w * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - total[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     else:
-        block_top = tl.max(s, 1)
-        if LATE:
-            block_top *= scale_log2
-            s *= scale_log2
-        new_top = tl.maximum(top, block_top)  # finite from the start: a row that has seen nothing makes no NaN
-        shrink = tl.exp2(top - new_top)
-        w = tl.exp2(s - new_top[:, None])
-        total = total * shrink + tl.sum(w, 1)
+        w, shrink, top, total = softmax_step(s, top, total, scale_log2, LATE)
         acc = tl.dot(w.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
     return acc, top, total
 
 

@@ -10,14 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dsmr_kernels.backends.triton.configs import choose, padded
-from dsmr_kernels.backends.triton.launch import _rows, architecture, launch_kernel
+from dsmr_kernels.backends.triton.launch import architecture, as_rows, launch_kernel, strides
 from dsmr_kernels.memory import KVMemory
 
 
 @triton.jit
-def _halves(
-    X, Cos, Sin, x_head, x_token, c_token, h, i, d, valid, half, head_dim, ROTATE: tl.constexpr
-):  # fmt: skip
+def _halves(X, Cos, Sin, x_head, x_token, c_token, h, i, d, valid, half, head_dim, ROTATE: tl.constexpr):
     """The two halves of rows (h, i) of X, turned: [BR, BH] float32 each, rounded as X's dtype rounds them."""
     base = X + h.to(tl.int64)[:, None] * x_head + i.to(tl.int64)[:, None] * x_token
     low = valid[:, None] & (d < half)[None, :]
@@ -54,50 +52,13 @@ def _write(
 
 @triton.jit(do_not_specialize=["new", "capacity"])
 def step_kernel(
-    Q,
-    K,
-    V,
-    Cos,
-    Sin,
-    MemoryK,
-    MemoryV,
-    KScale,
-    VScale,
-    Length,
-    Position,
-    Out,
-    q_batch,
-    q_head,
-    q_token,
-    k_batch,
-    k_head,
-    k_token,
-    v_batch,
-    v_head,
-    v_token,
-    c_batch,
-    c_token,
-    mk_batch,
-    mk_head,
-    mk_token,
-    mv_batch,
-    mv_head,
-    mv_token,
-    ks_batch,
-    ks_head,
-    vs_batch,
-    vs_head,
-    heads,
-    kv_heads,
-    head_dim,
-    half,
-    new,
-    capacity,
-    ROTATE: tl.constexpr,
-    QUANTISED: tl.constexpr,
-    BR: tl.constexpr,
-    BH: tl.constexpr,
-):
+    Q, K, V, Cos, Sin, MemoryK, MemoryV, KScale, VScale, Length, Position, Out,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    c_batch, c_token,
+    mk_batch, mk_head, mk_token, mv_batch, mv_head, mv_token, ks_batch, ks_head, vs_batch, vs_head,
+    heads, kv_heads, head_dim, half, new, capacity,
+    ROTATE: tl.constexpr, QUANTISED: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
     """Row `program_id(0)`: Out (B, Hq, n, head_dim) = Q turned; K turned and V into their slots; counters advance."""
     b = tl.program_id(0)
     b64 = b.to(tl.int64)
@@ -144,24 +105,15 @@ def _turned_dtype(q: Tensor, memory_k: Tensor) -> torch.dtype:
 
 
 def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    memory_k: Tensor,
-    memory_v: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    length: Tensor,
-    position: Tensor,
-) -> Tensor:
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, memory_k: Tensor, memory_v: Tensor,
+    k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor,
+) -> Tensor:  # fmt: skip
+    q, k, v = as_rows(q), as_rows(k), as_rows(v)
     batch, heads, new, dim = q.shape
     out = torch.empty(q.shape, dtype=_turned_dtype(q, memory_k), device=q.device)
     if out.numel() == 0:
         return out
-    turn = [_rows(x) for x in (cos, sin) if x is not None]
+    turn = [as_rows(x) for x in (cos, sin) if x is not None]
     if turn and turn[0].stride() != turn[1].stride():
         turn = [x.contiguous() for x in turn]
     scales = [x for x in (k_scale, v_scale) if x is not None]
@@ -169,14 +121,10 @@ def _launch(
     part = architecture(q.device)
     config = choose("step", part, dim, q.dtype)
     rows = min(triton.next_power_of_2(heads * new), config.bm)
-    tensors = (
-        q, k, v, *(turn or (q, q)), memory_k, memory_v, *(scales or (out, out)), *counters, out,
-    )  # fmt: skip
+    tensors = (q, k, v, *(turn or (q, q)), memory_k, memory_v, *(scales or (out, out)), *counters, out)
     numbers = (
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        *((turn[0].stride(0), turn[0].stride(2)) if turn else (0, 0)),
-        *memory_k.stride()[:3], *memory_v.stride()[:3], *(stride for x in scales for stride in x.stride()[:2]),
-        *(() if scales else (0,) * 4),
+        *strides(q, k, v), *((turn[0].stride(0), turn[0].stride(2)) if turn else (0, 0)),
+        *strides(memory_k, memory_v), *(strides(*scales, axes=2) or (0,) * 4),
         heads, k.shape[1], dim, (dim + 1) // 2, new, memory_k.shape[2],
     )  # fmt: skip
     constants = {"ROTATE": bool(turn), "QUANTISED": bool(scales), "BR": rows, "BH": padded(dim) // 2}

@@ -1,4 +1,4 @@
-"""Configurations that were measured on one machine, in a file: written by `dsmr_kernels.tune`, used when asked for.
+"""Reads configurations that were measured on one machine and written to a file by `dsmr_kernels.tools.tune`.
 
 A file serves the machine that it was made on and nothing else: the GPU's name, the versions of torch and Triton and the
 kernels' sources must be what they were. Whatever does not fit is refused in one sentence.
@@ -8,14 +8,13 @@ import hashlib
 import inspect
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsmr_kernels.backends.triton.configs import DTYPES, Config
-from dsmr_kernels.storage import write_text
 
 FORMAT = 1
 Key = tuple[str, int, str]  # kernel, padded head_dim, dtype without "torch."
@@ -63,25 +62,16 @@ def this_machine() -> dict[str, str]:
     }
 
 
-def write(path: str | os.PathLike[str], machine: dict[str, str], tuned: Tuned, measured: list[dict[str, Any]]) -> None:
-    """Write a file, whole or not at all; `measured` is kept for readers of the file and never read back."""
-    entries = [
-        {"kernel": kernel, "padded_head_dim": dim, "dtype": dtype, **asdict(config)}
-        for (kernel, dim, dtype), config in sorted(tuned.entries.items())
-    ]
-    content = {"format": FORMAT, **machine, "architecture": tuned.architecture, "entries": entries}
-    write_text(path, json.dumps(content | {"measured": measured}, indent=1) + "\n")
-
-
 _WORDS = {"device": "for", "torch": "with torch", "triton": "with Triton", "sources": "with kernels of source hash"}
 
 
-def read(path: str | os.PathLike[str], machine: dict[str, str] | None = None) -> Tuned:
+def read(path: str | os.PathLike[str], machine: dict[str, str] | None = None, architecture: str | None = None) -> Tuned:
     """Read a file and check that it was made here.
 
     Args:
         path: the file.
         machine: what it must agree with; default `this_machine()`.
+        architecture: of the GPU that will run, as `configs` names it; default: whatever the file says.
 
     Raises:
         ValueError: in one sentence, if the file is missing, damaged, or was made for something else.
@@ -101,14 +91,16 @@ def read(path: str | os.PathLike[str], machine: dict[str, str] | None = None) ->
         if content.get(key) != machine[key]:
             raise ValueError(
                 f"tuned configurations {path} are stale: made {words} {content.get(key)!r}, here is {machine[key]!r}; "
-                "run `python -m dsmr_kernels.tune` again"
+                "run `python -m dsmr_kernels.tools.tune` again"
             )
     try:
-        entries = dict(_entry(entry) for entry in content["entries"])
-        return Tuned(str(content["architecture"]), entries)
+        tuned = Tuned(str(content["architecture"]), dict(_entry(entry) for entry in content["entries"]))
     except (KeyError, TypeError, ValueError) as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"tuned configurations {path} are damaged: {said}") from error
+    if architecture not in (None, tuned.architecture):
+        raise ValueError(f"tuned configurations {path} are for {tuned.architecture}, this GPU is {architecture}")
+    return tuned
 
 
 def _entry(entry: dict[str, Any]) -> tuple[Key, Config]:

@@ -1,0 +1,1 @@
+"""What the questions share: peers, models, shapes, rows, goals, and the machine that they were asked on."""

@@ -1,0 +1,21 @@
+"""`dsmr demo`: everything once, in minutes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsmr.cli.options import Seed
+from dsmr.console.terminal import command, console
+
+
+@command
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that the demo makes.")] = Path("demo"),
+    minutes: Annotated[float, typer.Option(min=0.05, help="Minutes of computing, about.")] = 3.5,
+    seed: Seed = 0,
+) -> None:
+    """Compose a corpus, train with and without long memory, compare on refrain returns, continue a piece, draw."""
+    from dsmr.demo.run import run_demo
+
+    run_demo(out, minutes=minutes, seed=seed, console=console())

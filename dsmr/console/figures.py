@@ -1,0 +1,46 @@
+"""What every picture begins and ends with: a figure without a window system, and a PNG written whole or not at all.
+
+Matplotlib is imported only when something is drawn; `available()` says whether it can be.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from dsmr.console.errors import UserError
+from dsmr.console.files import atomic_path
+
+DPI = 120
+
+
+def available() -> bool:
+    """Whether Matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.5, 4.2), **options: Any) -> Any:
+    """A figure and its axes, without pyplot: no window system, no state shared with the caller's own plots."""
+    if not available():
+        raise UserError("drawing needs Matplotlib, which is not installed: pip install matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def finish(figure: Any, axes: Any, png_path: str | Path, title: str) -> None:
+    """Grid, title, legend, and write the picture, whole or not at all."""
+    axes.grid(alpha=0.3)
+    if title:
+        axes.set_title(title)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    save(figure, png_path)
+
+
+def save(figure: Any, png_path: str | Path) -> None:
+    """Write the picture, whole or not at all."""
+    with atomic_path(png_path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png")

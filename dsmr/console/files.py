@@ -1,0 +1,96 @@
+"""Files that are either whole or absent: every file that the programs write goes through a temporary sibling."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsmr.console.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def describe(error: OSError) -> str:
+    """The reason of an `OSError` in words, without its number and file name."""
+    return (error.strerror or str(error)).lower()
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on any error it disappears.
+
+    A reader therefore sees the old file or the new one, never half of one, also when the process is killed or the
+    disk fills up. Raises `UserError` naming `path` if the folder cannot be written or the disk is full.
+    """
+    target = Path(path)
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb+") as written:
+            os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {describe(error)}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """`UserError` if no file can be written at `path`: to be asked before long work. Leaves nothing behind."""
+    target = Path(path)
+    try:
+        if target.is_dir():
+            raise UserError(f"cannot write {target}: it is a folder, not a file name")
+        folder = target.parent
+        while not folder.exists():  # missing folders are made when the file is written
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"?")
+            probe.flush()
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {describe(error)}") from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` to `path` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file; `UserError` if it is missing, unreadable or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {describe(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not a JSON file: {error}") from error
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> None:
+    """Write tensors to `path` (safetensors), whole or not at all; `UserError` if the disk is full."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # its own kind of error, also for a full disk
+            raise UserError(f"cannot write {path}: {error}") from error

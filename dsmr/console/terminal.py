@@ -1,0 +1,70 @@
+"""How the programs end: results on stdout, one sentence on stderr for what the user can mend, and an exit code.
+
+0 is success, 1 an error said in a sentence, 2 wrong usage (typer's), 130 Ctrl-C. `DSMR_DEBUG=1` in the environment
+shows the traceback instead of the sentence.
+"""
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
+
+from dsmr.console.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def fail(sentence: str, code: int = 1) -> NoReturn:
+    """Say one sentence on stderr and leave."""
+    print(f"dsmr: {' '.join(sentence.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch says, by a `RuntimeError` of any kind, that it could not get the memory that it needs."""
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in said for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a command end in a sentence and an exit code where it fails for a reason that the user can mend."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (UserError, ValueError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
+            if os.environ.get("DSMR_DEBUG", "0") not in ("", "0"):
+                raise
+            if isinstance(error, MemoryError) or (not isinstance(error, UserError) and out_of_memory(error)):
+                fail("not enough memory: a smaller batch, model, segment or memory schedule needs less")
+            if isinstance(error, RuntimeError) and not isinstance(error, UserError):
+                raise
+            if isinstance(error, KeyboardInterrupt):
+                fail("interrupted", 130)
+            if isinstance(error, BrokenPipeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise SystemExit(141) from None
+            if isinstance(error, OSError) and error.filename is not None:
+                fail(f"{error.filename}: {(error.strerror or str(error)).lower()}")
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO):
+                fail(f"cannot write the output: {(error.strerror or str(error)).lower()}")
+            fail(str(error) or type(error).__name__)
+
+    return guarded
+
+
+def console() -> "Console":
+    """Where results go: stdout, wide enough for the tables also when it is not a terminal."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)

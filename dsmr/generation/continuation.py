@@ -1,0 +1,373 @@
+"""Continue a piece with a trained model: the start of a MIDI file in; the whole, the continuation and a picture out.
+
+Whatever ends the playing early (numbers that are not finite, Ctrl-C), what has been played until then is written.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsmr.console.devices import resolve_device, resolve_memory_dtype
+from dsmr.console.errors import UserError
+from dsmr.console.files import check_writable
+from dsmr.console.stopping import graceful_stop
+from dsmr.generation.player import Limits, Player, Sampling, may_stop
+from dsmr.generation.recorder import Recorder
+from dsmr.generation.saved_stream import load_player, save_player
+from dsmr.generation.stepping.weights import resolve_precision
+from dsmr.model.transformer import DSMRModel
+from dsmr.music.pianoroll import draw_pianoroll, score_notes
+from dsmr.music.sounding import Event, Sounding
+from dsmr.music.tokenizer import decode, encode_midi, write_midi
+from dsmr.music.vocabulary import Vocabulary
+
+DEFAULT_SECONDS = 60.0
+RING_ON = 2.0  # seconds for which notes that are still held when the playing breaks off ring on
+
+
+@dataclass(frozen=True)
+class Played:
+    """How far the playing has come: music made, and the seconds that it took."""
+
+    tokens: int = 0
+    notes: int = 0
+    seconds: float = 0.0
+    elapsed: float = 0.0
+    behind: float = 0.0  # the most that computing has lain behind the music, had both begun with the first token
+
+    @property
+    def tokens_a_second(self) -> float:
+        return self.tokens / self.elapsed if self.elapsed > 0 else 0.0
+
+    @property
+    def times_real_time(self) -> float:
+        """Seconds of music for every second of computing: above 1, the model keeps up with its own playing."""
+        return self.seconds / self.elapsed if self.elapsed > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What `continue_piece` wrote, and how it went."""
+
+    whole: Path
+    continuation: Path
+    picture: Path
+    prompt_seconds: float
+    prompt_notes: int
+    left_out: dict[str, int]  # reason -> notes of the prompt's file that the model cannot be told
+    played: Played
+    state_bytes: int
+    precision: str  # of the weights
+    interrupted: bool  # Ctrl-C or SIGTERM ended it before the asked length
+
+
+class Take:
+    """One variation while it is played: its tokens, how far they came, and the file that grows with it."""
+
+    def __init__(self, prompt: np.ndarray, vocabulary: Vocabulary, recorder: Recorder | None) -> None:
+        self.prompt, self.vocabulary, self.recorder = prompt, vocabulary, recorder
+        self.made: list[int] = []
+        self.played = Played()
+        self._sounding = Sounding(vocabulary)
+        for token in prompt.tolist():
+            self._record(self._sounding.push(token))
+        self._began, self._started = self._sounding.clock.seconds, time.perf_counter()
+
+    def _record(self, events: list[Event]) -> list[Event]:
+        if self.recorder is not None:
+            self.recorder.add(events, self._sounding.clock.seconds)
+        return events
+
+    def push(self, token: int) -> list[Event]:
+        """Take the next token; the events that it settles."""
+        self.made.append(token)
+        events = self._record(self._sounding.push(token))
+        seconds, elapsed = self._sounding.clock.seconds - self._began, time.perf_counter() - self._started
+        if len(self.made) == 1:  # reading the prompt is no part of keeping up
+            self._latency = elapsed
+        behind = max(self.played.behind, elapsed - self._latency - seconds)
+        notes = self.played.notes + bool(self.vocabulary.is_note[token])
+        self.played = Played(len(self.made), notes, seconds, elapsed, behind)
+        if self.recorder is not None and self.played.notes:
+            self.recorder.save()
+        return events
+
+
+def continue_piece(
+    run_dir: str | os.PathLike[str],
+    prompt_midi: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str],
+    **options: Any,
+) -> Continuation:
+    """`continue_variations` with one variation, written to `out` itself."""
+    return continue_variations(run_dir, prompt_midi, out, **options)[0]
+
+
+def continue_variations(
+    run_dir: str | os.PathLike[str],
+    prompt_midi: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str],
+    *,
+    prompt_seconds: float | None = None,
+    seconds: float | None = None,
+    notes: int | None = None,
+    tokens: int | None = None,
+    sampling: Sampling | None = None,
+    stop_at_end: bool = False,
+    device: str = "auto",
+    variations: int = 1,
+    dtype: str | None = None,
+    memory_dtype: str | None = None,
+    growing: bool = False,
+    save_state: str | os.PathLike[str] | None = None,
+    load_state: str | os.PathLike[str] | None = None,
+    on_progress: Callable[[Played], None] | None = None,
+    on_event: Callable[[int, Event], None] | None = None,
+) -> list[Continuation]:
+    """Continue the first `prompt_seconds` of a MIDI file (all of it by default) with the model of a run directory.
+
+    Writes `out` (prompt and continuation), `<out's stem>-continuation.mid` (the continuation alone, from its own
+    second 0) and `<out's stem>.png` (piano roll); several `variations` get a number each, `<out's stem>-1.mid` and so
+    on. The continuation is `seconds` or `notes` or `tokens` long, whichever comes first; 60 seconds where none is said.
+
+    Args:
+        sampling, dtype: None = the defaults, or with `load_state` those of the saved stream.
+        memory_dtype: as in `Player.begin`; a saved stream keeps its own.
+        growing: write `out` while it is played, valid at any moment.
+        save_state: file to keep the stream in, to be played on later.
+        load_state: such a file, in place of a prompt.
+        on_progress: told after every token how far the first variation is.
+        on_event: told of every event (variation from 0, event) as it is made.
+
+    Raises `UserError` if the run, the prompt or the state cannot be used, or if the prompt is shorter than asked for.
+    What has been played until then is written, whatever ends the playing.
+    """
+    out = Path(out)
+    if seconds is None and notes is None and tokens is None:
+        seconds = DEFAULT_SECONDS
+    for name, value in (("prompt seconds", prompt_seconds), ("seconds", seconds), ("notes", notes), ("tokens", tokens)):
+        if value is not None and not value > 0:
+            raise UserError(f"{name} must be more than 0, got {value}")
+    if (prompt_midi is None) == (load_state is None):
+        raise UserError("name either a MIDI file to continue (--prompt) or a saved stream to play on (--load-state)")
+    check_memory_dtype(memory_dtype, load_state)
+    if save_state is not None and variations > 1 and (seconds is not None or notes is not None or stop_at_end):
+        raise UserError("several variations are saved in step: give their length in tokens alone")
+    outs = [out] if variations == 1 else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(variations)]
+    for one in outs:
+        _check_output(one, None if prompt_midi is None else Path(prompt_midi))
+    if save_state is not None:
+        check_writable(save_state)
+    model, vocabulary = load_run(run_dir, device)
+    left_out: dict[str, int] = {}
+    if load_state is not None:
+        player = load_player(load_state, model, vocabulary, sampling=sampling, dtype=dtype, streams=variations)
+    else:
+        assert prompt_midi is not None
+        prompt, left_out = read_prompt(prompt_midi, vocabulary, prompt_seconds)
+        dtype = resolve_precision(dtype or "float32", model)
+        player = Player.begin(
+            model,
+            prompt,
+            sampling,
+            vocabulary,
+            variations=variations,
+            dtype=dtype,
+            memory_dtype=memory_dtype or "auto",
+        )
+    prompts = [np.array(heard, dtype=np.int64) for heard in player.tokens]
+    takes = [
+        Take(prompt, vocabulary, Recorder(one) if growing else None) for prompt, one in zip(prompts, outs, strict=True)
+    ]
+    trouble = play(player, takes, Limits(seconds, notes), tokens, stop_at_end, on_progress, on_event)
+    if trouble is not None and not any(take.played.notes for take in takes):
+        raise trouble
+    if save_state is not None and not isinstance(trouble, UserError):
+        save_player(save_state, player)
+    done = [
+        Continuation(
+            *write_pieces(one, take.prompt, whole_notes(np.array(take.made, dtype=np.int64), vocabulary), vocabulary),
+            left_out=left_out,
+            played=take.played,
+            state_bytes=player.state.nbytes,
+            precision=player.dtype,
+            interrupted=trouble is not None,
+        )
+        for one, take in zip(outs, takes, strict=True)
+    ]
+    if isinstance(trouble, UserError):
+        until = takes[0].played.seconds
+        raise UserError(f"{trouble}; the {until:.1f} s played until then are in {outs[0]}") from trouble
+    return done
+
+
+def check_memory_dtype(memory_dtype: str | None, load_state: str | os.PathLike[str] | None) -> None:
+    """`UserError` for a dtype that there is not, or that is asked of a stream which has one already."""
+    if memory_dtype is None:
+        return
+    resolve_memory_dtype(memory_dtype, torch.float32)
+    if load_state is not None:
+        raise UserError("--memory-dtype cannot be given with --load-state: the saved stream keeps its own")
+
+
+def read_prompt(
+    prompt_midi: str | os.PathLike[str], vocabulary: Vocabulary, prompt_seconds: float | None
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The tokens of the first `prompt_seconds` of a MIDI file, BOS first, and the notes left out, by reason."""
+    encoded, report = encode_midi(prompt_midi, vocabulary)
+    piece = np.concatenate([[vocabulary.bos_id], np.asarray(encoded, dtype=np.int64)])
+    return cut_prompt(piece, vocabulary, prompt_seconds, report.seconds, prompt_midi), report.dropped
+
+
+def play(
+    player: Player,
+    takes: list[Take],
+    limits: Limits,
+    max_tokens: int | None,
+    stop_at_end: bool,
+    on_progress: Callable[[Played], None] | None = None,
+    on_event: Callable[[int, Event], None] | None = None,
+) -> BaseException | None:
+    """Play until the streams end or there is trouble, which is returned; Ctrl-C and SIGTERM are trouble."""
+    try:
+        with graceful_stop() as stop:
+            for tokens in player.play(max_tokens, limits, stop_at_end):
+                for row, (take, token) in enumerate(zip(takes, tokens, strict=True)):
+                    for event in [] if token is None else take.push(token):
+                        if on_event is not None:
+                            on_event(row, event)
+                if on_progress is not None:
+                    on_progress(takes[0].played)
+                if stop.signal is not None:
+                    return KeyboardInterrupt(stop.name)
+    except (UserError, KeyboardInterrupt) as error:
+        return error
+    return None
+
+
+def load_run(run_dir: str | os.PathLike[str], device: str = "auto") -> tuple[DSMRModel, Vocabulary]:
+    """The model (in evaluation mode) and the vocabulary of a run directory; `UserError` where they do not fit."""
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a run directory: there is no such folder")
+    missing = [name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} is not a run directory: it has no {' and no '.join(missing)}")
+    vocabulary = Vocabulary.load(folder / "tokenizer.json")
+    model = DSMRModel.from_pretrained(folder)
+    if model.config.vocab_size != vocabulary.size:
+        raise UserError(
+            f"the model in {folder} has {model.config.vocab_size} tokens but its tokenizer.json {vocabulary.size}: "
+            "they belong to different runs"
+        )
+    return model.to(resolve_device(device)).eval(), vocabulary
+
+
+def cut_prompt(
+    piece: np.ndarray,
+    vocabulary: Vocabulary,
+    prompt_seconds: float | None,
+    piece_seconds: float,
+    name: str | os.PathLike[str],
+) -> np.ndarray:
+    """The tokens of the first `prompt_seconds` of `piece` (which begins with BOS), whole notes only.
+
+    Raises `UserError` for a piece that is shorter than asked for, and for a prompt without a note.
+    """
+    prompt = piece
+    if prompt_seconds is not None:
+        if piece_seconds < prompt_seconds:
+            raise UserError(
+                f"{name} is {piece_seconds:.1f} s long, shorter than the prompt of {prompt_seconds:g} s asked for"
+            )
+        onsets = np.asarray(vocabulary.clock(piece))
+        late = np.flatnonzero(onsets >= prompt_seconds)
+        prompt = piece if not len(late) else piece[: late[0]]
+    prompt = np.concatenate([prompt[:1], whole_notes(prompt[1:], vocabulary)])
+    if vocabulary.count_notes(prompt) == 0:
+        first = "it" if prompt_seconds is None else f"its first {prompt_seconds:g} s"
+        raise UserError(f"{name} cannot be a prompt: {first} has no note")
+    return prompt
+
+
+def whole_notes(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """`tokens` without a note that is unfinished at their end."""
+    length = len(tokens)
+    while length and not may_stop(vocabulary, int(tokens[length - 1])):
+        length -= 1
+    return tokens[:length]
+
+
+def write_pieces(
+    out: Path, prompt: np.ndarray, made: np.ndarray, vocabulary: Vocabulary
+) -> tuple[Path, Path, Path, float, int]:
+    """Write the whole, the continuation alone, and the picture; their paths, the prompt's seconds and its notes."""
+    beginning = decode(prompt, vocabulary)
+    whole = decode(np.concatenate([prompt, made]), vocabulary)
+    join = float(vocabulary.clock(prompt)[-1])
+    if "NoteOff" in vocabulary.type_names:
+        let_go(whole, float(vocabulary.clock(np.concatenate([prompt, made]))[-1]) + RING_ON)
+    alone = without(whole, beginning, round(join * whole.ticks_per_quarter * 2))
+    paths = output_paths(out)
+    for score, path in ((whole, paths[0]), (alone, paths[1])):
+        write_midi(path, score)
+    # Durations come from the whole: with MIDILike a note of the prompt may end in the continuation.
+    everything, given = score_notes(whole), score_notes(beginning)
+    starts = {(note["onset"], note["pitch"]) for note in given}
+    is_prompt = np.array([(note["onset"], note["pitch"]) in starts for note in everything], dtype=bool)
+    draw_pianoroll(
+        paths[2],
+        everything[is_prompt],
+        continuation=everything[~is_prompt],
+        continuation_from=join,
+        title=f"{out.stem}: the prompt, continued",
+    )
+    return (*paths, join, int(vocabulary.count_notes(prompt)))
+
+
+def let_go(score: Any, seconds: float) -> None:
+    """End every note at `seconds` at the latest: where notes end by tokens, breaking off leaves some of them open."""
+    end = round(seconds * score.ticks_per_quarter * 2)
+    for track in score.tracks:
+        for note in track.notes:
+            note.duration = max(1, min(note.duration, end - note.time))
+
+
+def output_paths(out: Path) -> tuple[Path, Path, Path]:
+    """Where the whole, the continuation and the picture of `out` go."""
+    return out, out.with_name(f"{out.stem}-continuation.mid"), out.with_suffix(".png")
+
+
+def without(whole: Any, beginning: Any, join: int) -> Any:
+    """The notes and pedals of the score `whole` that `beginning` does not have, moved so that tick `join` becomes 0."""
+    alone = whole.copy()
+    had = {(note.time, note.pitch) for track in beginning.tracks for note in track.notes}
+    pedals_had = {pedal.time for track in beginning.tracks for pedal in track.pedals}
+    for track in alone.tracks:
+        notes = [note for note in track.notes if (note.time, note.pitch) not in had]
+        pedals = [pedal for pedal in track.pedals if pedal.time not in pedals_had]
+        for event in (*notes, *pedals):
+            event.time = max(0, event.time - join)
+        track.notes = type(track.notes)(notes)
+        track.pedals = type(track.pedals)(pedals)
+    return alone
+
+
+def _check_output(out: Path, prompt: Path | None) -> None:
+    """Fail before the work rather than after it: `out` can be written, and nothing overwrites the prompt."""
+    if out.is_dir():
+        raise UserError(f"cannot write {out}: it is a folder, not a file name")
+    if out.suffix.lower() not in (".mid", ".midi"):
+        raise UserError(f"{out} must end in .mid, as the music is written as MIDI")
+    for path in output_paths(out):
+        check_writable(path)
+        if prompt is not None and path.exists() and prompt.exists() and path.samefile(prompt):
+            raise UserError(f"{path} is the prompt itself, which would be overwritten: choose another --out")

@@ -1,0 +1,135 @@
+"""Where the new token's keys and values go, and what its query reads: the memories of a stream, advanced in place.
+
+Two kinds. `HostRings` counts on the host and touches only the visible stretches of each ring: for CPUs. `DeviceRings`
+counts on the device and never looks, so that a step can be captured and replayed: for GPUs.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dsmr.model.attention import DSMRAttention
+from dsmr.model.positions import Rotary
+from dsmr.model.state import DSMRState
+from dsmr_kernels import append_rotated, decode_attention
+from dsmr_kernels.backends.sdpa.decode import StretchAttention
+
+
+class Rings(Protocol):
+    """The memories of all layers, during a step."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(B,) int64, the position of the token that the step shows."""
+
+    def attend(self, layer: int, heads: Tensor, turn: Rotary | None) -> Tensor:
+        """Turn the token's queries and keys, store keys and values, attend.
+
+        Args:
+            heads: (B, Hq + 2 Hkv, D), queries, keys and values.
+            turn: the token's rotary angles; None = it is not turned.
+
+        Returns:
+            (B, Hq, D).
+        """
+
+    def advance(self) -> None:
+        """The token has gone through all layers."""
+
+
+def in_step(state: "DSMRState") -> bool:
+    """Whether all rows of `state` have seen as many tokens of their pieces and hold as many, in every layer."""
+    return state.batch > 0 and all(
+        bool((counts == counts[0]).all()) for memory in state.memories for counts in (memory.position, memory.length)
+    )
+
+
+class HostRings:
+    """Rings whose rows are in step, on a CPU."""
+
+    def __init__(self, layers: list[DSMRAttention], state: "DSMRState") -> None:
+        if not in_step(state):
+            raise ValueError("the rows of state must be in step: some have seen or hold more tokens than others")
+        self.layers, self.state, self.memories = layers, state, state.memories
+        self.position = int(self.memories[0].position[0])
+        self.lengths = [int(memory.length[0]) for memory in self.memories]
+        self._attention = StretchAttention()
+        self._slopes = [None if layer.slopes is None else self._grouped(layer) for layer in layers]
+        self._turned: list[Tensor | None] = [None] * len(layers)  # queries and keys (B, Hq + Hkv, D), scratch
+
+    def _grouped(self, layer: DSMRAttention) -> Tensor:
+        assert layer.slopes is not None
+        slopes = layer.slopes.float().view(1, layer.n_kv_heads, -1, 1)
+        return slopes.expand(self.state.batch, -1, -1, -1).flatten(0, 1)
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.full((self.state.batch,), self.position, dtype=torch.int64)
+
+    def _sees(self, index: int) -> int:
+        layer = self.layers[index]
+        offset = 0 if layer.visibility == "sliding" else self.state.offset
+        return min(layer.horizon + offset + 1, self.lengths[index])
+
+    def attend(self, index: int, heads: Tensor, turn: Rotary | None) -> Tensor:
+        memory = self.memories[index]
+        turned, v = heads[:, : -memory.kv_heads], heads[:, -memory.kv_heads :]
+        if turn is not None:
+            scratch = self._turned[index]
+            if scratch is None:
+                scratch = self._turned[index] = torch.empty(turned.shape, dtype=heads.dtype)
+            turn.rotate_into(scratch, turned)
+            turned = scratch
+        q, k = turned[:, : -memory.kv_heads], turned[:, -memory.kv_heads :]
+        growing = self.lengths[index] < memory.capacity
+        self.lengths[index] += growing
+        if memory.k_scale is None:
+            slot = self.position % memory.capacity
+            memory.k[:, :, slot] = k
+            memory.v[:, :, slot] = v
+            memory.position = memory.position + 1  # not in place: another memory may share the tensor
+            if growing:
+                memory.length = memory.length + 1
+        else:
+            memory.append(k[:, :, None], v[:, :, None])
+        grouped = q.reshape(-1, q.shape[1] // memory.kv_heads, q.shape[2])
+        scale = q.shape[2] ** -0.5
+        out = self._attention(grouped, memory, self.position + 1, self._sees(index), scale, self._slopes[index])
+        return out.view(q.shape)
+
+    def advance(self) -> None:
+        self.position += 1
+        self.state.offset = (self.state.offset + 1) % (self.layers[0].segment_length or 1)
+
+
+class DeviceRings:
+    """Rings whose rows may be of any age, counted on the device: nothing here waits for it."""
+
+    def __init__(self, layers: list[DSMRAttention], state: "DSMRState") -> None:
+        self.layers, self.state, self.memories = layers, state, state.memories
+        device = self.memories[0].k.device
+        for memory in self.memories:  # a captured step writes to these very tensors
+            memory.position, memory.length = memory.position.clone(), memory.length.clone()
+        # Of its own: in the first layer the memory's position moves on before the later layers read theirs.
+        self.positions = self.memories[0].position.clone()
+        self._offset = torch.tensor(state.offset, dtype=torch.int32, device=device)
+        self._segment = layers[0].segment_length or 1
+
+    def counters(self) -> list[Tensor]:
+        """What `advance` changes."""
+        return [self.positions, self._offset]
+
+    def attend(self, index: int, heads: Tensor, turn: Rotary | None) -> Tensor:
+        layer, memory = self.layers[index], self.memories[index]
+        q, k, v = heads[:, :, None].split([layer.n_heads, layer.n_kv_heads, layer.n_kv_heads], 1)
+        cos, sin = (None, None) if turn is None else (turn.cos, turn.sin)
+        query = append_rotated(q, k, v, memory, cos=cos, sin=sin)
+        offset = torch.zeros_like(self._offset) if layer.visibility == "sliding" else self._offset
+        seen = (offset + (layer.horizon + 1)).expand(self.positions.shape)
+        out = decode_attention(query, memory, visible=seen, alibi_slopes=layer.slopes)
+        return out[:, :, 0].to(heads.dtype)
+
+    def advance(self) -> None:
+        self.positions.add_(1)
+        self._offset.add_(1).remainder_(self._segment)

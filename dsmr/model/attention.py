@@ -1,0 +1,193 @@
+"""`DSMRAttention`: multi-head attention with a memory of its own horizon, to be dropped into any Transformer.
+
+The layer projects, places positions and calls `dsmr_kernels.memory_attention`; it contains no attention arithmetic.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsmr.model.positions import POSITIONS, Rotary, alibi_slopes, sinusoids, token_positions
+from dsmr_kernels import KVMemory, memory_attention
+from dsmr_kernels.costing.cost import memory_capacity
+from dsmr_kernels.visibility import VISIBILITIES
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype that projections come out in: that of autocast where it is on, else that of the weights."""
+    device = parameter.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+
+
+class DSMRAttention(nn.Module):
+    """Causal self-attention over the current tokens and the layer's own memory.
+
+    Args:
+        d_model: width of the input and output.
+        n_heads: query heads; head_dim = d_model / n_heads.
+        horizon: past tokens that the memory holds; 0 = none.
+        n_kv_heads: KV heads (grouped-query attention); None = n_heads.
+        position: "rope", "sinusoidal" (absolute position in the piece added to the input of the K and Q projections,
+            not V: the paper's diagram), "alibi" or "none".
+        segment_length: tokens of a segment; None = each call is one segment.
+        visibility: "segment" or "sliding", see `dsmr_kernels.visibility`.
+        detach_segments: as in `memory_attention`.
+        rope_base: base of the rotary frequencies.
+        backend: as in `memory_attention`.
+
+    Raises:
+        ValueError: if the sizes do not divide or are negative, or `position` or `visibility` is unknown.
+    """
+
+    slopes: Tensor | None
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        horizon: int,
+        n_kv_heads: int | None = None,
+        position: str = "rope",
+        segment_length: int | None = None,
+        visibility: str = "segment",
+        detach_segments: bool = True,
+        rope_base: float = 10000.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if n_heads < 1 or d_model % n_heads:
+            raise ValueError(f"d_model must be a multiple of n_heads, got d_model={d_model} and n_heads={n_heads}")
+        if kv_heads < 1 or n_heads % kv_heads:
+            raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {n_heads} and {kv_heads}")
+        for name, value, least in (("horizon", horizon, 0), ("segment_length", segment_length, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        if visibility not in VISIBILITIES:
+            raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {visibility!r}")
+        if position not in POSITIONS:
+            raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
+        self.head_dim = d_model // n_heads
+        if position == "rope" and self.head_dim % 2:
+            raise ValueError(f"rope needs an even head_dim, got d_model / n_heads = {self.head_dim}")
+        if position == "sinusoidal" and d_model % 2:
+            raise ValueError(f"sinusoidal positions need an even d_model, got {d_model}")
+        self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, kv_heads
+        self.horizon, self.segment_length, self.visibility = horizon, segment_length, visibility
+        self.position, self.rope_base = position, rope_base
+        self.detach_segments, self.backend = detach_segments, backend
+        self.qkv = nn.Linear(d_model, (n_heads + 2 * kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        slopes = alibi_slopes(n_heads) if position == "alibi" else None
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    def new_memory(
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        aligned: bool = False,
+    ) -> KVMemory:
+        """An empty memory for `batch` streams, in the dtype that the projections come out in.
+
+        Args:
+            aligned: calls will always be whole segments, so the memory holds exactly `horizon` tokens; otherwise it
+                also has room for the segment in progress and serves calls of any size.
+        """
+        weight = self.qkv.weight
+        capacity = self.horizon if aligned else memory_capacity(self.horizon, self.segment_length, self.visibility)
+        return KVMemory.empty(
+            batch,
+            self.n_kv_heads,
+            capacity,
+            self.head_dim,
+            dtype=dtype or compute_dtype(weight),
+            device=device or weight.device,
+        )
+
+    @torch.no_grad()
+    def match_equal_inputs(self) -> None:
+        """Begin with equal projections for keys and for the first query head of each group."""
+        q_size, kv_size = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        q = self.qkv.weight[:q_size].unflatten(0, (self.n_kv_heads, -1, self.head_dim))
+        self.qkv.weight[q_size : q_size + kv_size] = q[:, 0].flatten(0, 1)
+
+    def place(self, positions: Tensor) -> Rotary | Tensor | None:
+        """What this layer's position scheme needs to know of the tokens at `positions` (B, T)."""
+        if self.position == "rope":
+            return Rotary.at(positions, self.head_dim, self.rope_base)
+        return sinusoids(positions, self.d_model) if self.position == "sinusoidal" else None
+
+    def attend(
+        self,
+        x: Tensor,
+        memory: KVMemory,
+        place: Rotary | Tensor | None,
+        *,
+        labels: tuple[Tensor, Tensor] | None = None,
+        piece_start: Tensor | None = None,
+        segment_offset: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer without the append: x (B, T, d_model) -> y (B, T, d_model) and the new k and v.
+
+        `place` is what `self.place` gave for these tokens; a model computes it once for all its layers. `labels`,
+        (B, T, d_model) each, are added to the inputs of the Q and of the K projection.
+        """
+        q_size, kv_size = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        if isinstance(place, Tensor) or labels is not None:
+            q_input = k_input = x + place.to(x.dtype) if isinstance(place, Tensor) else x
+            if labels is not None:
+                q_input, k_input = q_input + labels[0].to(x.dtype), k_input + labels[1].to(x.dtype)
+            weights = self.qkv.weight.split([q_size, kv_size, kv_size])
+            qkv = torch.cat([F.linear(y, w) for y, w in zip((q_input, k_input, x), weights, strict=True)], -1)
+        else:
+            qkv = self.qkv(x)
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in qkv.split([q_size, kv_size, kv_size], -1)
+        )
+        if isinstance(place, Rotary):
+            q, k = place(q), place(k)
+        if memory.dtype != torch.int8:
+            q, k, v = (x.to(memory.dtype) for x in (q, k, v))
+        # A token attends to its segment's keys as they will be stored: else outputs depended on where calls begin.
+        out = memory_attention(
+            q,
+            memory.as_stored(k),
+            memory.as_stored(v),
+            memory if memory.capacity else None,
+            horizon=self.horizon,
+            segment_length=self.segment_length,
+            segment_offset=segment_offset,
+            visibility=self.visibility,
+            piece_start=piece_start,
+            detach_segments=self.detach_segments,
+            alibi_slopes=self.slopes,
+            backend=self.backend,
+        )
+        assert isinstance(out, Tensor)
+        return self.out(out.transpose(1, 2).flatten(2).to(x.dtype)), k, v
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: KVMemory | None = None,
+        *,
+        piece_start: Tensor | None = None,
+        segment_offset: int = 0,
+    ) -> tuple[Tensor, KVMemory]:
+        """x (B, T, d_model) -> y (B, T, d_model) and the memory with the new tokens appended.
+
+        Args:
+            memory: from `new_memory` or the last call; None = an empty one. It is appended to in place; a call whose
+                backward has not run yet keeps the old contents.
+            piece_start: (B, T) int32 as in `memory_attention`.
+            segment_offset: how many tokens before the call its first segment began.
+        """
+        if memory is None:
+            memory = self.new_memory(x.shape[0])
+        place = self.place(token_positions(memory.position, x.shape[1], piece_start))
+        y, k, v = self.attend(x, memory, place, piece_start=piece_start, segment_offset=segment_offset)
+        memory.append(k, v, piece_start)
+        return y, memory

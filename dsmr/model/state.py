@@ -1,0 +1,174 @@
+"""The state of a batch of streams: every layer's memory, and how far into the current segment the streams are."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmr.console.errors import UserError
+from dsmr.console.files import save_tensors
+from dsmr_kernels import KVMemory
+
+_FIELDS = ("k", "v", "length", "position")  # what every layer has; where keys and values are int8, also their scales
+_SCALES = ("k_scale", "v_scale")
+
+
+class DSMRState:
+    """Small, movable, savable; rows are independent streams.
+
+    While gradients are recorded, the tokens of the last call are appended only when the state is next looked at: by
+    then the backward has usually run, so the rings are written in place and never copied.
+
+    Args:
+        memories: one `KVMemory` a layer.
+        recent: (B, n) int64, the newest tokens of each row, for a model whose embedding looks back; n may be 0.
+        offset: tokens since the current segment began.
+        aligned: the memories hold no more than their horizons, so calls must begin with a segment.
+    """
+
+    def __init__(self, memories: list[KVMemory], recent: Tensor, *, offset: int = 0, aligned: bool = False) -> None:
+        self._memories = memories
+        self.recent = recent
+        self.offset = offset
+        self.aligned = aligned
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending_start: Tensor | None = None
+
+    @property
+    def memories(self) -> list[KVMemory]:
+        """Every layer's memory, with all tokens seen so far."""
+        pending, self._pending = self._pending, []
+        for memory, (k, v) in zip(self._memories, pending, strict=False):
+            memory.append(k, v, self._pending_start)
+        self._pending_start = None
+        return self._memories
+
+    def __len__(self) -> int:
+        """Layers."""
+        return len(self._memories)
+
+    @property
+    def batch(self) -> int:
+        return self._memories[0].batch
+
+    @property
+    def position(self) -> Tensor:
+        """(B,) int64, tokens of each row's current piece seen so far."""
+        return self.memories[0].position
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers' keys and values."""
+        return sum(memory.nbytes for memory in self._memories)
+
+    def take(
+        self, new: list[tuple[Tensor, Tensor]], piece_start: Tensor | None, segment_length: int, later: bool
+    ) -> None:
+        """Take in a call's keys and values (one pair a layer), at once or, with `later`, when next looked at."""
+        tokens = new[0][0].shape[2]
+        self._pending = [(k.detach(), v.detach()) for k, v in new]
+        self._pending_start = None if piece_start is None else piece_start.clone()  # the caller may reuse its buffer
+        self.offset = (self.offset + tokens) % segment_length
+        if not later:
+            _ = self.memories
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Forget, in all rows or in those where the boolean mask `rows` (B,) is true. A reset row is a fresh row, save
+        that segments go on in step with the other rows'; resetting all rows also begins a new segment."""
+        for memory in self.memories:
+            memory.reset(rows)
+        if rows is None:
+            self.offset = 0
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "DSMRState":
+        """The same state on another device or in another dtype: a copy, or the state itself if nothing changes."""
+        moved = [memory.to(device, dtype) for memory in self.memories]
+        recent = self.recent.to(device)
+        if recent is self.recent and all(one is other for one, other in zip(moved, self._memories, strict=True)):
+            return self
+        return DSMRState(moved, recent, offset=self.offset, aligned=self.aligned)
+
+    def clone(self) -> "DSMRState":
+        """An independent copy."""
+        copies = [memory.clone() for memory in self.memories]
+        return DSMRState(copies, self.recent.clone(), offset=self.offset, aligned=self.aligned)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and integers only; the tensors are the state's own, not copies."""
+        layers = [memory.tensors() for memory in self.memories]
+        return {"layers": layers, "recent": self.recent, "offset": self.offset, "aligned": self.aligned}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave, in place.
+
+        Raises:
+            ValueError: if the number of layers, a shape or a dtype differs from this state's.
+        """
+        layers = state["layers"]
+        memories = self.memories
+        if len(layers) != len(memories):
+            raise ValueError(f"the saved state has {len(layers)} layers, this one {len(memories)}")
+        for layer, (saved, memory) in enumerate(zip(layers, memories, strict=True)):
+            for name, wanted in memory.tensors().items():
+                found = saved[name]
+                if found.shape != wanted.shape or found.dtype != wanted.dtype:
+                    raise ValueError(
+                        f"layer {layer} of the saved state holds {name} as {found.dtype} {tuple(found.shape)}, "
+                        f"this one {wanted.dtype} {tuple(wanted.shape)}"
+                    )
+        if state["recent"].shape != self.recent.shape:
+            raise ValueError(
+                f"the saved state holds recent tokens of shape {tuple(state['recent'].shape)}, "
+                f"this one {tuple(self.recent.shape)}"
+            )
+        self.recent = state["recent"].to(self.recent.device, copy=True)
+        for saved, memory in zip(layers, memories, strict=True):
+            for name, current in memory.tensors().items():
+                setattr(memory, name, saved[name].to(current.device, copy=True))
+        self.offset, self.aligned = int(state["offset"]), bool(state["aligned"])
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save` writes: tensors by name, and the numbers beside them."""
+        tensors = {
+            f"{layer}.{name}": tensor.contiguous()
+            for layer, memory in enumerate(self.memories)
+            for name, tensor in memory.tensors().items()
+        }
+        tensors["recent"] = self.recent.contiguous()
+        numbers = {"offset": str(self.offset), "aligned": str(int(self.aligned)), "layers": str(len(self._memories))}
+        return tensors, numbers
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to one file (safetensors), whole or not at all."""
+        save_tensors(path, *self.tensors())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "DSMRState":
+        """Read what `save` wrote; `UserError` if the file is not a saved state."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                memories = []
+                for layer in range(int(metadata["layers"])):
+                    tensors = {name: file.get_tensor(f"{layer}.{name}") for name in _FIELDS}
+                    if tensors["k"].dtype == torch.int8:
+                        tensors |= {name: file.get_tensor(f"{layer}.{name}") for name in _SCALES}
+                    memories.append(KVMemory(**tensors))
+                if not memories:
+                    raise ValueError("it has no layers")
+                for layer, memory in enumerate(memories):
+                    rows = {x.shape for x in (memory.length, memory.position)} | {memory.k.shape[:1]}
+                    scaled = all(x is None or x.shape == memory.k.shape[:3] for x in (memory.k_scale, memory.v_scale))
+                    fits = memory.k.dim() == 4 and memory.v.shape == memory.k.shape and scaled
+                    if not fits or rows != {memories[0].k.shape[:1]}:
+                        raise ValueError(f"the tensors of layer {layer} do not fit together")
+                recent = file.get_tensor("recent")
+                if recent.dim() != 2 or recent.shape[0] != memories[0].batch or recent.dtype != torch.int64:
+                    raise ValueError("its recent tokens do not fit its memories")
+                return cls(memories, recent, offset=int(metadata["offset"]), aligned=metadata["aligned"] == "1")
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{path} is not a saved state: {error}") from error

@@ -1,0 +1,355 @@
+"""The DSMR Transformer: pre-norm blocks, each with attention over its own memory. Reads like the paper's figure.
+
+tokens -> embedding -> [ x + attention(norm(x), memory) -> x + ffn(norm(x)) ] * layers -> norm -> logits
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsmr.console.errors import UserError
+from dsmr.console.files import read_json, save_tensors, write_json
+from dsmr.model.attention import DSMRAttention
+from dsmr.model.positions import POSITIONS, token_positions
+from dsmr.model.schedule import MemorySchedule
+from dsmr.model.state import DSMRState
+from dsmr_kernels.visibility import VISIBILITIES
+
+FEED_FORWARDS = ("gelu", "swiglu")
+
+
+@dataclass(frozen=True)
+class DSMRConfig:
+    """Everything that fixes a model's shape and meaning; goes to and from config.json.
+
+    Attributes:
+        vocab_size: number of token ids.
+        schedule: `MemorySchedule` or its text; its length is the number of layers, its KV heads override n_heads.
+        d_model: width.
+        n_heads: query heads.
+        segment_length: tokens of a segment.
+        visibility: "segment" (the paper) or "sliding".
+        position: "rope", "sinusoidal", "alibi" or "none".
+        ffn: "gelu" or "swiglu".
+        dropout: of the embedding and of what each sub-layer adds to the residual stream.
+        d_ff: inner width of the feed-forward layer; None = 4 * d_model (gelu) or 8 / 3 * d_model (swiglu).
+        tie_embeddings: use the embedding as the output projection.
+        rope_base: base of the rotary frequencies.
+        init_std: standard deviation of the initial weights.
+        recall: label every key with the `recall` tokens heard just before it, and every query with those heard just
+            now, see `Recall`. 0 = the paper's model.
+    """
+
+    vocab_size: int
+    schedule: MemorySchedule
+    d_model: int = 512
+    n_heads: int = 8
+    segment_length: int = 1024
+    visibility: str = "segment"
+    position: str = "rope"
+    ffn: str = "gelu"
+    dropout: float = 0.0
+    d_ff: int | None = None
+    tie_embeddings: bool = True
+    rope_base: float = 10000.0
+    init_std: float = 0.02
+    recall: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", MemorySchedule.parse(self.schedule))
+        for name in ("vocab_size", "d_model", "n_heads", "segment_length"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if isinstance(self.recall, bool) or not isinstance(self.recall, int) or self.recall < 0:
+            raise ValueError(f"recall must be an integer >= 0, got {self.recall!r}")
+        if not self.rope_base > 0:
+            raise ValueError(f"rope_base must be above 0, got {self.rope_base}")
+        if not self.init_std >= 0:
+            raise ValueError(f"init_std must not be negative, got {self.init_std}")
+        if self.d_ff is not None and self.d_ff < 1:
+            raise ValueError(f"d_ff must be >= 1, got {self.d_ff}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        for name, known in (("visibility", VISIBILITIES), ("position", POSITIONS), ("ffn", FEED_FORWARDS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model must be a multiple of n_heads, got {self.d_model} and {self.n_heads}")
+        self.schedule.heads(self.n_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json holds it."""
+        return {**dataclasses.asdict(self), "schedule": str(self.schedule)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DSMRConfig":
+        """The inverse of `to_dict`; `ValueError` names fields that are missing or unknown."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        missing = sorted({"vocab_size", "schedule"} - set(values))
+        if unknown or missing:
+            raise ValueError(f"a model's configuration has unknown fields {unknown} and lacks {missing}")
+        return cls(**values)
+
+
+@dataclass
+class DSMROutput:
+    """logits (B, T, vocab_size); loss, if targets were given: a scalar, or (B, T) with reduction="none"; the state."""
+
+    logits: Tensor
+    loss: Tensor | None
+    state: DSMRState
+
+
+class FeedForward(nn.Module):
+    """Two layers with GELU, or the gated form with SiLU (Shazeer, 2020)."""
+
+    def __init__(self, config: DSMRConfig) -> None:
+        super().__init__()
+        gated = config.ffn == "swiglu"
+        inner = config.d_ff or (8 * config.d_model // 3 if gated else 4 * config.d_model)
+        self.up = nn.Linear(config.d_model, inner * (2 if gated else 1), bias=False)
+        self.down = nn.Linear(inner, config.d_model, bias=False)
+        self.gated = gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.gated:
+            gate, x = x.chunk(2, -1)
+            return self.down(F.silu(gate) * x)
+        return self.down(F.gelu(x))
+
+
+class Recall(nn.Module):
+    """Labels that let a layer find what followed when the same was heard before.
+
+    The label of a moment is a projection of the last few tokens. A query carries the label of its own moment, a key
+    that of the moment before its token came; both are added to the normed inputs of the Q and K projections, not V.
+    What a query matches is then a past like its own, and what it reads there is the token that followed. Without
+    labels two layers have to learn to work together for this (induction heads; Olsson et al., 2022), which takes much
+    longer. This is ours, not the paper's.
+    """
+
+    def __init__(self, config: DSMRConfig) -> None:
+        super().__init__()
+        self.tokens = config.recall
+        self.project = nn.Linear(config.recall * config.d_model, config.d_model, bias=False)
+        self.norm = nn.LayerNorm(config.d_model, bias=False)
+
+    def forward(self, embedded: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (B, T, d_model) of queries and of keys.
+
+        Args:
+            embedded: (B, recall + T, d_model), the embeddings of the call's tokens and of those just before it.
+            positions: (B, T), positions in the piece; tokens of an earlier piece count as nothing.
+        """
+        count = positions.shape[1]
+        if count == 0:
+            return embedded[:, :0], embedded[:, :0]
+        moments = torch.cat([positions[:, :1] - 1, positions], 1)  # (B, 1 + T): from the token before the call on
+        heard = [
+            embedded[:, self.tokens - 1 - back : self.tokens + count - back] * (moments >= back).unsqueeze(-1)
+            for back in range(self.tokens)
+        ]
+        labels = self.norm(self.project(torch.cat(heard, -1)))
+        return labels[:, 1:], labels[:, :-1] * (positions > 0).unsqueeze(-1)
+
+
+class Block(nn.Module):
+    """One layer: attention over memory and segment, then the feed-forward layer, each normed before and added after."""
+
+    def __init__(self, config: DSMRConfig, horizon: int, kv_heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.d_model, bias=False)
+        self.attention = DSMRAttention(
+            config.d_model,
+            config.n_heads,
+            horizon=horizon,
+            n_kv_heads=kv_heads,
+            position=config.position,
+            segment_length=config.segment_length,
+            visibility=config.visibility,
+            rope_base=config.rope_base,
+        )
+        self.ffn_norm = nn.LayerNorm(config.d_model, bias=False)
+        self.ffn = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+
+class DSMRModel(nn.Module):
+    """A Transformer that reads whole pieces, segment by segment, with a memory horizon for every layer."""
+
+    def __init__(self, config: DSMRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.recall = Recall(config) if config.recall else None
+        self.dropout = nn.Dropout(config.dropout)
+        layers = zip(config.schedule.horizons, config.schedule.heads(config.n_heads), strict=True)
+        self.blocks = nn.ModuleList(Block(config, horizon, kv_heads) for horizon, kv_heads in layers)
+        self.norm = nn.LayerNorm(config.d_model, bias=False)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Normal weights; what is added to the residual stream is scaled down with depth (Radford et al., 2019)."""
+        std = self.config.init_std
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
+                nn.init.normal_(parameter, std=std / (2 * len(self.blocks)) ** 0.5 if residual else std)
+        if self.recall is not None:  # equal labels should match from the start
+            for block in self._blocks():
+                block.attention.match_equal_inputs()
+
+    def new_state(
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        aligned: bool = False,
+    ) -> DSMRState:
+        """The state of `batch` streams that have seen nothing.
+
+        Args:
+            dtype: of keys and values; default: what the projections come out in (autocast's dtype where it is on).
+            aligned: every call will begin with a segment, so the memories hold exactly the schedule's budget;
+                otherwise each has room for the segment in progress too, and calls of any size give the same outputs.
+        """
+        memories = [block.attention.new_memory(batch, device, dtype, aligned) for block in self._blocks()]
+        shape = (batch, self.config.recall)
+        recent = torch.zeros(shape, dtype=torch.int64, device=device or self.embedding.weight.device)
+        return DSMRState(memories, recent, aligned=aligned)
+
+    def _blocks(self) -> Iterator[Block]:
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: DSMRState | None = None,
+        *,
+        targets: Tensor | None = None,
+        piece_start: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> DSMROutput:
+        """Read the next tokens of every stream.
+
+        Args:
+            tokens: (B, T) int64, any T; a call longer than a segment is a whole-piece pass.
+            state: from `new_state` or the last call, updated in place; None = streams that have seen nothing.
+            targets: (B, T) int64, the token after each; -100 = no target.
+            piece_start: (B, T) int32, for each token the index in this call of its piece's first token; negative = the
+                piece began before the call. None = all tokens belong to the pieces in progress.
+            reduction: "mean" over the targets, or "none" for the loss of each (0 where there is no target).
+
+        Raises:
+            ValueError: if shapes or the state do not fit.
+        """
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must have shape (batch, tokens), got {tuple(tokens.shape)}")
+        if state is None:
+            state = self.new_state(tokens.shape[0])
+        if state.batch != tokens.shape[0]:
+            raise ValueError(f"the state holds {state.batch} streams, but tokens has {tokens.shape[0]} rows")
+        if len(state) != len(self.blocks):
+            raise ValueError(f"the state holds {len(state)} layers, but the model has {len(self.blocks)}")
+        for name, given in (("targets", targets), ("piece_start", piece_start)):
+            if given is not None and given.shape != tokens.shape:
+                raise ValueError(
+                    f"{name} must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(given.shape)}"
+                )
+        if reduction not in ("mean", "none"):
+            raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
+        if state.aligned and state.offset:
+            raise ValueError(
+                f"an aligned state takes calls that begin with a segment, but it is {state.offset} tokens into one; "
+                "use new_state(..., aligned=False) for calls of any size"
+            )
+        memories = state.memories
+        positions = token_positions(state.position, tokens.shape[1], piece_start)
+        blocks = list(self._blocks())
+        place = blocks[0].attention.place(positions)
+        x = self.embedding(tokens)
+        before, labels = state.recent, None
+        if self.recall is not None:
+            labels = self.recall(torch.cat([self.embedding(before), x], 1), positions)
+        x = self.dropout(x)
+        new = []
+        for block, memory in zip(blocks, memories, strict=True):
+            y, k, v = block.attention.attend(
+                block.attention_norm(x),
+                memory,
+                place,
+                labels=labels,
+                piece_start=piece_start,
+                segment_offset=state.offset,
+            )
+            x = x + block.dropout(y)
+            x = x + block.dropout(block.ffn(block.ffn_norm(x)))
+            new.append((k, v))
+        state.recent = torch.cat([before, tokens], 1)[:, tokens.shape[1] :]
+        state.take(new, piece_start, self.config.segment_length, later=torch.is_grad_enabled())
+        logits = self.head(self.norm(x))
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+            loss = loss.view(targets.shape) if reduction == "none" else loss
+        return DSMROutput(logits, loss, state)
+
+    def generate(self, prompt: Any, **options: Any) -> Iterator[int]:
+        """Continue `prompt` (token ids) token by token, without end unless told; see `dsmr.generation.stream`."""
+        from dsmr.generation.player import stream
+
+        return stream(self, prompt, **options)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors, each whole or not at all."""
+        weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+        if self.config.tie_embeddings:
+            del weights["head.weight"]
+        save_tensors(Path(directory) / "model.safetensors", weights, {"format": "pt"})
+        write_json(Path(directory) / "config.json", self.config.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], device: torch.device | str = "cpu") -> "DSMRModel":
+        """Read what `save_pretrained` wrote; `UserError` if it is missing, damaged or of another shape."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(directory) / "model.safetensors"
+        values = read_json(Path(directory) / "config.json")
+        try:
+            model = cls(DSMRConfig.from_dict(values))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{Path(directory) / 'config.json'} does not describe a DSMR model: {error}") from error
+        try:
+            weights = load_file(path, device=str(device))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read as a model's weights: {error}") from error
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if model.config.tie_embeddings:
+            del expected["head.weight"]
+        for name in sorted(set(expected) | set(weights)):
+            if name not in weights or name not in expected or weights[name].shape != expected[name]:
+                found = tuple(weights[name].shape) if name in weights else "nothing"
+                wanted = tuple(expected[name]) if name in expected else "nothing"
+                raise UserError(f"{path} does not fit its config.json: {name} has {found}, expected {wanted}")
+        model.load_state_dict(weights, strict=False)
+        return model.to(device)

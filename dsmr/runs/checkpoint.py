@@ -1,0 +1,203 @@
+"""What a training run keeps on disk, so that it can be killed at any moment and go on as if nothing had happened.
+
+A run directory holds the best weights as a model that `DSMRModel.from_pretrained` loads (`config.json`,
+`model.safetensors`, `tokenizer.json`), the whole state of the latest checkpoint (`last.pt`), what was asked for
+(`train.json`), one line per step and validation (`metrics.jsonl`) and the loss curve (`loss.png`). Every file but the
+metrics is replaced atomically; the metrics are cut back to the checkpoint when a run is resumed.
+"""
+
+import json
+import pickle
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsmr.console.errors import UserError
+from dsmr.console.files import atomic_path, describe, read_json, write_text
+
+FORMAT = 1
+SETTINGS = ("train", "model", "dtype", "corpus", "tokenizer_hash")
+"""What `train.json` holds, besides versions (see `dsmr.runs.settings.run_settings`)."""
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message, which PyTorch likes to follow with many more."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class RunDirectory:
+    """The files of one run, by name."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.last = self.path / "last.pt"
+        self.settings = self.path / "train.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.loss_png = self.path / "loss.png"
+        self.model_config = self.path / "config.json"
+        self.weights = self.path / "model.safetensors"
+        self.tokenizer = self.path / "tokenizer.json"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Everything that training writes; `last.pt` and `train.json`, which make it a run, come first."""
+        return (
+            self.last,
+            self.settings,
+            self.metrics,
+            self.loss_png,
+            self.model_config,
+            self.weights,
+            self.tokenizer,
+        )
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.settings.exists() or self.last.exists()
+
+    def clear(self) -> None:
+        """Delete a former run's files, and nothing else."""
+        self._delete(self.files)
+
+    def sweep(self) -> None:
+        """Delete what a killed process had not finished writing (see `dsmr.console.files.atomic_path`)."""
+        self._delete([left for file in self.files for left in self.path.glob(f".{file.stem}-*{file.suffix}")])
+
+    def _delete(self, files: Iterable[Path]) -> None:
+        try:
+            for file in files:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot delete a former run's files in {self.path}: {describe(error)}") from error
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object a line, each with its `kind` ("train" or "validation") and `step`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one line; it is on its way to the disk when this returns."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {describe(error)}") from error
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; a last line that a killed process left unfinished is ignored."""
+        records = []
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {describe(error)}") from error
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+        return records
+
+    def cut(self, step: int, validated: int) -> None:
+        """Keep what a checkpoint knows: training up to `step` and validations up to step `validated`."""
+        limits = {"train": step, "validation": validated}
+        kept = [record for record in self.read() if record["step"] <= limits.get(record["kind"], step)]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Write tensors and plain values to `path`, whole or not at all. `UserError` if the disk is full."""
+    with atomic_path(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save({"format": FORMAT, **checkpoint}, file)
+        except RuntimeError as error:
+            # PyTorch's writer hides the reason, a full disk for instance, behind an error of its own.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, onto the CPU, running no code from the file."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {describe(error)}") from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a checkpoint of dsmr, or it is damaged") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+        raise UserError(f"{path} is a checkpoint of format {found}, but this version of dsmr reads format {FORMAT}")
+    return checkpoint
+
+
+def load_settings(run: RunDirectory) -> dict[str, Any]:
+    """The contents of `train.json`; `UserError` if the directory holds no run."""
+    if not run.settings.is_file():
+        raise UserError(f"{run.path} holds no training run: it has no {run.settings.name}")
+    settings = read_json(run.settings)
+    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+        raise UserError(f"{run.settings} was not written by this version of dsmr")
+    if missing := [name for name in SETTINGS if name not in settings]:
+        raise UserError(f"{run.settings} is damaged: it lacks {', '.join(missing)}")
+    return settings
+
+
+def check_same_run(run: RunDirectory, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless the settings `now` continue the run that was started with `then` (both as train.json).
+
+    What must agree is what the weights and the stream depend on; the length of the run, the learning rate and how
+    often it is measured and saved may change.
+    """
+    if then["tokenizer_hash"] != now["tokenizer_hash"]:
+        raise UserError(
+            f"cannot resume {run.path}: it was trained with tokeniser {then['tokenizer_hash'][:16]}, "
+            f"but the corpus {now['train']['data']} was prepared with {now['tokenizer_hash'][:16]}"
+        )
+    if then["corpus"]["digest"] != now["corpus"]["digest"]:
+        raise UserError(
+            f"cannot resume {run.path}: it was trained on the corpus {then['corpus']['name']} "
+            f"({then['corpus']['digest'][:16]}), but {now['train']['data']} holds {now['corpus']['name']} "
+            f"({now['corpus']['digest'][:16]})"
+        )
+    pairs = [(key, then["model"].get(key), now["model"].get(key)) for key in {**then["model"], **now["model"]}]
+    pairs += [(key, then["train"].get(key), now["train"].get(key)) for key in FIXED]
+    for key, old, new in [*pairs, ("dtype", then["dtype"], now["dtype"])]:
+        if old != new:
+            raise UserError(f"cannot resume {run.path}: its {key} is {old}, but {new} was asked for")
+
+
+FIXED = ("batch_size", "segments_per_step", "seed", "augment")
+"""Training settings that a resumed run cannot change, besides the model's: they decide what the stream holds."""
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random generator, in tensors and plain values."""
+    kind, keys, place, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (the global one is what others may use)
+    version, internal, following = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [str(kind), [int(key) for key in keys], int(place), int(has_gauss), float(gauss)],
+        "python": [version, list(internal), following],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Bring every global random generator back to where `rng_state` found it."""
+    torch.set_rng_state(state["torch"])
+    kind, keys, place, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), place, has_gauss, gauss))  # noqa: NPY002
+    version, internal, following = state["python"]
+    random.setstate((version, tuple(internal), following))
+    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,369 @@
+"""Train a DSMR model on streams of whole pieces, so that the run can be stopped, killed and resumed at any moment.
+
+Each step reads the next `segments_per_step` segments of every row; the rows' memories go on from step to step and are
+reset, row by row, where a piece begins. A run whose length is given in steps or epochs and which is killed and resumed
+has bit for bit the losses of one that was never killed. (With `minutes` the learning rate follows the clock.)
+"""
+
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from dsmr.console.devices import autocast, resolve_device, resolve_dtype
+from dsmr.console.errors import UserError
+from dsmr.console.figures import available
+from dsmr.console.files import write_json
+from dsmr.console.progress import ProgressLine, duration
+from dsmr.console.stopping import Stop, StoppedError, graceful_stop
+from dsmr.corpus.store import Corpus
+from dsmr.corpus.streams import Augment, Batch, StreamLoader
+from dsmr.evaluation.losses import evaluate
+from dsmr.model.transformer import DSMRModel
+from dsmr.music.augment import Augmenter
+from dsmr.runs.checkpoint import (
+    Metrics,
+    RunDirectory,
+    check_same_run,
+    load_checkpoint,
+    load_settings,
+    one_line,
+    restore_rng,
+    rng_state,
+    save_checkpoint,
+)
+from dsmr.runs.settings import TrainConfig, run_settings, validation_pieces
+from dsmr.training.figures import loss_figure
+from dsmr.training.pacing import Pace
+from dsmr_kernels.costing.cost import human_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+__all__ = ["TrainConfig", "TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. `best` is the lowest validation loss in nats a note, None if nothing was validated."""
+
+    out: Path
+    step: int
+    finished: bool
+    signal: int | None
+    loss: float | None
+    best: float | None
+    best_step: int | None
+    tokens: int
+    seconds: float
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the number of the signal that ended the run early (130 for SIGINT, 143 for SIGTERM)."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    corpus: "Corpus | None" = None,
+    console: "Console | None" = None,
+) -> TrainResult:
+    """Train a model into the run directory `config.out`, or go on with the run there.
+
+    A directory that holds a run is refused unless `resume` or `overwrite` is given. SIGINT and SIGTERM finish the step,
+    save and return (a second one ends the process at once). Raises `UserError` for bad settings, for a run that
+    `config` does not continue, for a loss that is not finite, and for files that cannot be written.
+    """
+    if resume and overwrite:
+        raise ValueError("a run can be resumed or overwritten, not both")
+    run = RunDirectory(config.out)
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"cannot train into {run.path}: it is a file, not a folder")
+    if resume:
+        load_settings(run)  # refuses a directory without a run
+    elif run.holds_run and not overwrite:
+        raise UserError(f"{run.path} already holds a training run: resume it, overwrite it, or choose another --out")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if corpus is None:
+        corpus = Corpus.open(config.data)
+    training = _Training(config, run, corpus, resume)
+    with ProgressLine(console) as line, graceful_stop() as stop:
+        return training.run(line, stop)
+
+
+class _Training:
+    """A run in progress: the model, its optimiser, its stream, and how far they are."""
+
+    def __init__(self, config: TrainConfig, run: RunDirectory, corpus: "Corpus", resume: bool) -> None:
+        self.config, self.directory, self.corpus = config, run, corpus
+        self.metrics = Metrics(run.metrics)
+        self.device = resolve_device(config.device)
+        model_config = config.model_config(corpus.vocabulary.size)
+        if resume and config.dtype == "auto":
+            self.dtype = resolve_dtype(load_settings(run)["dtype"], self.device)
+        else:
+            self.dtype = resolve_dtype(config.dtype, self.device)
+        settings = run_settings(config, corpus, model_config, self.dtype)
+        if resume:
+            check_same_run(run, load_settings(run), settings)
+
+        torch.manual_seed(config.seed)
+        np.random.seed(config.seed % 2**32)  # noqa: NPY002 (whatever uses the global generators is then seeded too)
+        random.seed(config.seed)
+        self.loader = StreamLoader(
+            corpus,
+            "train",
+            config.batch_size,
+            config.segments_per_step * config.segment_length,
+            config.seed,
+            _augmenter(corpus) if config.augment else None,
+        )
+        self.model: DSMRModel = DSMRModel(model_config).to(self.device)
+        self.optimizer = _optimizer(self.model, config)
+        self.state = self.model.new_state(config.batch_size, device=self.device, dtype=self.dtype, aligned=True)
+        self.validation = validation_pieces(corpus, config.eval_tokens)
+        tokens = int(np.diff(np.asarray(corpus.offsets))[self.validation].sum())
+        self.pace = Pace(config, config.total_steps(self.loader.steps_per_epoch), tokens)
+
+        self.tokens = 0
+        self.loss: float | None = None
+        self.smooth_loss: float | None = None
+        self.best: float | None = None
+        self.best_step: int | None = None
+        self.saved_step = -1
+
+        if resume and run.last.exists():
+            self._restore(load_checkpoint(run.last))
+        if not resume:
+            run.clear()
+        run.sweep()
+        write_json(run.settings, settings)
+        corpus.vocabulary.save(run.tokenizer)
+        self.metrics.cut(self.pace.step, self.pace.validated)
+        self.pace.start()
+
+    # The run ------------------------------------------------------------------------------------------------------
+
+    def run(self, line: ProgressLine, stop: Stop) -> TrainResult:
+        line.say(self._title())
+        while True:
+            if self.pace.validation_due:
+                try:
+                    self._validate(line, stop)
+                except StoppedError:
+                    break
+                self._save()
+            if stop.signal is not None or self.pace.share >= 1:
+                break
+            self._train_step()
+            line.update(self._status())
+            if self.pace.save_due:
+                self._save()
+        finished = self.pace.share >= 1 and self.pace.validated == self.pace.step
+        if self.saved_step != self.pace.step:
+            self._save()
+        self._draw(line)
+        end = "finished" if finished else f"stopped by {stop.name}"
+        best = "" if self.best is None else f", best validation {self.best:.4f} nats a note at step {self.best_step:,}"
+        line.say(f"{end} at step {self.pace.step:,} after {duration(self.pace.seconds)}{best}: {self.directory.path}")
+        return TrainResult(
+            out=self.directory.path,
+            step=self.pace.step,
+            finished=finished,
+            signal=None if finished else stop.signal,
+            loss=self.loss,
+            best=self.best,
+            best_step=self.best_step,
+            tokens=self.tokens,
+            seconds=self.pace.seconds,
+        )
+
+    def _train_step(self) -> None:
+        begun = time.monotonic()
+        config = self.config
+        batch = next(self.loader).to(self.device)
+        rate = config.learning_rate(self.pace.step, self.pace.share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        with autocast(self.device, self.dtype):
+            output = self.model(
+                batch.tokens, self.state, targets=batch.targets, piece_start=batch.piece_start, reduction="mean"
+            )
+        loss = output.loss.item()
+        if not math.isfinite(loss):
+            raise self._not_finite("loss", loss, batch, output.logits)
+        self.optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf).item()
+        if not math.isfinite(norm):
+            raise self._not_finite("norm of the gradient", norm, batch, output.logits)
+        self.optimizer.step()
+        self.loss = loss
+        self.tokens += batch.tokens.numel()
+        speed = self.pace.trained(batch.tokens.numel(), time.monotonic() - begun)
+        self.smooth_loss = loss if self.smooth_loss is None else 0.95 * self.smooth_loss + 0.05 * loss
+        self.metrics.append(
+            {
+                "kind": "train",
+                "step": self.pace.step,
+                "loss": loss,
+                "lr": rate,
+                "grad_norm": norm,
+                "tokens": self.tokens,
+                "tokens_per_second": round(speed, 1),
+                "seconds": round(self.pace.seconds, 3),
+            }
+        )
+
+    def _validate(self, line: ProgressLine, stop: Stop) -> None:
+        """Measure the model on the fixed validation pieces, and keep its weights if they are the best so far."""
+
+        def show(done: int, total: int) -> None:
+            if stop.signal is not None:
+                raise StoppedError
+            line.update(f"step {self.pace.step:,} · validation {done / total:.0%}")
+
+        better, begun = False, self.pace.seconds
+        if len(self.validation):
+            report = evaluate(
+                self.model,
+                self.corpus,
+                "validation",
+                pieces=self.validation,
+                batch_size=self.config.batch_size,
+                segments_per_call=self.config.segments_per_step,
+                dtype=self.dtype,
+                name=f"the model at step {self.pace.step}",
+                progress=show,
+            )
+            better = self.best is None or report.nats_per_note < self.best
+            self.metrics.append(
+                {
+                    "kind": "validation",
+                    "step": self.pace.step,
+                    "loss": report.nats_per_token,
+                    "nats_per_note": report.nats_per_note,
+                    "perplexity": report.perplexity,
+                    "best": better,
+                    "seconds": round(self.pace.seconds, 3),
+                }
+            )
+            if better:
+                self.best, self.best_step = report.nats_per_note, self.pace.step
+            line.say(
+                f"{self._status()} · validation {report.nats_per_note:.4f} nats a note, "
+                f"{report.nats_per_token:.4f} a token{' (best)' if better else ''}"
+            )
+        self.pace.validation_done(begun)
+        if better:
+            self._keep_weights()
+
+    def _save(self) -> None:
+        """Write the checkpoint, from which the run goes on as if it had never stopped."""
+        save_checkpoint(
+            self.directory.last,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "state": self.state.state_dict(),
+                "loader": self.loader.state_dict(),
+                "rng": rng_state(),
+                "pace": self.pace.state_dict(),
+                "progress": {name: getattr(self, name) for name in _PROGRESS},
+            },
+        )
+        self.saved_step = self.pace.step
+        self.pace.saved()
+        if not len(self.validation):
+            self._keep_weights()
+
+    def _keep_weights(self) -> None:
+        """Make the present weights the ones that the run directory is loaded with."""
+        self.model.save_pretrained(self.directory.path)
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.state.load_state_dict(checkpoint["state"])
+            self.loader.load_state_dict(checkpoint["loader"])
+            for name in _PROGRESS:
+                setattr(self, name, checkpoint["progress"][name])
+            self.pace.load_state_dict(checkpoint["pace"])
+            self.saved_step = self.pace.step
+            restore_rng(checkpoint["rng"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise UserError(f"the checkpoint {self.directory.last} does not fit its run: {one_line(error)}") from error
+
+    def _draw(self, line: ProgressLine) -> None:
+        if available():
+            loss_figure(self.metrics.read(), self.directory.loss_png, title=self.directory.path.name)
+        else:
+            line.say("the loss curve is not drawn, because Matplotlib is not installed")
+
+    # What it says -------------------------------------------------------------------------------------------------
+
+    def _title(self) -> str:
+        config, parameters = self.config, sum(p.numel() for p in self.model.parameters())
+        length = (
+            f"{self.pace.total_steps:,} steps" if self.pace.total_steps is not None else f"{config.minutes:g} minutes"
+        )
+        return (
+            f"{parameters / 1e6:.1f} M parameters, memory {human_bytes(self.state.nbytes)}, {config.schedule}; "
+            f"{len(self.loader.pieces):,} pieces, {self.loader.epoch_tokens:,} tokens; "
+            f"{length} of {config.batch_size} × {self.loader.tokens_per_step:,} tokens "
+            f"on {self.device} in {str(self.dtype).removeprefix('torch.')}"
+            + (f"; resumed at step {self.pace.step:,}" if self.pace.step else "")
+        )
+
+    def _status(self) -> str:
+        left = self.pace.seconds_left
+        of_all = f"/{self.pace.total_steps:,}" if self.pace.total_steps is not None else ""
+        return (
+            f"step {self.pace.step:,}{of_all} · {'?' if left is None else duration(left)} left · "
+            f"loss {self.smooth_loss or 0:.3f} nats a token · {self.pace.speed or 0:,.0f} tokens/s · "
+            f"memory {human_bytes(self.state.nbytes)} · lr {self.optimizer.param_groups[0]['lr']:.1e}"
+        )
+
+    def _not_finite(self, what: str, value: float, batch: Batch, logits: torch.Tensor) -> UserError:
+        """The error that names the step and the pieces: of the rows that went wrong, where that can be told."""
+        rows = (~torch.isfinite(logits.detach()).flatten(1).all(1)).nonzero().flatten().tolist()
+        named = sorted({piece for b in rows or range(len(batch.pieces)) for piece in batch.pieces[b]})
+        names = ", ".join(f"'{self.corpus.source[piece]}'" for piece in named[:4])
+        more = f" and {len(named) - 4} more" if len(named) > 4 else ""
+        kept = (
+            f"the checkpoint of step {self.saved_step:,} is kept" if self.saved_step >= 0 else "nothing was saved yet"
+        )
+        return UserError(
+            f"the {what} is {value} at step {self.pace.step + 1:,}, in {names}{more}; {kept}; "
+            "a lower learning rate or a longer warm-up may help"
+        )
+
+
+_PROGRESS = ("tokens", "loss", "smooth_loss", "best", "best_step")
+"""What a checkpoint keeps of `_Training` itself."""
+
+
+def _optimizer(model: "DSMRModel", config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW that decays matrices only: shrinking norms and biases helps nothing."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+
+
+def _augmenter(corpus: "Corpus") -> Augment:
+    return Augmenter(corpus.vocabulary)

@@ -1,0 +1,105 @@
+"""The inputs of one attention call, at random: for tests, benchmarks, tuning and the trial of a GPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmr_kernels.memory import KVMemory
+from dsmr_kernels.spec import AttentionSpec
+
+
+@dataclass
+class Case:
+    """The inputs of one `memory_attention` call and the gradient that comes from above."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    memory: KVMemory | None
+    grad: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Case":
+        """The same case in another dtype or on another device."""
+        memory = None if self.memory is None else self.memory.to(device=device, dtype=dtype)
+        q, k, v, grad = (x.to(device=device, dtype=dtype) for x in (self.q, self.k, self.v, self.grad))
+        options = {name: x.to(device=device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        return Case(q, k, v, memory, grad, options)
+
+    def differentiated(self, call: Callable[[Tensor, Tensor, Tensor], Any]) -> dict[str, Tensor]:
+        """out and lse of `call(q, k, v)`, and the gradients of q, k and v."""
+        q, k, v = (x.detach().requires_grad_() for x in (self.q, self.k, self.v))
+        out, lse = call(q, k, v)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), self.grad)
+        return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
+
+    def computed_by(self, memory_attention: Callable[..., Any], **how: Any) -> dict[str, Tensor]:
+        """The same of a backend's own `memory_attention`, unchecked; `how` is what that one takes beyond the others."""
+        options: dict[str, Any] = {"segment_length": None, "segment_offset": 0, "visibility": "segment"}
+        options |= {"detach_segments": True} | self.options
+        tensors = options.pop("piece_start", None), options.pop("alibi_slopes", None)
+        if options.get("scale") is None:
+            options["scale"] = self.q.shape[-1] ** -0.5
+        spec = AttentionSpec(**options, return_lse=True)
+        return self.differentiated(lambda q, k, v: memory_attention(q, k, v, self.memory, *tensors, spec, **how))
+
+
+def _normal(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """Whatever PyTorch's default dtype and device are."""
+    return torch.randn(shape, dtype=torch.float32, device="cpu", generator=generator).to(dtype)
+
+
+def filled_memory(
+    batch: int,
+    kv_heads: int,
+    capacity: int,
+    head_dim: int,
+    seen: list[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
+) -> KVMemory:
+    """A memory whose row b has seen `seen[b]` tokens of its piece: empty, part full, full or wrapped."""
+    memory = KVMemory.empty(batch, kv_heads, capacity, head_dim, dtype=dtype, device="cpu")
+    most = max(seen, default=0)
+    if most:
+        start = torch.tensor([[most - count] * most for count in seen], dtype=torch.int32, device="cpu")
+        # Before its piece, a token of another one.
+        start = torch.minimum(start, torch.arange(most, dtype=torch.int32, device="cpu"))
+        k, v = (_normal((batch, kv_heads, most, head_dim), dtype, generator) for _ in range(2))
+        memory.append(k, v, start)
+        for row, count in enumerate(seen):
+            if count == 0:
+                memory.reset(torch.arange(batch, device="cpu") == row)
+    return memory
+
+
+def random_case(
+    *,
+    batch: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    queries: int = 33,
+    tokens: int | None = None,
+    head_dim: int = 16,
+    capacity: int = 40,
+    seen: list[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **options: Any,
+) -> Case:
+    """A case with normal inputs; `seen` as in `filled_memory`, None for no memory at all."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    tokens = queries if tokens is None else tokens
+
+    def normal(h: int, t: int) -> Tensor:
+        return _normal((batch, h, t, head_dim), dtype, generator)
+
+    memory = None
+    if seen is not None:
+        memory = filled_memory(batch, kv_heads, capacity, head_dim, seen, dtype=dtype, generator=generator)
+    q, k, v, grad = normal(heads, queries), normal(kv_heads, tokens), normal(kv_heads, tokens), normal(heads, queries)
+    return Case(q, k, v, memory, grad, options)

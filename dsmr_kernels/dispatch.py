@@ -1,0 +1,150 @@
+"""Which backend serves a call, and why not another.
+
+A backend is a module with `unsupported(q)`, `memory_attention`, `decode_attention` and `append_rotated`. The Triton
+backend is imported only where Triton and something to run it on exist, and serves a GPU unasked once it has agreed
+with the oracle there (`dsmr_kernels.trial`). Its tile sizes are those of its table, unless the environment variable
+DSMR_TUNED names a file of measured ones, which is read when the Triton backend is first chosen.
+"""
+
+import importlib.util
+import os
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dsmr_kernels import trial
+from dsmr_kernels.backends import reference, sdpa
+
+_ALWAYS: dict[str, ModuleType] = {"sdpa": sdpa, "reference": reference}
+NAMES = ("triton", *_ALWAYS)
+GPU = "cuda"  # what PyTorch calls AMD's, too
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# A graph takes what `choose` finds out for a constant: it is found out while Dynamo traces, and guarded by nothing.
+_constant = torch.compiler.assume_constant_result
+_disagreements: dict[str, str | None] = {}  # device -> what the trial of the Triton kernels there ended with
+_tiles_settled = False  # whether the Triton backend has been told which tile sizes to use
+
+
+@_constant
+def _why_no_triton() -> str | None:
+    if not _TRITON_INSTALLED:
+        return "Triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "there is no GPU (TRITON_INTERPRET=1, set before Python starts, runs it on CPU tensors, slowly)"
+    return None
+
+
+def _module(name: str) -> ModuleType:
+    if name == "triton":
+        from dsmr_kernels.backends import triton  # not above: importing it fails where Triton is missing
+
+        return triton
+    return _ALWAYS[name]
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that this installation can run, the fastest first."""
+    return tuple(name for name in NAMES if name in _ALWAYS or _why_no_triton() is None)
+
+
+def use_tuned(
+    path: str | os.PathLike[str] | None,
+    *,
+    architecture: str | None = None,
+    fallback: bool = False,
+    machine: dict[str, str] | None = None,
+) -> None:
+    """Use the configurations that `python -m dsmr_kernels.tools.tune` wrote to `path`; None: the table again, whatever
+    the environment says.
+
+    Args:
+        path: the file.
+        architecture: of the GPU that will run, as the table names it; default: whatever the file says.
+        fallback: warn and use the table where the file cannot be used, rather than raise.
+        machine: what the file must agree with, for tests; default: this machine.
+
+    Raises:
+        ValueError: in one sentence, if the file is missing, damaged or was made for something else.
+    """
+    global _tiles_settled
+    from dsmr_kernels.backends.triton import configs, tuned  # not above: importing them fails where Triton is missing
+
+    entries: dict[tuple[str, int, str], configs.Config] = {}
+    if path is not None:
+        try:
+            entries = tuned.read(path, machine, architecture).entries
+        except ValueError as error:
+            if not fallback:
+                raise
+            warnings.warn(f"{error}; the fixed table is used", stacklevel=2)
+    configs.use(entries)
+    _tiles_settled = True
+
+
+@_constant
+def _settle_tiles(device: str) -> None:
+    """Before the Triton kernels first run, read the file that DSMR_TUNED names, if it names one."""
+    global _tiles_settled
+    if _tiles_settled:
+        return
+    from dsmr_kernels.backends.triton.launch import architecture  # not above: it fails where Triton is missing
+
+    path, part = os.environ.get("DSMR_TUNED"), architecture(torch.device(device))
+    if path and part != "interpreter":  # which has no tiles to measure
+        use_tuned(path, architecture=part, fallback=os.environ.get("DSMR_TUNED_FALLBACK") == "1")
+    _tiles_settled = True
+
+
+@_constant
+def _tried_out(device: str) -> bool:
+    """Whether the Triton kernels agree with the oracle on a GPU: tried out once a process."""
+    if device not in _disagreements:
+        if torch.cuda.is_current_stream_capturing():
+            return True  # nothing can be tried out here, and what is recorded stays
+        _disagreements[device] = reason = trial.disagreement(torch.device(device))
+        if reason is not None:
+            warnings.warn(
+                f"the Triton kernels fail on {device} and backend 'sdpa' serves in their place ({reason}); "
+                "DSMR_BACKEND=sdpa chooses it without this trial",
+                stacklevel=2,
+            )
+    return _disagreements[device] is None
+
+
+def _unasked(q: Tensor) -> str:
+    # In float32 the Triton kernels compute without matrix units, and a subclass of tensors may have no address.
+    suits = q.device.type == GPU and q.dtype.itemsize == 2 and type(q) in (Tensor, torch.nn.Parameter)
+    if suits and _why_no_triton() is None and _module("triton").unsupported(q) is None:
+        device = str(q.device)
+        _settle_tiles(device)  # before the trial: a file that cannot be used is no fault of the kernels
+        if _tried_out(device):
+            return "triton"
+    return "sdpa" if sdpa.unsupported(q) is None else "reference"  # the definition serves everything
+
+
+def choose(q: Tensor, backend: str | None) -> ModuleType:
+    """The backend asked for by argument or by the environment variable `DSMR_BACKEND`, or else the fastest that serves.
+
+    On a GPU, the first call that asks for none has the Triton kernels compile and compute a small example first, except
+    in the capture of a CUDA graph.
+
+    Raises:
+        ValueError: if the one asked for does not exist or cannot serve inputs like `q`, or if DSMR_TUNED names a file
+            that cannot be used; the message says why.
+    """
+    asked = backend or os.environ.get("DSMR_BACKEND") or None
+    if asked is None:
+        return _module(_unasked(q))
+    if asked not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {asked!r}")
+    if asked == "triton" and (reason := _why_no_triton()):
+        raise ValueError(f"backend {asked!r} cannot serve: {reason}")
+    module = _module(asked)
+    if reason := module.unsupported(q):
+        raise ValueError(f"backend {asked!r} cannot serve these inputs: {reason}")
+    if asked == "triton":
+        _settle_tiles(str(q.device))
+    return module

@@ -1,0 +1,230 @@
+"""A corpus opens as it was written, as a directory or packed, or says in one sentence what is wrong with it."""
+
+import errno
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_corpus import tiny_corpus, tiny_piece, tiny_vocabulary
+
+from dsmr.console.errors import UserError
+from dsmr.corpus.pack import pack
+from dsmr.corpus.store import Corpus, PieceRecord, write_corpus
+
+
+def same(one: Corpus, other: Corpus) -> None:
+    assert one.digest == other.digest
+    assert one.vocabulary == other.vocabulary
+    assert one.source == other.source
+    for name in ("tokens", "offsets", "n_notes", "seconds", "split"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert (one.labels is None) == (other.labels is None)
+    for i in range(one.n_pieces):
+        np.testing.assert_array_equal(one.piece_labels(i), other.piece_labels(i))
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_corpus_opens_as_it_was_written(tmp_path: Path, labels: bool) -> None:
+    corpus = tiny_corpus(tmp_path / "c", labels=labels)
+    assert isinstance(corpus.tokens, np.memmap)
+    assert corpus.n_pieces == len(corpus) == 10
+    assert corpus.pieces_of("train").tolist() == list(range(7))
+    assert corpus.pieces_of("validation").tolist() == [7, 8, 9]
+    assert corpus.pieces_of("test").size == 0
+    for i in range(corpus.n_pieces):
+        piece = corpus.piece(i)
+        assert piece.dtype == np.int64
+        assert (piece[0], piece[-1]) == (corpus.vocabulary.bos_id, corpus.vocabulary.eos_id)
+        np.testing.assert_array_equal(piece[1:-1], tiny_piece(int(corpus.n_notes[i]), i))
+        assert corpus.vocabulary.count_notes(piece) == corpus.n_notes[i]
+        marks = corpus.piece_labels(i)
+        assert len(marks) == len(piece)
+        assert (marks[0], marks[-1]) == (0, 0)
+        assert marks.any() == labels
+    assert corpus.offsets[-1] == len(corpus.tokens)
+    same(corpus, Corpus.open(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_packed_corpus_is_the_same_corpus(tmp_path: Path, labels: bool) -> None:
+    corpus = tiny_corpus(tmp_path / "c", 40, 3, labels=labels)
+    packed = pack(tmp_path / "c", tmp_path / "c.dsmr")
+    same(corpus, Corpus.open(packed))
+    pack(tmp_path / "c", tmp_path / "again.dsmr")
+    assert packed.read_bytes() == (tmp_path / "again.dsmr").read_bytes()
+
+
+def test_a_long_corpus_packs_in_several_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmr.corpus.pack.CHUNK", 1000)
+    corpus = tiny_corpus(tmp_path / "c", 40, 3)
+    same(corpus, Corpus.open(pack(tmp_path / "c", tmp_path / "c.dsmr")))
+
+
+def test_pieces_and_splits_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    corpus = tiny_corpus(tmp_path / "c")
+    for index in (-1, 10):
+        with pytest.raises(IndexError, match=r"\[0, 10\)"):
+            corpus.piece(index)
+    with pytest.raises(ValueError, match="train, validation, test"):
+        corpus.pieces_of("valid")
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "labels.bin", "index.npz", "sources.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "absent", "empty"])
+def test_a_damaged_file_is_noticed_and_named(tmp_path: Path, name: str, damage: str) -> None:
+    tiny_corpus(tmp_path / "c", labels=True)
+    path = tmp_path / "c" / name
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content[: {"cut": -1, "flip": None, "absent": 0, "empty": 0}[damage]])
+    if damage == "absent":
+        path.unlink()
+    with pytest.raises(UserError, match="is damaged") as caught:
+        Corpus.open(tmp_path / "c")
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_two_corpora_do_not_mix(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path / "a", seed=1)
+    tiny_corpus(tmp_path / "b", seed=2)
+    shutil.copy(tmp_path / "a" / "index.npz", tmp_path / "b" / "index.npz")
+    with pytest.raises(UserError, match="damaged"):
+        Corpus.open(tmp_path / "b")
+
+
+def test_what_is_no_corpus_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no corpus at"):
+        Corpus.open(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"not a prepared corpus: it has no manifest\.json"):
+        Corpus.open(tmp_path)
+    for content, said in (
+        ("{", "not a JSON"),
+        ("[]", "another kind"),
+        ('{"files": {}, "digest": "", "format": 99}', "99"),
+    ):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=said):
+            Corpus.open(tmp_path)
+
+
+def test_an_unfinished_corpus_does_not_open(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="unfinished"):
+        Corpus.open(tmp_path / "c")
+
+
+def test_a_writer_that_fails_leaves_nothing_that_opens(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path / "c", seed=1)
+
+    def pieces() -> Iterator[PieceRecord]:
+        yield PieceRecord(tiny_piece(3, 0), "train", "a", 3, 1.0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_corpus(tmp_path / "c", pieces(), tiny_vocabulary(), "x")
+    with pytest.raises(UserError, match="unfinished"):
+        Corpus.open(tmp_path / "c")
+    assert not [path for path in (tmp_path / "c").iterdir() if path.name.startswith(".")]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("dsmr.console.files.os.fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*labels\.bin: no space left on device"):
+        tiny_corpus(tmp_path / "c")
+    assert not list((tmp_path / "c").iterdir())
+
+
+def test_records_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
+    good = {"tokens": tiny_piece(3, 0), "split": "train", "source": "a.mid", "n_notes": 3, "seconds": 1.0}
+    wrong = (
+        ({"tokens": np.array([5000])}, "below 28"),
+        ({"split": "dev"}, "'dev'"),
+        ({"n_notes": 4}, "3 notes in the tokens, 4 in the record"),
+        ({"labels": np.zeros(2, np.uint8)}, "2 labels for 12 tokens"),
+    )
+    for change, said in wrong:
+        with pytest.raises(ValueError, match=said):
+            write_corpus(tmp_path / "c", [PieceRecord(**{**good, **change})], tiny_vocabulary(), "x")
+    labelled = PieceRecord(**good, labels=np.zeros(12, np.uint8))
+    with pytest.raises(ValueError, match="either all pieces carry labels or none"):
+        write_corpus(tmp_path / "c", [labelled, PieceRecord(**good)], tiny_vocabulary(), "x")
+    with pytest.raises(UserError, match="no piece"):
+        write_corpus(tmp_path / "c", [], tiny_vocabulary(), "x")
+
+
+def test_a_damaged_pack_is_noticed(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path / "c", 30, 3, labels=True)
+    content = pack(tmp_path / "c", tmp_path / "c.dsmr").read_bytes()
+    path = tmp_path / "bad.dsmr"
+    rng = np.random.default_rng(0)
+    for length in rng.integers(0, len(content), 10):
+        path.write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"bad\.dsmr"):
+            Corpus.open(path)
+    noticed = 0
+    for place in rng.integers(0, len(content), 60):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
+        try:  # a byte of a date or the like may change without harm; music must not
+            same(Corpus.open(path), Corpus.open(tmp_path / "c"))
+        except UserError:
+            noticed += 1
+    assert noticed > 40
+
+
+def test_what_is_no_pack_is_named(tmp_path: Path) -> None:
+    text, archive = tmp_path / "a.dsmr", tmp_path / "b.dsmr"
+    text.write_text("hello")
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("hello.txt", "hello")
+    with pytest.raises(UserError, match="not a packed corpus"):
+        Corpus.open(text)
+    with pytest.raises(UserError, match="holds no manifest"):
+        Corpus.open(archive)
+    with pytest.raises(UserError, match="no corpus directory"):
+        pack(tmp_path / "absent", tmp_path / "c.dsmr")
+    tiny_corpus(tmp_path / "c")
+    with pytest.raises(UserError, match="it is a directory"):
+        pack(tmp_path / "c", tmp_path)
+    with pytest.raises(UserError, match="cannot write"):
+        pack(tmp_path / "c", text / "c.dsmr")
+
+
+def test_an_archive_that_another_program_damaged_or_locked_is_named(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path / "c")
+    with zipfile.ZipFile(tmp_path / "c.dsmr", "w", zipfile.ZIP_DEFLATED) as file:
+        file.write(tmp_path / "c" / "manifest.json", "manifest.json")
+    content = bytearray((tmp_path / "c.dsmr").read_bytes())
+    start = len("manifest.json") + 30  # behind the member's local header
+    for name, damaged in {
+        "deflated": content[:start] + b"\xff" * 20 + content[start + 20 :],
+        "locked": content[:6] + b"\1" + content[7:].replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1"),
+    }.items():
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            Corpus.open(tmp_path / name)
+
+
+def test_a_pack_cannot_swell_beyond_its_manifest(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path / "c")
+    packed = pack(tmp_path / "c", tmp_path / "c.dsmr")
+    with zipfile.ZipFile(packed) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    manifest = json.loads(members["manifest.json"])
+    manifest["files"]["tokens.bin"]["bytes"] = 10
+    members["manifest.json"] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(packed, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    with pytest.raises(UserError, match="damaged"):
+        Corpus.open(packed)

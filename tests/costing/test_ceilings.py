@@ -1,0 +1,185 @@
+"""Ceilings are measured once and kept; predictions follow from counts; bad caches and folders do no harm."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from known_ceilings import KNOWN, SHARE
+
+from dsmr_kernels.costing import ceilings as program
+from dsmr_kernels.costing.cost import Call, Work, backward_parts, forward_parts, total
+from dsmr_kernels.costing.predict import Ceilings, attention_seconds, bound_seconds, plain_seconds
+from dsmr_kernels.costing.prediction_check import check, check_table
+from dsmr_kernels.costing.timing import Timing, Yardstick, seconds_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DSMR_CACHE_DIR", str(tmp_path))
+    return tmp_path / "ceilings.json"
+
+
+def counted_measure(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(program, "measure", lambda device: asked.append(device) or KNOWN)
+    return asked
+
+
+def test_what_was_measured_is_kept_by_device_and_version(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = counted_measure(monkeypatch)
+    assert program.ceilings_of(CPU) == program.ceilings_of(CPU) == KNOWN
+    assert len(asked) == 1
+    program.ceilings_of(CPU, refresh=True)
+    assert len(asked) == 2
+    monkeypatch.setattr(torch, "__version__", "99.0")  # another PyTorch, other figures; the old ones stay
+    program.ceilings_of(CPU)
+    assert len(asked) == 3
+    assert len(json.loads(cache.read_text())) == 2
+    assert [path.name for path in cache.parent.iterdir()] == ["ceilings.json"]
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"abacus": 1}'])
+def test_a_damaged_cache_is_measured_anew(cache: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    asked = counted_measure(monkeypatch)
+    cache.write_text(damage)
+    assert program.ceilings_of(CPU) == KNOWN
+    assert program.load(CPU) == KNOWN
+    assert len(asked) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted_measure(monkeypatch)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DSMR_CACHE_DIR", str(tmp_path / "file"))
+    said: list[str] = []
+    assert program.ceilings_of(CPU, say=said.append) == KNOWN
+    assert len(said) == 1
+    assert str(tmp_path / "file") in said[0]
+
+
+def test_the_cache_follows_the_users_conventions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DSMR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert program.cache_file() == tmp_path / "dsmr" / "ceilings.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert program.cache_file() == tmp_path / "home" / ".cache" / "dsmr" / "ceilings.json"
+
+
+@pytest.mark.slow
+def test_the_program_measures_this_machine(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Small sizes, but the real measurements: every figure is a positive number, and the share of each is sane."""
+    monkeypatch.setitem(program.COPIED, "cpu", 2**20)
+    monkeypatch.setitem(program.SIDE, "cpu", 256)
+    monkeypatch.setitem(program.REFERENCE, "cpu", {"batch": 1, "heads": 1, "queries": 64, "held": 256})
+    monkeypatch.setattr(program, "ROUNDS", 2)
+    monkeypatch.setattr(Yardstick, "TRIES", 1)
+    assert program.main(["--device", "cpu", "--json"]) == 0
+    found = Ceilings.from_json(json.loads(capsys.readouterr().out))
+    figures = [found.copy_bytes, found.exponentials, found.operator_seconds, *found.attention_seconds.values()]
+    assert all(figure > 0 for figure in [*figures, *found.matrix_flops.values()])
+    for directions in found.attained.values():
+        for share in directions.values():
+            assert min(share["products"], share["exponentials"], share["own"]) > 0
+            assert 0 <= share["edge"] <= 127.5
+    assert program.main(["--device", "cpu"]) == 0  # from the cache now
+    printed = capsys.readouterr().out
+    assert f"{found.copy_bytes / 1e9:.1f} GB/s" in printed
+    assert "edge" in printed
+
+
+def test_a_device_that_is_not_there_is_one_sentence(capsys) -> None:
+    for device in ("abacus", "cuda:99", "meta"):
+        assert program.main(["--device", device]) == 1
+        said = capsys.readouterr().err.strip()
+        assert device in said
+        assert len(said.splitlines()) == 1
+
+
+# --- Predictions --------------------------------------------------------------------------------------------------
+
+
+def test_seconds_follow_from_the_counts_and_the_rates() -> None:
+    call = Call(64, 128, held=128, heads=2, kv_heads=1)
+    forward, backward = attention_seconds(call, KNOWN, "float32")
+    for seconds, parts, start in ((forward, forward_parts, 1e-3), (backward, backward_parts, 2e-3)):
+        work = total(parts(call).values())
+        assert seconds == pytest.approx(work.flops / (1e9 * 0.5) + work.exponentials / (1e8 * 0.25) + 2 * start)
+    assert attention_seconds(call, KNOWN, "bfloat16")[0] < forward
+
+
+def test_the_edge_and_the_own_factor_touch_the_segment_alone() -> None:
+    share = {**SHARE, "own": 0.5, "edge": 20.0}
+    other = replace(KNOWN, attained={"float32": {"forward": share, "backward": share}})
+    alone, behind = Call(64, 0), Call(64, 512, held=512)
+    (plain, _), (edged, _) = (attention_seconds(alone, c, "float32") for c in (KNOWN, other))
+    pairs = 64 * 65 / 2
+    assert (edged - 1e-3) / (plain - 1e-3) == pytest.approx(2 * (pairs + 20 * 64) / pairs)
+    past = [
+        attention_seconds(behind, c, "float32")[0] - attention_seconds(alone, c, "float32")[0] for c in (KNOWN, other)
+    ]
+    assert past[0] == pytest.approx(past[1])
+    short = [attention_seconds(Call(64, 0, segment_length=8), c, "float32")[0] - 8e-3 for c in (KNOWN, other)]
+    assert short[1] / short[0] == pytest.approx(2 * 64 / 36)  # no more than the whole square of a segment
+
+
+@pytest.mark.parametrize("edge", [0.0, 40.0, 127.5, 200.0, 511.5])
+def test_the_edge_is_found_from_two_lengths(edge: float) -> None:
+    def seconds(m: int) -> tuple[int, float]:
+        return m, 1e-9 * m * ((m + 1) / 2 + min(edge, (m - 1) / 2))
+
+    found = program.edges_of(seconds(256), seconds(1024))
+    assert min(abs(candidate - edge) for candidate in found) < 1e-6
+
+
+def test_products_and_exponentials_are_told_apart_by_two_widths() -> None:
+    assert program.split_pair(3e-9 + 32e-11, 3e-9 + 128e-11, 1e-12, 1e-10) == pytest.approx((1e-11, 3e-9))
+    for narrow, wide in ((1e-9, 9e-9), (5e-9, 5.1e-9), (1e-12, 1e-12)):  # noise: still no faster than the device is
+        slope, rest = program.split_pair(narrow, wide, 1e-11, 2e-10)
+        assert slope >= 1e-11
+        assert rest >= 2e-10
+
+
+def test_work_that_moves_much_and_computes_little_is_bound_by_bytes() -> None:
+    assert bound_seconds(Work(flops=1e6, bytes_read=6e9, bytes_written=1e9), KNOWN, "float32") == 7.0
+    assert plain_seconds(Work(flops=3e9, bytes_read=1e9, calls=4), KNOWN, "float32") == pytest.approx(3.0 + 4e-6)
+
+
+def test_the_check_times_calls_beside_their_predictions() -> None:
+    calls = [Call(16, 32, held=32, heads=2, kv_heads=1, head_dim=16), Call(32, 8, segment_length=8, head_dim=16)]
+    rows = check(KNOWN, CPU, calls=calls, rounds=1)
+    assert [(row["dtype"], row["direction"]) for row in rows[:2]] == [("float32", "forward"), ("float32", "backward")]
+    assert len(rows) == 8
+    for row, seconds in zip(rows[:2], attention_seconds(calls[0], KNOWN, "float32"), strict=True):
+        assert row["predicted_ms"] == pytest.approx(1e3 * seconds)
+        assert row["measured_ms"] > 0
+        assert row["ratio"] == pytest.approx(row["predicted_ms"] / row["measured_ms"])
+    close = [{**rows[0], "ratio": ratio} for ratio in (0.74, 0.75, 1.0, 1.25, 1.26)]
+    assert "3 of 5 predictions" in check_table(close)
+
+
+def test_timing_warms_up_and_stops_in_time() -> None:
+    made: list[int] = []
+    assert len(seconds_of(lambda: made.append(1), CPU, rounds=5, warmup=3)) == 5
+    assert len(made) == 8
+    assert len(seconds_of(lambda: made.append(1), CPU, rounds=50, limit=0.0)) == 1
+    timing = Timing.of([3.0, 1.0, 2.0])
+    assert (timing.median, timing.fastest, timing.rounds) == (2.0, 1.0, 3)
+    assert timing.spread == pytest.approx(1.0)
+    assert Timing.of([2.0]) == Timing(2.0, 2.0, 0.0, 1)
+
+
+def test_a_disturbed_measurement_is_made_again() -> None:
+    yardstick = Yardstick(CPU)
+    answers = iter([True, False, True, True])  # before; after the first, the second and the third measurement
+    yardstick.quiet = lambda: next(answers)
+    figures = iter([(5.0, 1.0), (3.0, 2.0), (4.0, 4.0)])
+    assert yardstick.fastest(lambda: next(figures)) == ((3.0, 1.0), True)
+    yardstick.quiet = lambda: False
+    made: list[int] = []
+    assert yardstick.fastest(lambda: (made.append(1) or 1.0,)) == ((1.0,), False)
+    assert len(made) == Yardstick.TRIES

@@ -1,0 +1,201 @@
+"""A piece's loss is its own: whatever the batch, from the first token to EOS, and counted per note."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_corpus import TOKENS, tiny_corpus
+
+from dsmr.console.errors import UserError
+from dsmr.corpus.store import Corpus
+from dsmr.evaluation.losses import evaluate, evaluate_run, piece_losses
+from dsmr.evaluation.report import report_losses
+from dsmr.model.transformer import DSMRConfig, DSMRModel
+
+
+class BigramModel(torch.nn.Module):
+    """Predicts from the last token alone, and checks that the calls are what a recurrent model needs."""
+
+    def __init__(self, segment_length: int = 8) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=len(TOKENS), segment_length=segment_length)
+        table = torch.randn(len(TOKENS), len(TOKENS), generator=torch.Generator().manual_seed(0))
+        self.table = torch.nn.Parameter(table)
+        self.read: np.ndarray | None = None
+
+    def new_state(self, batch: int, device=None, dtype=None, aligned=False) -> None:
+        assert aligned
+        self.read = np.zeros(batch, dtype=int)
+
+    def forward(self, tokens, state, *, targets, piece_start, reduction):
+        assert reduction == "none"
+        assert tokens.shape[1] % self.config.segment_length == 0
+        starts = piece_start[:, 0].numpy()
+        assert (piece_start == piece_start[:, :1]).all()
+        assert ((starts == 0) | (starts == -self.read)).all()
+        self.read = tokens.shape[1] - starts
+        logits = self.table[tokens].transpose(1, 2)
+        return SimpleNamespace(loss=torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+
+
+def real_model(segment_length: int = 8, **more) -> DSMRModel:
+    torch.manual_seed(1)
+    config = DSMRConfig(
+        vocab_size=len(TOKENS),
+        schedule="two_scale(layers=2, long=24, short=8, n_long=1)",
+        d_model=16,
+        n_heads=2,
+        segment_length=segment_length,
+        dropout=0.1,
+        **more,
+    )
+    return DSMRModel(config)
+
+
+def by_hand(model: BigramModel, corpus: Corpus, i: int) -> np.ndarray:
+    piece = torch.from_numpy(corpus.piece(i))
+    logits = model.table[piece[:-1]].log_softmax(-1)
+    return -logits.gather(1, piece[1:, None])[:, 0].detach().numpy()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("segments", [1, 3])
+def test_every_token_after_the_first_is_measured(tmp_path: Path, batch_size: int, segments: int) -> None:
+    corpus, model = tiny_corpus(tmp_path), BigramModel()
+    pieces = corpus.pieces_of("train")
+    losses = piece_losses(model, corpus, pieces, batch_size=batch_size, segments_per_call=segments)
+    for i, loss in zip(pieces, losses, strict=True):
+        np.testing.assert_allclose(loss, by_hand(model, corpus, i), rtol=1e-5)
+
+
+@pytest.mark.parametrize("visibility", ["segment", "sliding"])
+def test_losses_do_not_depend_on_the_batch(tmp_path: Path, visibility: str) -> None:
+    corpus, model = tiny_corpus(tmp_path), real_model(visibility=visibility)
+    one = piece_losses(model, corpus, range(10), batch_size=1)
+    for batch_size, segments in ((3, 1), (4, 2), (50, 1)):
+        many = piece_losses(model, corpus, range(10), batch_size=batch_size, segments_per_call=segments)
+        for a, b in zip(one, many, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+    assert model.training
+    reports = [evaluate(model, corpus, batch_size=b) for b in (1, 3)]
+    assert reports[0].nats_per_note == pytest.approx(reports[1].nats_per_note, abs=1e-5)
+
+
+def test_streaming_in_segments_equals_one_call(tmp_path: Path) -> None:
+    corpus = tiny_corpus(tmp_path)
+    torch.manual_seed(0)
+    model = real_model(segment_length=8).eval()
+    streamed = piece_losses(model, corpus, [0, 1], batch_size=2)
+    for i in (0, 1):
+        piece = torch.from_numpy(corpus.piece(i))[None]
+        with torch.no_grad():
+            whole = model(piece[:, :-1], targets=piece[:, 1:], reduction="none").loss[0]
+        np.testing.assert_allclose(streamed[i], whole.numpy(), atol=1e-5)
+
+
+def test_the_report_counts_what_it_says(tmp_path: Path) -> None:
+    corpus, model = tiny_corpus(tmp_path, labels=True), BigramModel()
+    report = evaluate(model, corpus, "validation")
+    pieces = corpus.pieces_of("validation")
+    losses = [by_hand(model, corpus, i).astype(float) for i in pieces]
+    nats, tokens = sum(loss.sum() for loss in losses), sum(map(len, losses))
+    assert report.pieces == len(pieces)
+    assert report.tokens == tokens
+    assert report.notes == corpus.n_notes[pieces].sum()
+    assert report.nats_per_note == pytest.approx(nats / report.notes, rel=1e-5)
+    assert report.nats_per_second == pytest.approx(nats / corpus.seconds[pieces].sum(), rel=1e-5)
+    assert report.nats_per_token == pytest.approx(nats / tokens, rel=1e-5)
+    assert report.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    assert report.tokenizer_hash == corpus.vocabulary.hash
+    assert sum(row.nats for row in report.by_piece) == pytest.approx(nats, rel=1e-5)
+    every_loss = np.concatenate(losses)
+    every_label = np.concatenate([corpus.piece_labels(i)[1:] for i in pieces])
+    assert report.by_label is not None
+    assert [row.label for row in report.by_label] == ["elsewhere", "first refrain", "refrain return"]
+    for k, row in enumerate(report.by_label):
+        assert row.tokens == (every_label == k).sum()
+        assert row.nats_per_token == pytest.approx(every_loss[every_label == k].mean(), rel=1e-5)
+    shown = str(list(report.table().columns[1].cells))
+    assert f"{report.nats_per_note:.4f}" in shown
+
+
+def test_position_bins_are_means_with_counts(tmp_path: Path) -> None:
+    corpus = tiny_corpus(tmp_path, train=2)
+    losses = [np.arange(2500, dtype=np.float32), np.full(1000, 3.0, dtype=np.float32)]
+    bins = report_losses(corpus, "train", [0, 1], losses).by_position
+    assert [(b.start, b.end, b.tokens) for b in bins] == [(0, 1024, 2024), (1024, 2048, 1024), (2048, 3072, 452)]
+    assert bins[0].nats_per_token == pytest.approx((np.arange(1024).sum() + 3000) / 2024)
+    assert bins[2].nats_per_token == pytest.approx(np.arange(2048, 2500).mean())
+
+
+def test_the_report_is_written_as_json_and_picture(tmp_path: Path) -> None:
+    corpus = tiny_corpus(tmp_path / "corpus")
+    report = evaluate(BigramModel(), corpus)
+    assert report.by_label is None
+    report.write(tmp_path / "out" / "eval.json", tmp_path / "out" / "eval.png")
+    saved = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert saved["nats_per_note"] == report.nats_per_note
+    assert len(saved["by_piece"]) == 3
+    assert (tmp_path / "out" / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_progress_reaches_the_end(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    corpus = tiny_corpus(tmp_path)
+    report = evaluate(BigramModel(), corpus, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (report.tokens, report.tokens)
+    assert seen == sorted(seen)
+
+
+def test_what_cannot_be_measured_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    corpus, model = tiny_corpus(tmp_path), BigramModel()
+    with pytest.raises(UserError, match="no pieces in its split 'test'"):
+        evaluate(model, corpus, "test")
+    with pytest.raises(ValueError, match="batch_size"):
+        evaluate(model, corpus, batch_size=0)
+    with pytest.raises(UserError, match=r"'train piece 0\.mid' is not finite at token 2"):
+        report_losses(corpus, "train", [0], [np.array([1.0, np.nan, 1.0])])
+    model.config.vocab_size = 5
+    with pytest.raises(UserError, match=f"knows 5 tokens, but the corpus tiny has {len(TOKENS)}"):
+        evaluate(model, corpus)
+
+
+def saved_run(path: Path, corpus: Corpus) -> Path:
+    real_model().save_pretrained(path)
+    corpus.vocabulary.save(path / "tokenizer.json")
+    return path
+
+
+def test_a_run_is_evaluated_from_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = tiny_corpus(tmp_path / "corpus")
+    run = saved_run(tmp_path / "run", corpus)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*eval-validation\.json"):
+        evaluate_run(run, tmp_path / "corpus", out=tmp_path / "file" / "x")
+    with monkeypatch.context() as patch:
+        patch.setattr("dsmr.evaluation.losses.available", lambda: False)
+        evaluate_run(run, tmp_path / "corpus", out=tmp_path / "bare", device="cpu")
+    assert [path.name for path in (tmp_path / "bare").iterdir()] == ["eval-validation.json"]
+    with pytest.raises(UserError, match="unknown memory dtype 'int4': use one of auto, float32, bfloat16, int8"):
+        evaluate_run(run, tmp_path / "corpus", device="cpu", memory_dtype="int4")
+    report = evaluate_run(run, tmp_path / "corpus", device="cpu")
+    rounded = evaluate_run(run, tmp_path / "corpus", out=tmp_path / "int8", device="cpu", memory_dtype="int8")
+    assert 0 < abs(rounded.nats - report.nats) < 0.01 * report.nats
+    assert report.nats_per_note == pytest.approx(evaluate(real_model(), corpus).nats_per_note, abs=1e-5)
+    assert json.loads((run / "eval-validation.json").read_text())["model"] == "run"
+    assert (run / "eval-validation.png").exists()
+
+
+def test_a_run_and_a_corpus_of_another_tokeniser_do_not_meet(tmp_path: Path) -> None:
+    run = saved_run(tmp_path / "run", tiny_corpus(tmp_path / "corpus"))
+    tiny_corpus(tmp_path / "other", beat_res=12)
+    with pytest.raises(UserError, match="was trained with tokeniser"):
+        evaluate_run(run, tmp_path / "other")
+    with pytest.raises(UserError, match=r"it has no config\.json"):
+        evaluate_run(tmp_path / "corpus", tmp_path / "corpus")
+    with pytest.raises(UserError, match="holds no training run"):  # nor does it say which corpus it was trained on
+        evaluate_run(run)

@@ -1,0 +1,102 @@
+"""What sounds when: events from tokens agree with the decoder, and a growing MIDI file is valid at any moment."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("miditok")
+
+from dsmr.composer.compose import compose
+from dsmr.generation.recorder import Recorder, variable_length
+from dsmr.music.pianoroll import score_notes
+from dsmr.music.sounding import OFF, ON, PEDAL, Event, Sounding
+from dsmr.music.tokenizer import build_tokenizer, decode, encode_score, read_midi, vocabulary_of
+
+SCHEMES = ["tsd", "tsd_pedal", "midilike", "remi"]
+
+
+@pytest.fixture(scope="module")
+def score():
+    return compose(3, minutes=1.0).to_score()
+
+
+def piece(scheme: str, score) -> tuple[list[int], object]:
+    vocabulary = vocabulary_of(scheme)
+    tokens, _ = encode_score(score, build_tokenizer(scheme))
+    return [vocabulary.bos_id, *tokens.tolist()], vocabulary
+
+
+def rounded(notes: np.ndarray) -> list[tuple[float, float, int, int]]:
+    return sorted(
+        (round(float(n["onset"]), 3), round(float(n["duration"]), 3), int(n["pitch"]), int(n["velocity"]))
+        for n in notes
+    )
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_growing_file_ends_as_what_the_decoder_says(scheme, score, tmp_path):
+    tokens, vocabulary = piece(scheme, score)
+    sounding, recorder = Sounding(vocabulary), Recorder(tmp_path / "grown.mid", every=0.0)
+    for token in tokens:
+        recorder.add(sounding.push(token), sounding.clock.seconds)
+    recorder.save(force=True)
+    grown, whole = (
+        rounded(score_notes(read_midi(tmp_path / "grown.mid"))),
+        rounded(score_notes(decode(tokens, vocabulary))),
+    )
+    assert len(whole) > 50
+    assert grown == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_growing_file_can_be_read_at_any_moment(scheme, score, tmp_path):
+    tokens, vocabulary = piece(scheme, score)
+    sounding, recorder = Sounding(vocabulary), Recorder(tmp_path / "grown.mid", every=0.0)
+    before = 0
+    for count, token in enumerate(tokens[:400]):
+        recorder.add(sounding.push(token), sounding.clock.seconds)
+        recorder.save()
+        if count % 40 == 39:
+            notes = score_notes(read_midi(tmp_path / "grown.mid"))
+            assert before <= len(notes) <= vocabulary.count_notes(tokens[: count + 1])
+            before = len(notes)
+    assert before > 30
+    assert [path.name for path in tmp_path.iterdir()] == ["grown.mid"]
+
+
+def test_pedals_go_down_and_up(score):
+    tokens, vocabulary = piece("tsd_pedal", score)
+    sounding = Sounding(vocabulary)
+    moves = [event for token in tokens for event in sounding.push(token) if event.kind == PEDAL]
+    assert {event.velocity for event in moves} == {0, 127}
+    assert [event.velocity > 0 for event in moves[:4]] == [True, False, True, False]
+
+
+def test_notes_that_no_token_ends_can_be_released():
+    vocabulary = vocabulary_of("midilike")
+    ids = vocabulary.ids
+    sounding = Sounding(vocabulary)
+    made = [event for name in ("NoteOn_60", "Velocity_63") for event in sounding.push(ids[name])]
+    assert [(event.kind, event.pitch) for event in made] == [(ON, 60)]
+    assert sounding.push(ids["NoteOff_72"]) == []  # nothing of that pitch sounds
+    assert sounding.release(2.0) == [Event(2.0, OFF, 60)]
+    assert sounding.release(3.0) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "written"), [(0, "00"), (127, "7f"), (128, "8100"), (0x3FFF, "ff7f"), (1 << 14, "818000")]
+)
+def test_delta_times_are_written_as_the_standard_says(value, written):
+    assert variable_length(value).hex() == written
+
+
+def test_a_file_is_not_written_for_every_note(tmp_path):
+    recorder = Recorder(tmp_path / "a.mid", every=1000.0)
+    recorder.add([Event(0.0, ON, 60, 64), Event(1.0, OFF, 60)], 0.0)
+    recorder.save()
+    first = (tmp_path / "a.mid").read_bytes()
+    recorder.add([Event(2.0, ON, 62, 64), Event(3.0, OFF, 62)], 2.0)
+    recorder.save()
+    assert (tmp_path / "a.mid").read_bytes() == first
+    recorder.save(force=True)
+    assert len(score_notes(read_midi(tmp_path / "a.mid"))) == 2

@@ -1,0 +1,452 @@
+"""Training learns, writes what it promises, and goes on after any end as if it had never stopped."""
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_corpus import tiny_corpus
+
+from dsmr.console.devices import resolve_device, resolve_dtype
+from dsmr.console.errors import UserError
+from dsmr.console.files import read_json
+from dsmr.evaluation.losses import evaluate, evaluate_run
+from dsmr.model.transformer import DSMRModel
+from dsmr.runs.checkpoint import Metrics, load_checkpoint
+from dsmr.runs.settings import validation_pieces
+from dsmr.training.loop import TrainConfig, TrainResult, train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "corpus"
+    tiny_corpus(path, train=9)
+    return path
+
+
+def tiny_config(corpus: Path, out: Path, **more) -> TrainConfig:
+    settings = {
+        "data": str(corpus),
+        "out": str(out),
+        "schedule": "two_scale(layers=2, long=24, short=8, n_long=1)",
+        "d_model": 16,
+        "n_heads": 2,
+        "segment_length": 8,
+        "dropout": 0.2,
+        "batch_size": 3,
+        "segments_per_step": 2,
+        "steps": 24,
+        "lr": 1e-2,
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 1,
+        "eval_every": 10,
+        "save_every": 5,
+        "augment": False,
+    }
+    return TrainConfig(**{**settings, **more})
+
+
+def quiet(config: TrainConfig, **more) -> TrainResult:
+    return train(config, console=Console(file=StringIO()), **more)
+
+
+def losses(out: Path, kind: str = "train") -> list[tuple[int, float]]:
+    return [
+        (record["step"], record["loss"]) for record in Metrics(out / "metrics.jsonl").read() if record["kind"] == kind
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_learns_and_leaves_everything_behind(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    log = StringIO()
+    result = train(tiny_config(data, out, steps=80, eval_every=40, dropout=0.0), console=Console(file=log))
+    assert result.finished
+    assert (result.exit_code, result.step, result.tokens) == (0, 80, 80 * 48)
+    steps = losses(out)
+    assert [step for step, _ in steps] == list(range(1, 81))
+    assert steps[0][1] > 2.5
+    assert sum(loss for _, loss in steps[-10:]) / 10 < 0.7 * steps[0][1]
+    assert [step for step, _ in losses(out, "validation")] == [40, 80]
+    names = {"config.json", "model.safetensors", "tokenizer.json", "last.pt", "train.json", "metrics.jsonl", "loss.png"}
+    assert {file.name for file in out.iterdir()} == names
+    report = evaluate_run(out, device="cpu")
+    assert result.best == pytest.approx(report.nats_per_note, abs=1e-4)
+    text = log.getvalue()
+    for part in ("memory", "tokens/s", "left", "nats a note", "finished at step 80"):
+        assert part in text
+
+
+def test_the_best_weights_are_kept_apart_from_the_last(data: Path, tmp_path: Path) -> None:
+    """After the rate is raised far too high, the validation loss rises and the best weights stay."""
+    out = tmp_path / "run"
+    first = quiet(tiny_config(data, out, steps=20, eval_every=10, dropout=0.0))
+    worse = quiet(tiny_config(data, out, steps=40, eval_every=10, dropout=0.0, lr=3.0, warmup=0), resume=True)
+    assert worse.best == first.best
+    assert worse.best_step is not None
+    assert worse.best_step <= 20
+    last = load_checkpoint(out / "last.pt")
+    best = DSMRModel.from_pretrained(out)
+    assert any(not torch.equal(weight, last["model"][name]) for name, weight in best.state_dict().items())
+
+
+CHILD = """
+import json, os, signal, sys
+from pathlib import Path
+from dsmr.training.loop import TrainConfig, train
+
+config, resume, die_at = json.loads(sys.argv[1]), sys.argv[2] == "resume", sys.argv[3]
+if die_at:  # "last.pt:2" dies when last.pt is written for the second time, before it is put in its place
+    name, count = die_at.split(":")
+    replace, seen = os.replace, []
+    def deadly(source, target):
+        seen.append(Path(target).name)
+        if seen.count(name) == int(count):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+    os.replace = deadly
+sys.exit(train(TrainConfig.from_dict(config), resume=resume).exit_code)
+"""
+
+
+def start(config: TrainConfig, resume: bool = False, die_at: str = "") -> subprocess.Popen:
+    command = [sys.executable, "-c", CHILD, json.dumps(config.to_dict()), "resume" if resume else "new", die_at]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def signal_at(process: subprocess.Popen, out: Path, step: int, number: int) -> int:
+    """Send a signal once `step` has been trained, and wait for the end."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.poll() is None:
+        done = losses(out)
+        if done and done[-1][0] >= step:
+            os.kill(process.pid, number)
+            break
+        time.sleep(0.002)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode is not None, errors
+    return process.returncode
+
+
+def assert_same_run(out: Path, expected: Path) -> None:
+    assert losses(out) == losses(expected)
+    assert losses(out, "validation") == losses(expected, "validation")
+    ours, theirs = load_checkpoint(out / "last.pt"), load_checkpoint(expected / "last.pt")
+    for name, weight in theirs["model"].items():
+        assert torch.equal(ours["model"][name], weight), name
+    assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert {file.name for file in out.iterdir()} == {file.name for file in expected.iterdir()}
+
+
+@pytest.mark.slow  # PyTorch starts twice, to be killed
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_killed_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, augment: bool) -> None:
+    """SIGKILL in the middle of a step; of writing the first checkpoint, a later one, and the best weights."""
+    more = {"steps": 80, "save_every": 7, "eval_every": 20, "augment": augment}
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    config = tiny_config(data, out, **more)
+    if augment:
+        assert start(config, die_at="last.pt:1").wait(60) == -signal.SIGKILL
+        assert len(losses(out)) == 7
+        assert start(config, resume=True, die_at="model.safetensors:2").wait(60) == -signal.SIGKILL
+        assert 40 <= len(losses(out)) < 80
+    else:
+        assert signal_at(start(config), out, 24, signal.SIGKILL) == -signal.SIGKILL
+        assert 24 <= len(losses(out)) < 80
+        assert start(config, resume=True, die_at="last.pt:4").wait(60) == -signal.SIGKILL
+    assert quiet(config, resume=True).finished
+    quiet(tiny_config(data, whole, **more))
+    assert_same_run(out, whole)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_by_sigterm_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
+    more = {"steps": 80, "save_every": 1000, "eval_every": 25}
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    config = tiny_config(data, out, **more)
+    assert signal_at(start(config), out, 12, signal.SIGTERM) == 143
+    stopped_at = load_checkpoint(out / "last.pt")["pace"]["step"]
+    assert losses(out)[-1][0] == stopped_at < 80
+    assert (out / "loss.png").exists()
+    assert quiet(TrainConfig.of_run(out), resume=True).finished
+    quiet(tiny_config(data, whole, **more))
+    assert_same_run(out, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("during", ["train", "validation"])
+def test_ctrl_c_finishes_the_step_and_saves(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    """A validation that is cut short is made up for when the run goes on."""
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    forward, calls = DSMRModel.forward, []
+    before = signal.getsignal(signal.SIGINT)  # a shell lets its background jobs ignore it
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(self.training)
+        if self.training == (during == "train") and calls.count(during == "train") == 2:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DSMRModel, "forward", interrupted)
+        result = quiet(tiny_config(data, out))
+    assert (result.finished, result.signal, result.exit_code) == (False, signal.SIGINT, 130)
+    assert result.step == (2 if during == "train" else 10)
+    assert losses(out, "validation") == []
+    assert signal.getsignal(signal.SIGINT) is before
+    assert quiet(tiny_config(data, out), resume=True).finished
+    quiet(tiny_config(data, whole))
+    assert_same_run(out, whole)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A full disk, as far as one file can meet it: writing past `size` bytes fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "name"), [(12_000, r"model\.safetensors"), (40_000, r"last\.pt")])
+def test_a_disk_that_fills_up_ends_in_a_sentence_and_keeps_the_checkpoint(
+    data: Path, tmp_path: Path, size: int, name: str
+) -> None:
+    """The weights are 20 kB, the checkpoint 110 kB."""
+    out = tmp_path / "run"
+    quiet(tiny_config(data, out, steps=7))
+    kept = (out / "last.pt").read_bytes()
+    config = tiny_config(data, out, save_every=None)
+    with pytest.raises(UserError, match=rf"^cannot write \S+{name}: .*too large") as caught, largest_file(size):
+        quiet(config, resume=True)
+    assert "\n" not in str(caught.value)
+    assert (out / "last.pt").read_bytes() == kept
+    assert not [file for file in out.iterdir() if file.name.startswith(".")]
+    assert quiet(config, resume=True).finished
+    assert [step for step, _ in losses(out)] == list(range(1, 25))
+
+
+def test_a_finished_run_has_nothing_left_to_do_until_it_is_made_longer(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path / "run", steps=6)
+    quiet(config)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert quiet(config, resume=True).step == 6
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert quiet(dataclasses.replace(config, steps=9), resume=True).step == 9
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 10))
+
+
+def test_a_run_directory_is_not_overwritten_unasked(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path / "run", steps=2)
+    quiet(config)
+    with pytest.raises(UserError, match="already holds a training run"):
+        quiet(config)
+    assert quiet(config, overwrite=True).step == 2
+    assert len(losses(tmp_path / "run")) == 2
+    with pytest.raises(UserError, match="holds no training run"):
+        quiet(tiny_config(data, tmp_path / "nothing"), resume=True)
+
+
+def test_a_run_is_not_resumed_with_what_it_does_not_fit(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path / "run", steps=2)
+    quiet(config)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    tiny_corpus(tmp_path / "songs", seed=5)
+    tiny_corpus(tmp_path / "retokenised", beat_res=12)
+    for change, sentence in (
+        ({"data": str(tmp_path / "songs")}, "trained on the corpus"),
+        ({"data": str(tmp_path / "retokenised")}, "trained with tokeniser"),
+        ({"d_model": 32}, "its d_model is 16, but 32"),
+        ({"schedule": "two_scale(layers=2, long=16, short=8, n_long=1)"}, "its schedule is"),
+        ({"dtype": "bfloat16"}, "its dtype is float32"),
+        ({"seed": 1}, "its seed is 0, but 1"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            quiet(dataclasses.replace(config, **change), resume=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_pieces(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(data, tmp_path / "run", batch_size=2)
+    forward, calls = DSMRModel.forward, []
+
+    def broken(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        calls.append(self.training)
+        if sum(calls) == 8:
+            output.logits[1] = math.nan
+            output.loss = output.loss * math.nan
+        return output
+
+    monkeypatch.setattr(DSMRModel, "forward", broken)
+    with pytest.raises(UserError, match=r"loss is nan at step 8, in 'train piece \d\.mid'") as caught:
+        quiet(config)
+    assert "checkpoint of step 5 is kept" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["pace"]["step"] == 5
+
+
+def test_bad_settings_are_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for change, sentence in (
+        ({"batch_size": 0}, "batch_size must be at least 1, but it is 0"),
+        ({"lr": -1.0}, "lr must be above 0"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        ({"seed": 2**63}, "seed must be below"),
+        ({"rope_base": 0.0}, "rope_base must be above 0"),
+        ({"init_std": -1.0}, "init_std must not be negative"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
+        ({"schedule": "two_scales(layers=2)"}, "two_scales"),
+        ({"schedule": "uniform(layers=2, horizon=-8)"}, "-8"),
+        ({"n_heads": 3}, "3"),
+        ({"dtype": "float8"}, "unknown dtype 'float8'"),
+        ({"device": "abacus"}, "unknown device 'abacus'"),
+        ({"data": str(tmp_path / "nothing")}, "nothing"),
+    ):
+        with pytest.raises(UserError, match=sentence) as caught:
+            quiet(tiny_config(data, out, **change))
+        assert "\n" not in str(caught.value)
+    assert not out.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_folder_is_refused_in_a_sentence(data: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="permission denied"):
+        quiet(tiny_config(data, tmp_path / "run"))
+
+
+def test_an_output_that_is_a_file_is_refused_in_a_sentence(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("not a folder")
+    with pytest.raises(UserError, match="run"):
+        quiet(tiny_config(data, tmp_path / "run"))
+    assert (tmp_path / "run").read_text() == "not a folder"
+
+
+def test_only_matrices_decay(data: Path, tmp_path: Path) -> None:
+    quiet(tiny_config(data, tmp_path / "run", steps=1, weight_decay=0.3))
+    groups = load_checkpoint(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
+    shapes = [p.dim() for p in DSMRModel.from_pretrained(tmp_path / "run").parameters()]
+    assert {group["weight_decay"]: len(group["params"]) for group in groups} == {
+        0.3: sum(d >= 2 for d in shapes),
+        0.0: sum(d < 2 for d in shapes),
+    }
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
+    config = TrainConfig("data", "out", lr=1.0, min_lr=0.2, warmup=4)
+    assert [config.learning_rate(step, 0.0) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert config.learning_rate(50, 0.5) == pytest.approx(0.6)
+    assert config.learning_rate(99, 1.0) == pytest.approx(0.2)
+    usual = TrainConfig("data", "out", lr=1.0)
+    assert 0 < usual.learning_rate(0, 0.0) < 0.1
+    assert usual.learning_rate(50, 0.03) > 0.99
+    assert usual.learning_rate(99, 1.0) == pytest.approx(0.1)
+
+
+def test_the_run_ends_at_the_first_of_its_limits(data: Path, tmp_path: Path) -> None:
+    assert TrainConfig("d", "o").total_steps(7) == 70
+    assert TrainConfig("d", "o", epochs=0.5).total_steps(7) == 4
+    assert TrainConfig("d", "o", epochs=3, steps=5).total_steps(7) == 5
+    assert TrainConfig("d", "o", minutes=1).total_steps(7) is None
+    result = quiet(tiny_config(data, tmp_path / "run", steps=None, minutes=0.02, eval_every=None))
+    assert result.finished
+    assert 1.2 <= result.seconds < 10
+    assert losses(tmp_path / "run", "validation")[-1][0] == result.step
+
+
+def test_validations_take_a_small_part_of_a_run() -> None:
+    config = TrainConfig("data", "out", batch_size=2, segment_length=50)
+    assert config.evaluations(1000, tokens=100) == 20
+    assert config.evaluations(1000, tokens=6_000) == 5  # 30,000 of 100,000 tokens, read three times as fast
+    assert config.evaluations(10, tokens=6_000) == 1
+
+
+@pytest.mark.slow
+def test_a_longer_run_is_validated_on_the_way(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path / "run", eval_every=None, steps=10)
+    quiet(config)
+    quiet(dataclasses.replace(config, steps=60), resume=True)
+    steps = [step for step, _ in losses(tmp_path / "run", "validation")]
+    assert steps[0] == 10
+    assert len(steps) >= 3
+    assert steps[-1] == 60
+
+
+def test_validation_pieces_are_whole_few_and_always_the_same(tmp_path: Path) -> None:
+    corpus = tiny_corpus(tmp_path, train=2, validation=12)
+    lengths = {int(i): len(corpus.piece(i)) for i in corpus.pieces_of("validation")}
+    chosen = validation_pieces(corpus, 300)
+    assert 0 < sum(lengths[int(i)] for i in chosen) <= 300
+    assert list(chosen) == list(validation_pieces(corpus, 300))
+    assert [lengths[int(i)] for i in validation_pieces(corpus, 1)] == [min(lengths.values())]
+    assert len(validation_pieces(corpus, 10**6)) == 12
+
+
+def test_a_corpus_without_validation_keeps_the_latest_weights(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path / "corpus", validation=0)
+    result = quiet(tiny_config(tmp_path / "corpus", tmp_path / "run", steps=7))
+    assert result.finished
+    assert result.best is None
+    last = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
+    for name, weight in DSMRModel.from_pretrained(tmp_path / "run").state_dict().items():
+        assert torch.equal(weight, last[name])
+
+
+@pytest.mark.slow
+def test_bfloat16_trains_with_a_bfloat16_memory(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path / "run", dtype="bfloat16", steps=30, dropout=0.0)
+    quiet(config)
+    full = tiny_config(data, tmp_path / "full", steps=30, dropout=0.0)
+    quiet(full)
+    assert losses(tmp_path / "run")[-1][1] == pytest.approx(losses(tmp_path / "full")[-1][1], abs=0.1)
+    tensors = [t for t in _tensors(load_checkpoint(tmp_path / "run" / "last.pt")["state"]) if t.is_floating_point()]
+    assert tensors
+    assert all(t.dtype == torch.bfloat16 for t in tensors)
+    assert read_json(tmp_path / "run" / "train.json")["dtype"] == "bfloat16"
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for inner in values for tensor in _tensors(inner)]
+
+
+def test_training_state_equals_evaluation_from_fresh_memory(data: Path, tmp_path: Path) -> None:
+    """The validation line in the metrics is what `evaluate` finds with the saved weights."""
+    from dsmr.corpus.store import Corpus
+
+    quiet(tiny_config(data, tmp_path / "run", steps=10))
+    corpus = Corpus.open(data)
+    report = evaluate(DSMRModel.from_pretrained(tmp_path / "run"), corpus)
+    assert losses(tmp_path / "run", "validation") == [(10, pytest.approx(report.nats_per_token, abs=1e-5))]
+
+
+def test_devices_and_dtypes_resolve() -> None:
+    cpu = resolve_device("cpu")
+    assert resolve_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+    assert resolve_dtype("bfloat16", cpu) == torch.bfloat16
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no GPU"):
+            resolve_device("cuda")
