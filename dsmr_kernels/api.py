@@ -1,156 +1,52 @@
-"""The two attention calls: check the arguments at the border, then hand them to a backend."""
+"""The two attention calls and the step before decoding: check the arguments at the border, hand them to a backend."""
 
-import math
+import copy
 
 import torch
 from torch import Tensor
 
+from dsmr_kernels import border
 from dsmr_kernels.dispatch import choose
-from dsmr_kernels.memory import KVMemory
-from dsmr_kernels.spec import AttentionSpec
+from dsmr_kernels.memory import KVMemory, MemorySnapshot
+from dsmr_kernels.ring import Ring
+from dsmr_kernels.spec import AttentionSpec, Inputs
 from dsmr_kernels.visibility import VISIBILITIES
 
 
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))
+def _readable(memory: Ring) -> Ring:
+    """A memory whose parts are contiguous in their last dimension: itself, or a copy of what is not."""
+    k, v = border.rows(memory.k), border.rows(memory.v)
+    if k is memory.k and v is memory.v:
+        return memory
+    view = memory.snapshot() if isinstance(memory, KVMemory) else copy.copy(memory)
+    view.k, view.v = k, v
+    return view
 
 
-def _check_integer(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
-
-
-def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
-    if tensor.device != q.device:
-        raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
-
-
-def _check_tensor(name: str, tensor: Tensor, q: Tensor) -> None:
-    """The rules for keys and values: dtype and device of q."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype != q.dtype:
-        raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
-    _check_device(name, tensor, q)
-
-
-def _check_table(name: str, x: object, q: Tensor, dtype: torch.dtype | None, shape: tuple[int, ...], said: str) -> None:
-    """The rules for a tensor beside these: what was `said` of it; any floating dtype, if `dtype` is None."""
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name} must be {said}, got {x!r}")
-    if tuple(x.shape) != shape or (x.dtype != dtype if dtype else not x.dtype.is_floating_point):
-        raise ValueError(f"{name} must be {said}, got {x.dtype} of shape {_shape(x)}")
-    _check_device(name, x, q)
-
-
-def _check_query(q: Tensor) -> None:
-    if not isinstance(q, Tensor):
-        raise TypeError(f"q must be a tensor, got {type(q).__name__}")
-    if q.dim() != 4:
-        raise ValueError(f"q must have shape (batch, heads, tokens, head_dim), got {_shape(q)}")
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"q must be of a floating dtype, got {q.dtype}")
-    if q.shape[1] < 1 or q.shape[3] < 1:
-        raise ValueError(f"q must have at least one head and a head_dim of at least 1, got shape {_shape(q)}")
-
-
-def _check_memory(memory: KVMemory, q: Tensor, kv_heads: int, any_dtype: bool = False) -> None:
-    """That a memory, which anyone may put together, fits q and the KV heads, and its parts one another."""
-    for name, tensor in (("memory.k", memory.k), ("memory.v", memory.v)):
-        if any_dtype or memory.dtype == torch.int8:
-            _check_device(name, tensor, q)
-        else:
-            _check_tensor(name, tensor, q)
-    found = (memory.batch, memory.kv_heads, memory.head_dim)
-    expected = (q.shape[0], kv_heads, q.shape[3])
-    if found != expected:
-        raise ValueError(f"memory must have (batch, kv_heads, head_dim) = {expected} to fit q and k, got {found}")
-    if memory.v.shape != memory.k.shape:
-        raise ValueError(f"memory.v must have the shape of memory.k, {_shape(memory.k)}, got {_shape(memory.v)}")
-    for name, tensor, dtype in (("length", memory.length, torch.int32), ("position", memory.position, torch.int64)):
-        if tensor.dtype != dtype or tensor.shape != q.shape[:1] or tensor.device != q.device:
-            raise ValueError(
-                f"memory.{name} must be {dtype} of shape ({q.shape[0]},) on {q.device}, "
-                f"got {tensor.dtype} of shape {_shape(tensor)} on {tensor.device}"
-            )
-
-
-def _check_heads(q: Tensor, kv_heads: int) -> None:
-    if kv_heads < 1 or q.shape[1] % kv_heads:
-        raise ValueError(f"the {q.shape[1]} query heads must be a multiple of the KV heads, got {kv_heads} KV heads")
-
-
-def _check_alibi(slopes: Tensor, q: Tensor) -> None:
-    said = f"a floating tensor of shape ({q.shape[1]},), one a query head"
-    _check_table("alibi_slopes", slopes, q, None, (q.shape[1],), said)
-    if slopes.requires_grad:
-        raise ValueError("alibi_slopes are constants: they must not require a gradient")
-
-
-def _check_piece_start(piece_start: Tensor, k: Tensor) -> None:
-    if not isinstance(piece_start, Tensor) or piece_start.dtype != torch.int32:
-        found = str(piece_start.dtype) if isinstance(piece_start, Tensor) else type(piece_start).__name__
-        raise TypeError(f"piece_start must be an int32 tensor, got {found}")
-    expected = (k.shape[0], k.shape[2])
-    if tuple(piece_start.shape) != expected:
-        raise ValueError(
-            f"piece_start must have shape (batch, S) = {expected}, one entry a key, got {_shape(piece_start)}"
-        )
-    _check_device("piece_start", piece_start, k)
-    if torch.compiler.is_compiling() or piece_start.device.type != "cpu" or piece_start.numel() == 0:
-        return  # looking at the values would make the device wait
-    tokens = torch.arange(k.shape[2], dtype=torch.int32)
-    late = piece_start > tokens
-    if late.any():
-        row, token = (int(i) for i in late.nonzero()[0])
-        raise ValueError(
-            "piece_start must not lie after its token, "
-            f"but in row {row} token {token} has piece_start {int(piece_start[row, token])}"
-        )
-    if (piece_start[:, 1:].clamp(min=-1) < piece_start[:, :-1].clamp(min=-1)).any():
-        raise ValueError("piece_start must not decrease along a row: a piece cannot go on after the next one has begun")
-
-
-def _check_angles(cos: Tensor | None, sin: Tensor | None, q: Tensor) -> None:
-    if cos is None and sin is None:
-        return
-    expected = (q.shape[0], 1, q.shape[2], q.shape[3] // 2)
-    said = f"float32 of shape (batch, 1, n, head_dim // 2) = {expected}"
-    for name, table in (("cos", cos), ("sin", sin)):
-        _check_table(name, table, q, torch.float32, expected, said)
-    if q.shape[3] % 2:
-        raise ValueError(f"q must have an even head_dim to be turned, got {q.shape[3]}")
-
-
-def _scaled(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
-    """q and a scale > 0, with which the largest score stays the largest: backends count on it."""
-    if scale is None:
-        return q, q.shape[3] ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
-    if scale < 0:
-        q, scale = -q, -scale
-    return q, max(float(scale), 1e-30)  # as good as 0, but a mask's infinities times it stay infinities
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The results of a softmax that one more logit a head takes part in, which has no value: all of a row is weighed
+    down by the same factor, so that it may be done afterwards."""
+    logits = sinks.to(lse.dtype)[:, None]  # [Hq, 1]
+    return (out * torch.sigmoid(lse - logits).unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, logits)
 
 
 def memory_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    memory: KVMemory | None = None,
+    memory: KVMemory | MemorySnapshot | None = None,
     *,
     horizon: int,
     segment_length: int | None = None,
-    segment_offset: int = 0,
+    segment_offset: int | Tensor = 0,
     visibility: str = "segment",
     piece_start: Tensor | None = None,
     detach_segments: bool = True,
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    distance_bias: Tensor | None = None,
+    distance_buckets: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -160,13 +56,16 @@ def memory_attention(
     outputs and gradients of n calls with the memory appended to in between.
 
     Args:
-        q: (batch, Hq, T, head_dim); the queries are the last T of the S tokens.
-        k, v: (batch, Hkv, S, head_dim), S >= T, Hq a multiple of Hkv.
-        memory: the tokens before the call, in q's dtype or int8; read, never changed; the caller appends afterwards.
-            None = none.
+        q: (batch, Hq, T, head_dim); the queries are the last T of the S tokens. Any strides, as of k, v and memory;
+            where the last dimension is not contiguous, a copy is made.
+        k: (batch, Hkv, S, head_dim), S >= T, Hq a multiple of Hkv.
+        v: (batch, Hkv, S, v_head_dim); v_head_dim may be another than head_dim.
+        memory: the tokens before the call, in q's dtype or int8, or a snapshot of them; read, never changed; the caller
+            appends afterwards. None = none.
         horizon: how many tokens before the segment (before the query, if sliding) a query sees, >= 0.
         segment_length: tokens of a segment; None = the whole call lies in one segment.
-        segment_offset: how many tokens before the call its first segment began, >= 0 and < `segment_length`.
+        segment_offset: how many tokens before the call its first segment began, >= 0 and < `segment_length`; or
+            (batch,) int64, for each row its own.
         visibility: "segment" or "sliding".
         piece_start: (batch, S) int32, for each token the index in this call of its piece's first token; negative =
             the piece began before the call. It must not decrease along a row.
@@ -174,66 +73,89 @@ def memory_attention(
             recurrence does it. Memory never takes a gradient.
         scale: of the scores; default head_dim ** -0.5.
         alibi_slopes: (Hq,); the scores of a key d tokens back are lowered by slope * d (Press et al., 2022).
-        return_lse: also return the natural log of the sum of exponentials of the scores, without a gradient.
+        sinks: (Hq,) learned logits, with a gradient: each takes part in its head's softmax and has no value, a place
+            for weight to go where nothing suits (Xiao et al., 2024; Miller, 2023).
+        distance_bias: (Hq, n) learned, with a gradient: bias[h, distance_buckets[d]] is added to the score of a key d
+            tokens back (Raffel et al., 2020; Huang et al., 2019). On a CPU it costs about as much as ALiBi; its
+            gradient another pass over the scores.
+        distance_buckets: (D,) int64, for each distance its column of `distance_bias`; distances from D on belong to the
+            last one's.
+        return_lse: also return the natural log of the sum of exponentials of the scores, with a gradient: what merging
+            several attentions needs.
         backend: see `available_backends`; the environment variable DSMR_BACKEND sets the default.
 
     Returns:
-        out (batch, Hq, T, head_dim) in q's dtype, or (out, lse), lse (batch, Hq, T) float32.
+        out (batch, Hq, T, v_head_dim) in q's dtype, or (out, lse), lse (batch, Hq, T) float32.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
+        RuntimeError: in a recomputation (activation checkpointing), if the memory has moved on since.
+
+    Example: attention over two memories, merged.
+
+        a, lse_a = memory_attention(q, k, v, near, horizon=512, return_lse=True)
+        b, lse_b = memory_attention(q, k[:, :, :0], ...)  # or any attention that gives a log-sum-exp
+        out = torch.lerp(a, b, torch.sigmoid(lse_b - lse_a).unsqueeze(-1))
     """
-    _check_query(q)
-    _check_tensor("k", k, q)
-    _check_tensor("v", v, q)
-    batch, _, queries, dim = q.shape
-    if k.dim() != 4 or k.shape[0] != batch or k.shape[3] != dim:
-        raise ValueError(
-            f"k must have shape (batch, kv_heads, S, head_dim) = ({batch}, Hkv, S, {dim}), got {_shape(k)}"
-        )
-    if v.shape != k.shape:
-        raise ValueError(f"v must have the shape of k, {_shape(k)}, got {_shape(v)}")
-    _check_heads(q, k.shape[1])
-    if k.shape[2] < queries:
-        raise ValueError(f"k must hold at least the {queries} tokens of q, got {k.shape[2]}")
-    _check_integer("horizon", horizon, 0)
-    _check_integer("segment_offset", segment_offset, 0)
-    if segment_length is not None:
-        _check_integer("segment_length", segment_length, 1)
-        if segment_offset >= segment_length:
-            raise ValueError(f"segment_offset must be < segment_length = {segment_length}, got {segment_offset}")
+    border.check_query(q)
+    border.check_keys(q, k, v)
+    border.check_integer("horizon", horizon, 0)
+    border.check_segments(segment_length, segment_offset, q)
     if visibility not in VISIBILITIES:
         raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {visibility!r}")
     if memory is not None:
-        if not isinstance(memory, KVMemory):
-            raise TypeError(f"memory must be a KVMemory or None, got {type(memory).__name__}")
-        _check_memory(memory, q, k.shape[1])
+        border.check_memory(memory, q, k.shape[1], v.shape[3])
     if piece_start is not None:
-        _check_piece_start(piece_start, k)
+        border.check_piece_start(piece_start, k)
     if alibi_slopes is not None:
-        _check_alibi(alibi_slopes, q)
+        border.check_alibi(alibi_slopes, q)
+    if sinks is not None:
+        border.check_sinks(sinks, q)
+    if distance_bias is not None:
+        border.check_bias(distance_bias, distance_buckets, q)
 
-    q, scale = _scaled(q, scale)
-    spec = AttentionSpec(
-        horizon=horizon,
-        segment_length=segment_length,
-        segment_offset=segment_offset,
-        visibility=visibility,
-        detach_segments=detach_segments,
-        scale=scale,
-        return_lse=return_lse,
+    q, scale = border.scaled(q, scale)
+    offsets = segment_offset if isinstance(segment_offset, Tensor) else None
+    inputs = Inputs(
+        border.rows(q),
+        border.rows(k),
+        border.rows(v),
+        None if memory is None else _readable(memory),
+        piece_start,
+        alibi_slopes,
+        offsets,
+        None if distance_bias is None else distance_bias.to(torch.promote_types(q.dtype, torch.float32)),
+        None if distance_bias is None else distance_buckets,
+        AttentionSpec(
+            horizon=horizon,
+            segment_length=segment_length,
+            segment_offset=0 if isinstance(segment_offset, Tensor) else segment_offset,
+            visibility=visibility,
+            detach_segments=detach_segments,
+            scale=scale,
+            return_lse=return_lse or sinks is not None,
+        ),
     )
-    out, lse = choose(q, backend).memory_attention(q, k, v, memory, piece_start, alibi_slopes, spec)
+    chosen = choose(q, backend, v_head_dim=v.shape[3], biased=distance_bias is not None)
+    if isinstance(memory, KVMemory) and memory.capacity and not torch.compiler.is_compiling():
+        learning = any(x is not None and x.requires_grad for x in (q, k, v, distance_bias))
+        memory.note_read(recorded=torch.is_grad_enabled() and learning)
+    out, lse = chosen.memory_attention(inputs)
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
 
 
 def decode_attention(
     q: Tensor,
-    memory: KVMemory,
+    memory: KVMemory | MemorySnapshot,
     *,
     visible: Tensor | None = None,
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    distance_bias: Tensor | None = None,
+    distance_buckets: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Attention of 1 to 16 new tokens, already appended to the memory, over the memory; causal among themselves.
@@ -243,40 +165,48 @@ def decode_attention(
         memory: holds these tokens and the ones before, in q's dtype or int8.
         visible: (batch,) int32, how many of the newest slots the last query of each row sees, itself included; query i
             of n sees n - 1 - i fewer, from the same oldest one. Default: `memory.length`.
-        scale, alibi_slopes, backend: as in `memory_attention`.
+        scale, alibi_slopes, sinks, distance_bias, distance_buckets, backend: as in `memory_attention`.
 
     Returns:
-        (batch, Hq, n, head_dim) in q's dtype. Gradients are not defined for it: the memory is detached.
+        (batch, Hq, n, v_head_dim) in q's dtype. Gradients are not defined for it: the memory is detached.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
         RuntimeError: if a gradient is asked for.
     """
-    _check_query(q)
+    border.check_query(q)
     if torch.is_grad_enabled() and q.requires_grad:
         raise RuntimeError("decode_attention gives no gradient, but q requires one: call it under torch.no_grad()")
-    if not isinstance(memory, KVMemory):
+    if not isinstance(memory, (KVMemory, MemorySnapshot)):
         raise TypeError(f"memory must be a KVMemory that holds the new tokens, got {type(memory).__name__}")
-    _check_heads(q, memory.kv_heads)
-    _check_memory(memory, q, memory.kv_heads)
+    border.check_heads(q, memory.kv_heads)
+    border.check_memory(memory, q, memory.kv_heads, None)
     if not 1 <= q.shape[2] <= min(16, memory.capacity):
         raise ValueError(
             f"q must hold 1 to 16 new tokens, no more than the memory's capacity of {memory.capacity}, got {q.shape[2]}"
         )
     if visible is not None:
-        shape = (q.shape[0],)
-        _check_table("visible", visible, q, torch.int32, shape, f"int32 of shape {shape}")
+        expected = (q.shape[0],)
+        border.check_table("visible", visible, q, torch.int32, expected, f"int32 of shape {expected}")
     if alibi_slopes is not None:
-        _check_alibi(alibi_slopes, q)
-    if not torch.compiler.is_compiling() and q.device.type == "cpu":  # elsewhere, looking would make the device wait
+        border.check_alibi(alibi_slopes, q)
+    if sinks is not None:
+        border.check_sinks(sinks, q)
+    if distance_bias is not None:
+        border.check_bias(distance_bias, distance_buckets, q)
+    if border.may_look(q):
         sees = memory.length if visible is None else torch.minimum(visible, memory.length)
         if (few := sees < q.shape[2]).any():
             row = int(few.nonzero()[0])  # its first query would see nothing, not even itself
             raise ValueError(
                 f"each of the {q.shape[2]} new tokens must see itself, but row {row} sees {int(sees[row])}"
             )
-    q, scale = _scaled(q, scale)
-    return choose(q, backend).decode_attention(q, memory, visible, alibi_slopes, scale)
+    q, scale = border.scaled(q, scale)
+    chosen = choose(q, backend, v_head_dim=memory.v_head_dim, biased=distance_bias is not None)
+    bias = None if distance_bias is None else distance_bias.detach()
+    return chosen.decode_attention(
+        border.rows(q), _readable(memory), visible, alibi_slopes, sinks, bias, distance_buckets, scale
+    )
 
 
 def append_rotated(
@@ -296,7 +226,8 @@ def append_rotated(
 
     Args:
         q: (batch, Hq, n, head_dim), the n newest tokens, no more than the memory's capacity; any strides.
-        k, v: (batch, Hkv, n, head_dim), in q's dtype; stored in the memory's.
+        k: (batch, Hkv, n, head_dim), in q's dtype; stored in the memory's.
+        v: (batch, Hkv, n, v_head_dim), likewise.
         memory: written in place.
         cos, sin: (batch, 1, n, head_dim // 2) float32, of the tokens' rotary angles; None = no rotation.
         backend: as in `memory_attention`.
@@ -308,24 +239,25 @@ def append_rotated(
         ValueError, TypeError: naming the argument, what was expected and what came.
         RuntimeError: if a gradient is asked for.
     """
-    _check_query(q)
+    border.check_query(q)
     if not isinstance(memory, KVMemory):
         raise TypeError(f"memory must be a KVMemory, got {type(memory).__name__}")
-    _check_heads(q, memory.kv_heads)
+    border.check_heads(q, memory.kv_heads)
     batch, _, new, dim = q.shape
-    _check_memory(memory, q, memory.kv_heads, any_dtype=True)
-    for name, tensor in (("k", k), ("v", v)):
-        _check_tensor(name, tensor, q)
-        expected = (batch, memory.kv_heads, new, dim)
+    border.check_memory(memory, q, memory.kv_heads, None, any_dtype=True)
+    for name, tensor, width in (("k", k, dim), ("v", v, memory.v_head_dim)):
+        border.check_tensor(name, tensor, q)
+        expected = (batch, memory.kv_heads, new, width)
         if tuple(tensor.shape) != expected:
             raise ValueError(
-                f"{name} must have shape (batch, kv_heads, n, head_dim) = {expected}, got {_shape(tensor)}"
+                f"{name} must have shape (batch, kv_heads, n, head_dim) = {expected}, got {border.shape(tensor)}"
             )
     if not 1 <= new <= memory.capacity:
         raise ValueError(
             f"q must hold at least one new token, no more than the memory's capacity of {memory.capacity}, got {new}"
         )
-    _check_angles(cos, sin, q)
+    border.check_angles(cos, sin, q)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError("append_rotated is for inference: call it under torch.no_grad()")
-    return choose(q, backend).append_rotated(q, k, v, memory, cos, sin)
+    chosen = choose(q, backend, v_head_dim=memory.v_head_dim)
+    return chosen.append_rotated(border.rows(q), border.rows(k), border.rows(v), memory, cos, sin)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsmr_kernels.memory import KVMemory
-from dsmr_kernels.spec import AttentionSpec
+from dsmr_kernels.spec import AttentionSpec, Inputs
 
 
 @dataclass
@@ -40,11 +40,20 @@ class Case:
         """The same of a backend's own `memory_attention`, unchecked; `how` is what that one takes beyond the others."""
         options: dict[str, Any] = {"segment_length": None, "segment_offset": 0, "visibility": "segment"}
         options |= {"detach_segments": True} | self.options
-        tensors = options.pop("piece_start", None), options.pop("alibi_slopes", None)
+        names = ("piece_start", "alibi_slopes", "distance_bias", "distance_buckets")
+        piece_start, alibi, bias, buckets = (options.pop(name, None) for name in names)
+        offsets = options["segment_offset"] if isinstance(options["segment_offset"], Tensor) else None
+        if offsets is not None:
+            options["segment_offset"] = 0
         if options.get("scale") is None:
             options["scale"] = self.q.shape[-1] ** -0.5
         spec = AttentionSpec(**options, return_lse=True)
-        return self.differentiated(lambda q, k, v: memory_attention(q, k, v, self.memory, *tensors, spec, **how))
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
+            inputs = Inputs(q, k, v, self.memory, piece_start, alibi, offsets, bias, buckets, spec)
+            return memory_attention(inputs, **how)
+
+        return self.differentiated(call)
 
 
 def _normal(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:

@@ -1,9 +1,10 @@
 """Which backend serves a call, and why not another.
 
-A backend is a module with `unsupported(q)`, `memory_attention`, `decode_attention` and `append_rotated`. The Triton
-backend is imported only where Triton and something to run it on exist, and serves a GPU unasked once it has agreed
-with the oracle there (`dsmr_kernels.trial`). Its tile sizes are those of its table, unless the environment variable
-DSMR_TUNED names a file of measured ones, which is read when the Triton backend is first chosen.
+A backend is a module with `unsupported(q, v_head_dim, biased)`, `memory_attention`, `decode_attention` and
+`append_rotated`. The Triton backend is imported only where Triton and something to run it on exist, and serves a GPU
+unasked once it has agreed with the oracle there (`dsmr_kernels.trial`). Its tile sizes are those of its table, unless
+the environment variable DSMR_TUNED names a file of measured ones, which is read when the Triton backend is first
+chosen.
 """
 
 import importlib.util
@@ -114,21 +115,24 @@ def _tried_out(device: str) -> bool:
     return _disagreements[device] is None
 
 
-def _unasked(q: Tensor) -> str:
+def _unasked(q: Tensor, v_head_dim: int, biased: bool) -> str:
     # In float32 the Triton kernels compute without matrix units, and a subclass of tensors may have no address.
     suits = q.device.type == GPU and q.dtype.itemsize == 2 and type(q) in (Tensor, torch.nn.Parameter)
-    if suits and _why_no_triton() is None and _module("triton").unsupported(q) is None:
+    if suits and _why_no_triton() is None and _module("triton").unsupported(q, v_head_dim, biased) is None:
         device = str(q.device)
         _settle_tiles(device)  # before the trial: a file that cannot be used is no fault of the kernels
         if _tried_out(device):
             return "triton"
-    return "sdpa" if sdpa.unsupported(q) is None else "reference"  # the definition serves everything
+    return (
+        "sdpa" if sdpa.unsupported(q, v_head_dim, biased) is None else "reference"
+    )  # the definition serves everything
 
 
-def choose(q: Tensor, backend: str | None) -> ModuleType:
+def choose(q: Tensor, backend: str | None, *, v_head_dim: int | None = None, biased: bool = False) -> ModuleType:
     """The backend asked for by argument or by the environment variable `DSMR_BACKEND`, or else the fastest that serves.
 
-    On a GPU, the first call that asks for none has the Triton kernels compile and compute a small example first, except
+    `v_head_dim` is that of the values, if not q's; `biased`, whether a learned bias by distance takes part. On a GPU,
+    the first call that asks for none has the Triton kernels compile and compute a small example first, except
     in the capture of a CUDA graph.
 
     Raises:
@@ -136,14 +140,15 @@ def choose(q: Tensor, backend: str | None) -> ModuleType:
             that cannot be used; the message says why.
     """
     asked = backend or os.environ.get("DSMR_BACKEND") or None
+    v_head_dim = q.shape[3] if v_head_dim is None else v_head_dim
     if asked is None:
-        return _module(_unasked(q))
+        return _module(_unasked(q, v_head_dim, biased))
     if asked not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {asked!r}")
     if asked == "triton" and (reason := _why_no_triton()):
         raise ValueError(f"backend {asked!r} cannot serve: {reason}")
     module = _module(asked)
-    if reason := module.unsupported(q):
+    if reason := module.unsupported(q, v_head_dim, biased):
         raise ValueError(f"backend {asked!r} cannot serve these inputs: {reason}")
     if asked == "triton":
         _settle_tiles(str(q.device))

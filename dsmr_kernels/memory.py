@@ -1,54 +1,93 @@
-"""A layer's memory: the keys and values of the newest tokens of each row's piece, in a ring.
+"""A layer's memory as a value: appended to in place, and never under the eyes of someone who still needs what it held.
 
-Positions are baked into the keys before they are stored, so attention over the memory does not care about order, and
-appending overwrites the oldest slots in place: nothing is rolled, nothing is concatenated. The token that is number t
-of its piece (from 0) lies in slot t % capacity; with `position` tokens seen, the slot of the token j < 0 tokens back is
-therefore (position + j) % capacity, in every backend.
+Whoever needs the present contents later takes a `snapshot`, as a recorded attention call does until its backward has
+run: the memory then copies itself before it next writes, and only then. Everything else happens where the tensors lie,
+the counters included, so that a captured graph may replay an append and goes on where it is.
+
+A recomputation (activation checkpointing) must read what the first computation read. It does if it was given a
+snapshot; a memory that has moved on since says so instead of being read.
 """
 
+import contextlib
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from dsmr_kernels.quantise import dequantise, quantise
+from dsmr_kernels.appending import append, append_operator
+from dsmr_kernels.quantise import quantise
+from dsmr_kernels.ring import COUNTERS, STORAGE, Ring
+
+MOVED = (
+    "a KVMemory is used again inside a backward pass, as activation checkpointing does to recompute, but it has been "
+    "appended to since: give the checkpointed call memory.snapshot(), or let DSMRModel(..., checkpoint_layers=True) do "
+    "the checkpointing"
+)
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread: what is computed now is computed again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@contextlib.contextmanager
+def _ordinary() -> Iterator[None]:
+    """Tensors made inside are ordinary ones, that may be written to anywhere, whatever the mode outside."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Lease:
-    """Held by a recorded attention call until its backward has run: the memory's contents are still needed."""
+    """Held by whoever needs a memory's present contents: while it lives, the memory copies before it writes."""
 
     __slots__ = ("__weakref__",)
 
 
-def ring_slices(position: int, capacity: int, first: int, count: int) -> list[tuple[int, int]]:
-    """The slots of the `count` tokens from index `first` < 0 on, oldest first, as at most two (start, stop) ranges."""
-    if count == 0:
-        return []
-    start = (position + first) % capacity
-    stop = start + count
-    return [(start, stop)] if stop <= capacity else [(start, capacity), (0, stop - capacity)]
+class MemorySnapshot(Ring):
+    """A memory as it was: it keeps showing that for as long as it lives, whatever becomes of the memory.
 
-
-@dataclass(eq=False, repr=False)
-class KVMemory:
-    """Ring of detached keys and values, one row of the batch independent of the other.
-
-    Attributes:
-        k, v: (batch, kv_heads, capacity, head_dim), storage in ring order.
-        length: (batch,) int32, tokens held, <= capacity, all of the row's current piece.
-        position: (batch,) int64, tokens of the current piece seen so far.
-        k_scale, v_scale: (batch, kv_heads, capacity) float32 where k and v are int8 (see `dsmr_kernels.quantise`), else
-            None.
+    Made by `KVMemory.snapshot`; attention takes it in a memory's place. It cannot be appended to: `appended` makes a
+    memory of it that holds more.
     """
 
-    k: Tensor
-    v: Tensor
-    length: Tensor
-    position: Tensor
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
-    _leases: "weakref.WeakSet[Lease]" = field(default_factory=weakref.WeakSet, init=False, repr=False)
+    _lease: Lease | None = None
+
+    def snapshot(self) -> "MemorySnapshot":
+        """Itself: it does not change."""
+        return self
+
+    def appended(self, k: Tensor, v: Tensor, piece_start: Tensor | None = None) -> "KVMemory":
+        """A new memory that holds this and the new tokens; arguments as of `KVMemory.append`."""
+        memory = _copied(self)
+        memory.append(k, v, piece_start)
+        return memory
+
+
+class KVMemory(Ring):
+    """Ring of detached keys and values, one row of the batch independent of the other. Attributes as of `Ring`.
+
+    Example: a step of training under activation checkpointing.
+
+        past = memory.snapshot()
+        y, k, v = checkpoint(layer.attend, x, past, place, use_reentrant=False)
+        memory.append(k, v)  # `past` stays what it was, also when the backward computes `attend` once more
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        length: Tensor,
+        position: Tensor,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        seen: int | Tensor = 0,
+    ) -> None:
+        super().__init__(k, v, length, position, k_scale, v_scale, seen)
+        self._lease: weakref.ref[Lease] | None = None  # on the present contents
+        self._older: tuple[weakref.ref[Lease], ...] = ()  # on contents that were left to their holders
+        self._unrecorded_reads = 0  # by attention without gradients, of the present contents
 
     @classmethod
     def empty(
@@ -58,234 +97,243 @@ class KVMemory:
         capacity: int,
         head_dim: int,
         *,
+        v_head_dim: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "KVMemory":
         """A memory that holds nothing yet; `capacity` 0 is legal and stays empty.
 
         Args:
+            v_head_dim: of the values; default: head_dim.
             dtype: of the keys and values: a floating one, or int8 for about half the bytes of bfloat16.
 
         Raises:
             ValueError: if `batch` or `capacity` is negative, or `kv_heads` or `head_dim` is not positive.
         """
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
         for name, value, least in (
             ("batch", batch, 0),
             ("kv_heads", kv_heads, 1),
             ("capacity", capacity, 0),
             ("head_dim", head_dim, 1),
+            ("v_head_dim", v_head_dim, 1),
         ):
-            if not isinstance(value, int) or value < least:
+            if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        # Zeros, not uninitialised: a slot that is not held is multiplied by a weight of 0, and 0 * NaN is NaN.
-        shape = (batch, kv_heads, capacity, head_dim)
+        if torch.is_inference_mode_enabled():
+            with _ordinary():
+                return cls.empty(batch, kv_heads, capacity, head_dim, v_head_dim=v_head_dim, dtype=dtype, device=device)
+        shape = (batch, kv_heads, capacity)
         return cls(
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros((*shape, head_dim), dtype=dtype, device=device),
+            torch.zeros((*shape, v_head_dim), dtype=dtype, device=device),
             torch.zeros(batch, dtype=torch.int32, device=device),
             torch.zeros(batch, dtype=torch.int64, device=device),
-            *(torch.zeros(shape[:3], device=device, dtype=torch.float32) for _ in range(2 * (dtype == torch.int8))),
+            *(torch.zeros(shape, device=device, dtype=torch.float32) for _ in range(2 * (dtype == torch.int8))),
         )
 
-    def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in ("batch", "kv_heads", "capacity", "head_dim"))
-        return f"KVMemory({sizes}, {dtype} on {self.k.device})"
+    def __copy__(self) -> "KVMemory":
+        return self.clone()  # two memories over one storage would overwrite each other's slots
+
+    # --- who still needs what it holds --------------------------------------------------------------------------------
 
     @property
-    def batch(self) -> int:
-        return self.k.shape[0]
-
-    @property
-    def kv_heads(self) -> int:
-        return self.k.shape[1]
-
-    @property
-    def capacity(self) -> int:
-        return self.k.shape[2]
-
-    @property
-    def head_dim(self) -> int:
-        return self.k.shape[3]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.k.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of `k` and `v` and their scales, which is what the schedule's budget counts."""
-        return sum(x.nbytes for x in self._storage())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that there is of it, by attribute: `KVMemory(**memory.tensors())` has the same storage."""
-        names = ("k", "v", "length", "position", "k_scale", "v_scale")
-        return {name: x for name in names if (x := getattr(self, name)) is not None}
-
-    def _storage(self) -> list[Tensor]:
-        """What has an entry a slot: along dimension 2."""
-        return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]
+    def leased(self) -> bool:
+        """Whether someone needs the present contents."""
+        return self._lease is not None and self._lease() is not None
 
     def lease(self) -> Lease:
-        """Ask that the present contents outlive the next `append`: as long as the lease lives, it copies before it
+        """Ask that the present contents outlive the next append: as long as the lease lives, it copies before it
         writes."""
-        lease = Lease()
-        self._leases.add(lease)
+        lease = self._lease() if self._lease is not None else None
+        if lease is None:
+            lease = Lease()
+            self._lease = weakref.ref(lease)
         return lease
 
+    def snapshot(self) -> MemorySnapshot:
+        """An immutable view of the present contents, true for as long as it lives. Nothing is copied now; the memory
+        copies itself before it next writes, if the snapshot is still there."""
+        seen = self.seen.clone() if isinstance(self.seen, Tensor) else self.seen
+        view = MemorySnapshot(**self.tensors(), seen=seen)
+        view._lease = self.lease()
+        return view
+
     def unshare(self) -> None:
-        """Make everything this memory's own to write to: what a pending backward still needs is left to it."""
-        if len(self._leases):
-            self._copy_storage()
-            self.length, self.position = self.length.clone(), self.position.clone()
+        """Make everything this memory's own to write to: what somebody still needs is left to them."""
+        if self.leased:
+            assert self._lease is not None
+            self._older = (*(old for old in self._older if old() is not None), self._lease)
+            self._own_copies()
+        self._unrecorded_reads = 0
 
-    def _copy_storage(self) -> None:
-        self.k, self.v, self._leases = self.k.clone(), self.v.clone(), weakref.WeakSet()
-        if self.k_scale is not None and self.v_scale is not None:
-            self.k_scale, self.v_scale = self.k_scale.clone(), self.v_scale.clone()
+    def _own_copies(self) -> None:
+        copy = _copied(self)
+        for name in (*STORAGE, *COUNTERS):
+            setattr(self, name, getattr(copy, name))
+        self._lease = None
 
-    @torch.no_grad()
-    def append(self, k: Tensor, v: Tensor, piece_start: Tensor | None = None) -> None:
+    def note_read(self, recorded: bool) -> None:
+        """Attention is about to read the present contents, with a gradient `recorded` or without.
+
+        Raises:
+            RuntimeError: if this is a recomputation, and the first computation read something else: there is no read
+                of the present contents that this one could repeat, or there are older ones that it might.
+        """
+        if not in_backward():
+            self._unrecorded_reads += not recorded
+        elif any(old() is not None for old in self._older) or not (self.leased or self._unrecorded_reads):
+            raise RuntimeError(MOVED)
+        elif not self.leased:
+            self._unrecorded_reads -= 1
+
+    # --- what it is for -----------------------------------------------------------------------------------------------
+
+    def append(self, k: Tensor, v: Tensor, piece_start: Tensor | None = None, *, counts: Tensor | None = None) -> None:
         """Store the newest tokens, in place, detached; the oldest give way.
 
-        A recorded attention call that has not run its backward yet keeps the old contents: only then are `k` and `v`
-        copied before they are written.
+        Where somebody still needs the old contents (a snapshot, or a recorded attention call that has not run its
+        backward yet), they keep them: only then is the memory copied before it is written.
 
         Args:
-            k, v: (batch, kv_heads, S, head_dim), any S; in the memory's dtype, or in any floating one for int8.
+            k: (batch, kv_heads, S, head_dim), any S; in the memory's dtype, or in any floating one for int8.
+            v: (batch, kv_heads, S, v_head_dim), likewise.
             piece_start: (batch, S) as in `memory_attention`. A row whose last token began its piece in this call
                 forgets everything older than that piece.
+            counts: (batch,) int64, how many of the S tokens each row takes, the first ones; default: all.
 
         Raises:
             ValueError: if the shapes do not fit the memory.
             TypeError: if the dtypes do not.
+            RuntimeError: inside a backward pass, where a recomputation would append a second time.
         """
-        expected = (self.batch, self.kv_heads, k.shape[2] if k.dim() == 4 else -1, self.head_dim)
-        for name, tensor in (("k", k), ("v", v)):
-            if tuple(tensor.shape) != expected:
+        self._check_new(k, v, piece_start, counts)
+        tokens = k.shape[2]
+        if tokens == 0:
+            return
+        if torch.compiler.is_compiling():
+            if torch.is_grad_enabled():  # the graph's backward may need what is there, and nothing tells
+                self._own_copies()
+            store: Callable[..., None] = append_operator
+        else:
+            if in_backward():
+                raise RuntimeError(MOVED)
+            self.unshare()
+            store = append
+        with torch.no_grad():
+            scales = (self.k_scale, self.v_scale)
+            store(self.k, self.v, *scales, self.length, self.position, k.detach(), v.detach(), piece_start, counts)
+        self.seen = self.seen + (tokens if counts is None else counts)
+
+    def _check_new(self, k: Tensor, v: Tensor, piece_start: Tensor | None, counts: Tensor | None) -> None:
+        tokens = k.shape[2] if k.dim() == 4 else -1
+        for name, tensor, dim in (("k", k, self.head_dim), ("v", v, self.v_head_dim)):
+            if tuple(tensor.shape) != (self.batch, self.kv_heads, tokens, dim):
                 raise ValueError(
                     f"{name} must have shape (batch, kv_heads, S, head_dim) = ({self.batch}, {self.kv_heads}, S, "
-                    f"{self.head_dim}), S the same for k and v, to fit this memory; got {tuple(tensor.shape)}"
+                    f"{dim}), S the same for k and v, to fit this memory; got {tuple(tensor.shape)}"
                 )
             if self.k_scale is not None:
                 if not tensor.dtype.is_floating_point:
                     raise TypeError(f"{name} must be of a floating dtype, to be stored in int8, got {tensor.dtype}")
             elif tensor.dtype != self.k.dtype:
                 raise TypeError(f"{name} must have the memory's dtype {self.k.dtype}, got {tensor.dtype}")
-        tokens = k.shape[2]
         if piece_start is not None and tuple(piece_start.shape) != (self.batch, tokens):
             raise ValueError(
                 f"piece_start must have shape (batch, S) = ({self.batch}, {tokens}), got {tuple(piece_start.shape)}"
             )
-        if tokens == 0:
+        if counts is None:
             return
-        if piece_start is None:
-            self.position = self.position + tokens
-            held = self.length + tokens
-        else:
-            start = piece_start[:, -1].to(torch.int64)
-            fresh = start >= 0
-            self.position = torch.where(fresh, tokens - start, self.position + tokens)
-            held = torch.where(fresh, tokens - start, self.length + tokens)
-        self.length = held.clamp(max=self.capacity).to(torch.int32)
-        kept = min(tokens, self.capacity)
-        if kept == 0:
-            return
-        newest = [x[:, :, tokens - kept :].detach() for x in (k, v)]
-        if self.k_scale is not None:
-            (key, key_scale), (value, value_scale) = (quantise(x) for x in newest)
-            newest = [key, value, key_scale, value_scale]
-        self._write(newest)
-
-    def _write(self, newest: list[Tensor]) -> None:
-        """Write the newest tokens up to `position` into their slots, in order of `_storage`. Tokens of an earlier piece
-        land in slots that are not held, which does no harm and needs no mask."""
-        kept = newest[0].shape[2]
-        compiling = torch.compiler.is_compiling()
-        if compiling or len(self._leases):
-            self._copy_storage()
-        if compiling or self.k.device.type != "cpu":
-            slots = (self.position[:, None] + torch.arange(-kept, 0, device=self.k.device)).remainder(self.capacity)
-            for storage, new in zip(self._storage(), newest, strict=True):
-                storage.scatter_(2, _index(slots, new), new)
-            return
-        positions = self.position.tolist()
-        uniform = len(set(positions)) == 1
-        for row, position in enumerate(positions[:1] if uniform else positions):
-            rows = slice(None) if uniform else slice(row, row + 1)
-            done = 0
-            for start, stop in ring_slices(position, self.capacity, -kept, kept):
-                source = slice(done, done + stop - start)
-                for storage, new in zip(self._storage(), newest, strict=True):
-                    storage[rows, :, start:stop] = new[rows, :, source]
-                done += stop - start
+        if counts.dtype != torch.int64 or tuple(counts.shape) != (self.batch,):
+            raise ValueError(
+                f"counts must be int64 of shape (batch,) = ({self.batch},), got {counts.dtype} of shape "
+                f"{tuple(counts.shape)}"
+            )
+        known = not torch.compiler.is_compiling() and counts.device.type == "cpu"  # elsewhere, looking makes it wait
+        if known and bool(((counts < 0) | (counts > tokens)).any()):
+            raise ValueError(f"counts must lie between 0 and the {tokens} tokens of the call, got {counts.tolist()}")
 
     def reset(self, rows: Tensor | None = None) -> None:
-        """Forget: all rows, or those where the boolean mask `rows` (batch,) is true. A reset row is a fresh row.
+        """Forget: all rows, or those where the boolean mask `rows` (batch,) is true. A reset row is a fresh row,
+        whatever it held; segments go on in step with the other rows', unless all are reset.
 
         Raises:
             ValueError: if `rows` is not a boolean mask of shape (batch,).
         """
-        if rows is None:
-            self.length = torch.zeros_like(self.length)
-            self.position = torch.zeros_like(self.position)
-            return
-        if rows.dtype != torch.bool or tuple(rows.shape) != (self.batch,):
+        if rows is not None and (rows.dtype != torch.bool or tuple(rows.shape) != (self.batch,)):
             raise ValueError(
                 f"rows must be a boolean mask of shape ({self.batch},), got {rows.dtype} of shape {tuple(rows.shape)}"
             )
-        self.length = self.length.masked_fill(rows.to(self.length.device), 0)
-        self.position = self.position.masked_fill(rows.to(self.position.device), 0)
+        if not torch.compiler.is_compiling():
+            self.unshare()
+        elif torch.is_grad_enabled():
+            self._own_copies()
+        with torch.no_grad():
+            for counter in (self.length, self.position):
+                counter.zero_() if rows is None else counter.masked_fill_(rows.to(counter.device), 0)
+        if rows is None:
+            self.seen = 0
 
-    def ordered(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Oldest-first copies, right-aligned, and the mask of what is held.
+    def crop(self, count: int | Tensor) -> None:
+        """Take back the newest `count` tokens, in every row or (batch,) int64 of each: they are as never appended, save
+        that what they pushed out is gone.
 
-        Returns:
-            k, v: (batch, kv_heads, capacity, head_dim); the last entry is the newest token. In float32 where the memory
-                is int8.
-            mask: (batch, capacity), true where a token is held.
+        Raises:
+            ValueError: if `count` is negative, or a row does not hold as many.
         """
-        back = torch.arange(-self.capacity, 0, device=self.k.device)
-        mask = back >= -self.length[:, None]
-        k, v = self.values(torch.float32 if self.k_scale is not None else self.k.dtype)
-        if self.capacity == 0:
-            return k.clone(), v.clone(), mask
-        slots = (self.position[:, None] + back).remainder(self.capacity)
-        return k.gather(2, _index(slots, k)), v.gather(2, _index(slots, v)), mask
+        known = not torch.compiler.is_compiling() and self.length.device.type == "cpu"
+        if known and bool(((self.length < count) | (torch.as_tensor(count) < 0)).any()):
+            raise ValueError(
+                f"count must lie between 0 and the tokens that each row holds, {self.length.tolist()}, got "
+                f"{count.tolist() if isinstance(count, Tensor) else count}"
+            )
+        self.unshare()
+        with torch.no_grad():
+            self.length.sub_(count)
+            self.position.sub_(count)
+        self.seen = self.seen - count
 
-    def values(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """k and v in ring order and in a floating dtype: the storage itself where that is what it holds."""
-        if self.k_scale is None or self.v_scale is None:
-            return self.k.to(dtype), self.v.to(dtype)
-        return dequantise(self.k, self.k_scale, dtype), dequantise(self.v, self.v_scale, dtype)
-
-    def as_stored(self, x: Tensor) -> Tensor:
-        """What a new key or value x (batch, kv_heads, S, head_dim) will be when it is read back from this memory, in
-        x's dtype if the memory is int8. Gradients pass as if nothing were rounded."""
-        if self.k_scale is None:
-            return x.to(self.k.dtype)
-        return x + (dequantise(*quantise(x), x.dtype) - x).detach()
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "KVMemory":
-        """The same memory on another device or in another dtype: a copy, or the memory itself if nothing changes."""
-        if dtype in (None, self.k.dtype):
-            storage = [x.to(device=device) for x in self._storage()]
-        elif dtype == torch.int8:
-            (k, k_scale), (v, v_scale) = (quantise(x.to(device=device)) for x in (self.k, self.v))
-            storage = [k, v, k_scale, v_scale]
-        else:
-            storage = [x.to(device=device) for x in self.values(dtype)]
-        if storage[0] is self.k:  # two memories over one storage would overwrite each other's slots
-            return self
-        counters = (x.to(device=device, copy=True) for x in (self.length, self.position))
-        return KVMemory(*storage[:2], *counters, *storage[2:])
+    # --- copies -------------------------------------------------------------------------------------------------------
 
     def clone(self) -> "KVMemory":
         """An independent copy."""
-        return KVMemory(**{name: x.clone() for name, x in self.tensors().items()})
+        return _copied(self)
+
+    def select(self, rows: Tensor | Sequence[int]) -> "KVMemory":
+        """A new memory of these rows, by index, in this order; an index may come several times."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.k.device)
+        return self._rearranged(lambda x: x.index_select(0, index))
+
+    def repeat(self, count: int) -> "KVMemory":
+        """A new memory with each row `count` times, side by side: to try several continuations of each."""
+        return self._rearranged(lambda x: x.repeat_interleave(count, 0))
+
+    def _rearranged(self, how: Callable[[Tensor], Tensor]) -> "KVMemory":
+        with _ordinary():
+            seen = how(self.seen) if isinstance(self.seen, Tensor) else self.seen
+            return KVMemory(**{name: how(x) for name, x in self.tensors().items()}, seen=seen)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "KVMemory":
+        """The same memory on another device or in another dtype: a copy, or the memory itself if nothing changes."""
+        with _ordinary():
+            if dtype in (None, self.k.dtype):
+                storage = [x.to(device=device) for x in self.storage()]
+            elif dtype == torch.int8:
+                (k, k_scale), (v, v_scale) = (quantise(x.to(device=device)) for x in (self.k, self.v))
+                storage = [k, v, k_scale, v_scale]
+            else:
+                storage = [x.to(device=device) for x in self.values(dtype)]
+            if storage[0] is self.k:  # two memories over one storage would overwrite each other's slots
+                return self
+            counters = [x.to(device=device, copy=True) for x in (self.length, self.position)]
+            seen = self.seen.to(device=device, copy=True) if isinstance(self.seen, Tensor) else self.seen
+            return KVMemory(storage[0], storage[1], *counters, *storage[2:], seen=seen)  # type: ignore[misc]
 
 
-def _index(slots: Tensor, like: Tensor) -> Tensor:
-    """Slots (batch, S) as an index along dimension 2 of something shaped like `like`."""
-    slots = slots[:, None, :, None] if like.dim() == 4 else slots[:, None, :]
-    return slots.expand(*like.shape[:2], -1, *like.shape[3:])
+def _copied(ring: Ring) -> KVMemory:
+    """A memory of its own with the same contents; slots that are not held come along as they are."""
+    seen = ring.seen.clone() if isinstance(ring.seen, Tensor) else ring.seen
+    if torch.compiler.is_compiling():
+        return KVMemory(**{name: x.clone() for name, x in ring.tensors().items()}, seen=seen)
+    with _ordinary():
+        return KVMemory(**{name: x.clone() for name, x in ring.tensors().items()}, seen=seen)

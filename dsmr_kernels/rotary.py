@@ -20,10 +20,6 @@ def append_rotated(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory, cos: Tenso
     """`dsmr_kernels.append_rotated` in PyTorch, for every device and dtype; arguments are taken as checked."""
     if cos is not None and sin is not None:
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    memory.unshare()
-    length, position = memory.length, memory.position
     stored = q.dtype if memory.dtype == torch.int8 else memory.dtype
     memory.append(k.to(stored), v.to(stored))
-    # A captured graph finds the counters where they were: `append` puts new tensors in their place.
-    memory.length, memory.position = length.copy_(memory.length), position.copy_(memory.position)
     return q.to(stored)

@@ -37,7 +37,7 @@ def _compare(device: torch.device) -> None:
         queries=150, capacity=CAPACITY, seen=[1500, 70], horizon=CAPACITY, segment_length=64, head_dim=HEAD_DIM,
         dtype=torch.bfloat16,
     ).to(device=device)  # fmt: skip
-    if reason := triton.unsupported(case.q):
+    if reason := triton.unsupported(case.q, case.q.shape[3], False):
         raise ValueError(f"backend 'triton' cannot serve these inputs: {reason}")
     exact = case.to(torch.float64).computed_by(reference.memory_attention)
     plain = case.computed_by(reference.memory_attention, work=case.q.dtype)
@@ -54,8 +54,8 @@ def _compare(device: torch.device) -> None:
         if not (stored and torch.equal(turned, told)):
             raise AssertionError("append_rotated does not store what PyTorch computes")
         held = KVMemory(memory.k.double(), memory.v.double(), memory.length, memory.position)
-        decoded = reference.decode_attention(turned.double(), held, None, None, scale)
-        found = error(triton.decode_attention(turned, memory, None, None, scale), decoded)
+        decoded = reference.decode_attention(turned.double(), held, None, None, None, None, None, scale)
+        found = error(triton.decode_attention(turned, memory, None, None, None, None, None, scale), decoded)
     allowed = 4 * torch.finfo(torch.bfloat16).eps * float(decoded.abs().max())
     if not found <= allowed:
         raise AssertionError(f"decode_attention errs by {found:.3g}, allowed {allowed:.3g}")

@@ -21,10 +21,11 @@ Visibility = Literal["segment", "sliding"]
 VISIBILITIES: tuple[str, ...] = ("segment", "sliding")
 
 
-def segment_of(tokens: Tensor, segment_length: int | None, segment_offset: int) -> Tensor:
-    """Number of the segment of each token index in `tokens`; 0 is the segment that the call begins in."""
+def segment_of(tokens: Tensor, segment_length: int | None, segment_offset: int | Tensor) -> Tensor:
+    """Number of the segment of each token index in `tokens`; 0 is the segment that the call begins in. With a
+    `segment_offset` (B, 1) for each row: (B, T)."""
     if segment_length is None:
-        return torch.zeros_like(tokens)
+        return torch.zeros_like(tokens + segment_offset)
     return torch.div(tokens + segment_offset, segment_length, rounding_mode="floor")
 
 
@@ -33,7 +34,7 @@ def lowest_visible(
     *,
     horizon: int,
     segment_length: int | None,
-    segment_offset: int,
+    segment_offset: int | Tensor,
     visibility: str,
     piece_start: Tensor | None = None,
 ) -> Tensor:
@@ -41,6 +42,7 @@ def lowest_visible(
 
     Args:
         tokens: (T,) int64, token indices p in the call.
+        segment_offset: of all rows, or (B, 1) int64 of each.
         piece_start: (B, T), for these tokens; negative = the piece began before the call.
 
     Returns:
@@ -51,7 +53,7 @@ def lowest_visible(
     else:
         segment = segment_of(tokens, segment_length, segment_offset)
         low = segment * (segment_length or 0) - segment_offset - horizon
-    low = low.unsqueeze(0)
+    low = low if low.dim() == 2 else low.unsqueeze(0)
     if piece_start is not None:
         start = piece_start.to(torch.int64)
         low = torch.where(start >= 0, torch.maximum(low, start), low)

@@ -105,7 +105,7 @@ def corners(case: Case) -> dict[str, tuple[slice, slice, slice]]:
 
 class Oracle:
     """What the results of a case must be: by the float64 reference, at two corners of the call, since rows and heads do
-    not depend on each other; and how far they may lie from it, by the rule of `dsmr_kernels.testing`.
+    not depend on each other; and how far they may lie from it, by the rule of `dsmr_kernels.tolerance`.
 
     Args:
         tokens: look at the first ones only; right if later ones change nothing for these, not even gradients.

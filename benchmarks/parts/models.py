@@ -214,8 +214,8 @@ class Training:
 
 class ReferenceStep:
     """Loss and gradients of our model with a schedule, by the reference backend in float64, and how far another way of
-    computing them may lie from these: the rule of `dsmr_kernels.testing`, with the reference backend in the model's own
-    precision as what plain PyTorch makes."""
+    computing them may lie from these: the rule of `dsmr_kernels.tolerance`, with the reference backend in the model's
+    own precision as what plain PyTorch makes."""
 
     def __init__(self, sizes: Sizes, schedule: str) -> None:
         def made(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dsmr_kernels.cases import Case, random_case
-from dsmr_kernels.dispatch import choose
-from dsmr_kernels.tolerance import error
 from torch import Tensor
 
 from dsmr.console.devices import autocast
@@ -31,8 +28,11 @@ from dsmr.model.state import DSMRState
 from dsmr.model.transformer import DSMRModel
 from dsmr.profiling.job import Job, Sizes
 from dsmr.profiling.record import Parts, Recorder
+from dsmr_kernels.cases import Case, random_case
 from dsmr_kernels.costing.timing import Timing, seconds_of, synchronize
+from dsmr_kernels.dispatch import choose
 from dsmr_kernels.testing import assert_agrees_with_oracle
+from dsmr_kernels.tolerance import error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def check_attention(sizes: Sizes, schedule: MemorySchedule) -> int:
-    """Hold every kind of layer of the model, cut small, against the oracle by the rule of `dsmr_kernels.testing`.
+    """Hold every kind of layer of the model, cut small, against the oracle by the rule of `dsmr_kernels.tolerance`.
 
     Returns the number of cases; `AssertionError` with the figures if one is outside the tolerance.
     """

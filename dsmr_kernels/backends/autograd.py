@@ -6,33 +6,13 @@ Eager calls go through the node alone, which saves the operators' dispatch; a gr
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsmr_kernels.memory import KVMemory
-from dsmr_kernels.spec import AttentionSpec
-
-
-class Inputs(NamedTuple):
-    """The arguments of one call, checked and completed.
-
-    `recorded`: a backward may follow, which wants the log-sum-exp whether the caller does or not.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    memory: KVMemory | None
-    piece_start: Tensor | None
-    alibi: Tensor | None
-    spec: AttentionSpec
-    recorded: bool = False
-
-    @property
-    def wants_lse(self) -> bool:
-        return self.recorded or self.spec.return_lse
+from dsmr_kernels.memory import MOVED, KVMemory, MemorySnapshot, in_backward
+from dsmr_kernels.spec import AttentionSpec, Gradients, Inputs, Needs
 
 
 @dataclass(frozen=True)
@@ -43,13 +23,14 @@ class Method:
         name: of the backend, for errors and operators.
         forward: Inputs -> (out, lse, plan); lse (B, Hq, T) float32, or None if neither the call nor the backward asks
             for it; plan is whatever the backward would otherwise work out again.
-        backward: (Inputs, plan or None, out and lse or None, gradient) -> (dq, dk, dv).
+        backward: (Inputs, plan or None, out and lse or None, gradient of out, gradient of lse or None, what is needed)
+            -> Gradients.
         keeps_result: whether the backward wants out and lse; they are then kept.
     """
 
     name: str
     forward: Callable[[Inputs], tuple[Tensor, Tensor | None, Any]]
-    backward: Callable[[Inputs, Any, tuple[Tensor, Tensor] | None, Tensor], tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[[Inputs, Any, tuple[Tensor, Tensor] | None, Tensor, Tensor | None, Needs], Gradients]
     keeps_result: Callable[[Inputs], bool]
 
 
@@ -73,9 +54,9 @@ class _Once(torch.autograd.Function):
     """Passes gradients through, and lets a second differentiation fail with a sentence."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, dq: Tensor, dk: Tensor, dv: Tensor, *sources: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, name: str, count: int, *grads_and_sources: Tensor) -> tuple[Tensor, ...]:
         ctx.name = name
-        return dq.view_as(dq), dk.view_as(dk), dv.view_as(dv)
+        return tuple(grad.view_as(grad) for grad in grads_and_sources[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -85,42 +66,66 @@ class _Once(torch.autograd.Function):
         )
 
 
-class _Node(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, method: Method, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
-    ) -> tuple[Tensor, Tensor | None]:
-        out, lse, plan = _forward(method, inputs)
-        if method.keeps_result(inputs):
-            ctx.save_for_backward(q, k, v, out, lse)
-        else:
-            ctx.save_for_backward(q, k, v)
-        memory = inputs.memory
-        if memory is not None:  # as it is now: `append` puts new tensors in the place of length and position
-            ctx.lease, ctx.version = memory.lease(), memory.k._version
-            memory = KVMemory(memory.k, memory.v, memory.length, memory.position)
-        ctx.rest = (memory, inputs.piece_start, inputs.alibi, inputs.spec)
-        ctx.method, ctx.plan = method, plan
-        if lse is not None:
-            ctx.mark_non_differentiable(lse)
-        return out, lse
+class _Memory:
+    """The memory that a recorded call has read, as it was, and the promise that nobody has written to it since."""
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
-        q, k, v, *result = ctx.saved_tensors
-        memory = ctx.rest[0]
-        if memory is not None and memory.k._version != ctx.version:
+    def __init__(self, memory: KVMemory | MemorySnapshot) -> None:
+        self.view = memory.snapshot()
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [x._version for x in self.view.tensors().values()]
+
+    def unchanged(self) -> MemorySnapshot:
+        if self._versions() != self.versions:
             raise RuntimeError(
                 "the memory of a memory_attention call was written to in place before the call's backward ran; "
                 "append through KVMemory.append, which keeps what a backward still needs"
             )
-        inputs = Inputs(q, k, v, *ctx.rest)
+        return self.view
+
+
+class _Node(torch.autograd.Function):
+    """The node of a recorded call. `inputs` holds what takes no gradient; `kept` carries the plan to the backward."""
+
+    @staticmethod
+    def forward(
+        method: Method, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, inputs: Inputs, kept: list[Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        out, lse, plan = _forward(method, inputs._replace(q=q, k=k, v=v, bias=bias))
+        kept.append(plan)
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        method, q, k, v, bias, rest, kept = inputs
+        ctx.set_materialize_grads(False)
+        ctx.result = method.keeps_result(rest)
+        ctx.save_for_backward(q, k, v, bias, *(output if ctx.result else ()))
+        ctx.memory = None if rest.memory is None else _Memory(rest.memory)
+        ctx.rest = rest._replace(q=None, k=None, v=None, bias=None, memory=None)
+        ctx.method, ctx.kept = method, kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
+        q, k, v, bias, *result = ctx.saved_tensors
+        memory = None if ctx.memory is None else ctx.memory.unchanged()
+        needs = Needs(*ctx.needs_input_grad[1:5])
+        inputs = ctx.rest._replace(q=q, k=k, v=v, bias=bias, memory=memory)
+        if grad is None:
+            if grad_lse is None:
+                return (None,) * 7
+            grad = q.new_zeros((*q.shape[:3], v.shape[3]))
+        plan = ctx.kept[0] if ctx.kept else None
         with _plainly(q.device.type):
-            grads = ctx.method.backward(inputs, ctx.plan, tuple(result) or None, grad)
-        ctx.lease = None  # the memory may be overwritten from here on
+            grads = ctx.method.backward(inputs, plan, tuple(result) if ctx.result else None, grad, grad_lse, needs)
+        ctx.memory = None  # it may be overwritten from here on
         if torch.is_grad_enabled():
-            grads = _Once.apply(ctx.method.name, *grads, q, k, v, grad)
-        return None, *grads, None
+            given = [x for x in grads if x is not None]
+            sources = [x for x in (q, k, v, bias, grad, grad_lse) if x is not None]
+            once = iter(_Once.apply(ctx.method.name, len(given), *given, *sources))
+            grads = Gradients(*(None if x is None else next(once) for x in grads))
+        return None, *grads, None, None
 
 
 def _forward(method: Method, inputs: Inputs) -> tuple[Tensor, Tensor | None, Any]:
@@ -129,18 +134,31 @@ def _forward(method: Method, inputs: Inputs) -> tuple[Tensor, Tensor | None, Any
 
 
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? memory_k, Tensor? memory_v, Tensor? length, Tensor? position, "
-    "Tensor? piece_start, Tensor? alibi, SymInt horizon, SymInt segment_length, SymInt segment_offset, str visibility, "
-    "bool detach_segments, float scale"
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? memory_k, Tensor? memory_v, Tensor? length, Tensor? position, "
+    "Tensor? k_scale, Tensor? v_scale, Tensor? piece_start, Tensor? alibi, Tensor? offsets, Tensor? buckets, "
+    "SymInt horizon, SymInt segment_length, SymInt segment_offset, str visibility, bool detach_segments, float scale, "
+    "bool live"
 )
+_TENSORS, _SCALARS = 14, 7
+
+
+def _pack(inputs: Inputs) -> tuple[Any, ...]:
+    memory, spec = inputs.memory, inputs.spec
+    names = ("k", "v", "length", "position", "k_scale", "v_scale")
+    ring = (None,) * 6 if memory is None else tuple(getattr(memory, name) for name in names)
+    scalars = (spec.horizon, spec.segment_length or 0, spec.segment_offset, spec.visibility)
+    tensors = (inputs.piece_start, inputs.alibi, inputs.offsets, inputs.buckets)
+    live = isinstance(memory, KVMemory)
+    return inputs.q, inputs.k, inputs.v, inputs.bias, *ring, *tensors, *scalars, spec.detach_segments, spec.scale, live
 
 
 def _unpack(arguments: tuple[Any, ...]) -> Inputs:
-    q, k, v, memory_k, memory_v, length, position, piece_start, alibi, *scalars = arguments
-    horizon, segment_length, segment_offset, visibility, detach, scale = scalars
-    memory = None if memory_k is None else KVMemory(memory_k, memory_v, length, position)
+    q, k, v, bias, *ring = arguments[:10]
+    piece_start, alibi, offsets, buckets = arguments[10:_TENSORS]
+    horizon, segment_length, segment_offset, visibility, detach, scale, _ = arguments[_TENSORS:]
+    memory = None if ring[0] is None else MemorySnapshot(*ring)
     spec = AttentionSpec(horizon, segment_length or None, segment_offset, visibility, detach, scale, True)
-    return Inputs(q, k, v, memory, piece_start, alibi, spec)
+    return Inputs(q, k, v, memory, piece_start, alibi, offsets, bias, buckets, spec)
 
 
 def _register(method: Method) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -149,70 +167,72 @@ def _register(method: Method) -> Callable[..., tuple[Tensor, Tensor]]:
 
     @torch.library.custom_op(f"{name}_forward", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
     def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        if arguments[-1] and arguments[4].shape[2] and in_backward():  # a graph cannot tell whether it has moved on
+            raise RuntimeError(MOVED)
         out, lse, _ = _forward(method, _unpack(arguments))
         assert lse is not None
         return out.contiguous(), lse.contiguous()
 
     @forward.register_fake
     def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-        q = arguments[0]
-        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+        q, v = arguments[0], arguments[2]
+        return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
-    schema = f"(Tensor grad, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)"
+    schema = (
+        f"(Tensor grad, Tensor? grad_lse, Tensor out, Tensor lse, bool[4] needs, {_ARGUMENTS}) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
+    )
 
     @torch.library.custom_op(f"{name}_backward", mutates_args=(), schema=schema)
-    def backward(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: list[bool], *arguments: Any
+    ) -> tuple[Tensor, ...]:
         inputs = _unpack(arguments)
         with _plainly(grad.device.type):
             result = (out, lse) if method.keeps_result(inputs) else None
-            dq, dk, dv = method.backward(inputs, None, result, grad)
-            return dq.contiguous(), dk.contiguous(), dv.contiguous()
+            found = method.backward(inputs, None, result, grad, grad_lse, Needs(*needs))
+        return tuple(grad.new_empty(0) if x is None else x.contiguous() for x in found)
 
     @backward.register_fake
-    def _(grad: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = arguments[:3]
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    def _(
+        grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: list[bool], *arguments: Any
+    ) -> tuple[Tensor, ...]:
+        return tuple(
+            x.new_empty(x.shape) if need and x is not None else grad.new_empty(0)
+            for need, x in zip(needs, arguments[:4], strict=True)
+        )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*output, *inputs[:9])
-        ctx.scalars = inputs[9:]
-        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *inputs[:_TENSORS])
+        ctx.scalars = inputs[_TENSORS:]
 
-    def differentiate(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-        return *backward(grad, *ctx.saved_tensors, *ctx.scalars), *(None,) * 12
+    def differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        needs = [bool(need) for need in ctx.needs_input_grad[:4]]
+        grad = torch.zeros_like(out) if grad is None else grad
+        found = backward(grad, grad_lse, out, lse, needs, *tensors, *ctx.scalars)
+        grads = [x if need else None for need, x in zip(needs, found, strict=True)]
+        return *grads, *(None,) * (_TENSORS - 4 + _SCALARS)
 
     forward.register_autograd(differentiate, setup_context=setup_context)
     return forward
 
 
-def attention_by(method: Method) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def attention_by(method: Method) -> Callable[[Inputs], tuple[Tensor, Tensor | None]]:
     """`memory_attention` of a backend that computes by `method`."""
     operator = _register(method)
 
-    def memory_attention(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        memory: KVMemory | None,
-        piece_start: Tensor | None,
-        alibi_slopes: Tensor | None,
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, Tensor | None]:
+    def memory_attention(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         """See `dsmr_kernels.memory_attention`; arguments are taken as checked."""
-        if memory is not None and memory.k_scale is not None:  # beside whole segments of queries a copy costs little
-            memory = KVMemory(*memory.values(q.dtype), memory.length, memory.position)
         if torch.compiler.is_compiling():
-            ring = (None,) * 4 if memory is None else (memory.k, memory.v, memory.length, memory.position)
-            scalars = (spec.horizon, spec.segment_length or 0, spec.segment_offset, spec.visibility)
-            arguments = (*ring, piece_start, alibi_slopes, *scalars, spec.detach_segments, spec.scale)
-            result = operator(q, k, v, *arguments)
-            return result[0], result[1] if spec.return_lse else None
-        recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        inputs = Inputs(q, k, v, memory, piece_start, alibi_slopes, spec, recorded)
-        if recorded:
-            out, lse = _Node.apply(method, q, k, v, inputs)
+            result = operator(*_pack(inputs))
+            return result[0], result[1] if inputs.spec.return_lse else None
+        differentiable = (inputs.q, inputs.k, inputs.v, inputs.bias)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
+            out, lse = _Node.apply(method, *differentiable, inputs._replace(recorded=True), [])
         else:
             out, lse, _ = _forward(method, inputs)
-        return out, lse if spec.return_lse else None
+        return out, lse if inputs.spec.return_lse else None
 
     return memory_attention

@@ -18,12 +18,11 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from dsmr_kernels import KVMemory
-from dsmr_kernels.backends.autograd import Inputs
 from dsmr_kernels.backends.triton import append_rotated, decode_attention, launch, training
 from dsmr_kernels.backends.triton import decode as _decode
 from dsmr_kernels.backends.triton import step as _step
 from dsmr_kernels.cases import Case, filled_memory, random_case
-from dsmr_kernels.spec import AttentionSpec
+from dsmr_kernels.spec import AttentionSpec, Inputs, Needs
 
 KEYS: dict[str, set[str]] = {}
 STARTS = {"by Triton": 0, "from the dictionary": 0}
@@ -61,9 +60,9 @@ def _record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> _C
 def _launch(case: Case, slopes: torch.Tensor | None, **options: Any) -> None:
     spec = AttentionSpec(**options, visibility="segment", detach_segments=True, scale=0.25, return_lse=True)
     starts = torch.full((case.k.shape[0], case.k.shape[2] + 1), -1, dtype=torch.int32)[:, 1:]
-    call = training.Call(Inputs(case.q, case.k, case.v, case.memory, starts, slopes, spec))
+    call = training.Call(Inputs(case.q, case.k, case.v, case.memory, starts, slopes, None, None, None, spec))
     out, lse = call.forward()
-    call.backward(out, lse, case.grad)
+    call.backward(out, lse, case.grad, None, Needs())
 
 
 def count(head_dim: int) -> dict[str, int]:

@@ -227,7 +227,11 @@ def test_any_arguments_agree_with_oracle(backend: str, case: Case) -> None:
         ({"q": torch.zeros(2, 4, 5)}, ValueError, r"q must have shape \(batch, heads, tokens, head_dim\)"),
         ({"q": torch.zeros(2, 4, 5, 16, dtype=torch.int64)}, TypeError, "q must be of a floating dtype"),
         ({"k": torch.zeros(2, 2, 5, 8), "v": torch.zeros(2, 2, 5, 8)}, ValueError, "k must have shape"),
-        ({"v": torch.zeros(2, 2, 6, 16)}, ValueError, r"v must have the shape of k, \(2, 2, 5, 16\), got"),
+        (
+            {"v": torch.zeros(2, 2, 6, 16)},
+            ValueError,
+            r"v must have the shape of k, \(2, 2, 5, 16\), save",
+        ),
         ({"k": torch.zeros(2, 2, 5, 16).double()}, TypeError, "k must have the dtype of q, torch.float32, got"),
         ({"k": torch.zeros(2, 3, 5, 16), "v": torch.zeros(2, 3, 5, 16)}, ValueError, "multiple of the KV heads, got 3"),
         (
@@ -250,7 +254,7 @@ def test_any_arguments_agree_with_oracle(backend: str, case: Case) -> None:
             TypeError,
             "memory.k must have the dtype of q",
         ),
-        ({"memory": torch.zeros(3)}, TypeError, "memory must be a KVMemory or None, got Tensor"),
+        ({"memory": torch.zeros(3)}, TypeError, "memory must be a KVMemory or a snapshot of one, got Tensor"),
         ({"piece_start": torch.zeros(2, 5)}, TypeError, "piece_start must be an int32 tensor"),
         ({"piece_start": pieces([0] * 4, [0] * 4)}, ValueError, r"piece_start must have shape .* = \(2, 5\)"),
         ({"piece_start": pieces([0] * 5, [0, 0, 4, 4, 4])}, ValueError, "row 1 token 2 has piece_start 4"),

@@ -146,9 +146,9 @@ def _operator_arguments(case: Case) -> tuple:
     memory = case.memory
     ring = (None,) * 4 if memory is None else (memory.k, memory.v, memory.length, memory.position)
     options = {"piece_start": None, "alibi_slopes": None, **case.options}
-    pieces, slopes = options["piece_start"], options["alibi_slopes"]
+    tensors = (None, None, options["piece_start"], options["alibi_slopes"], None, None)  # scales, ..., offsets, buckets
     leaves = (x.clone().requires_grad_() for x in (case.q, case.k, case.v))
-    return *leaves, *ring, pieces, slopes, options["horizon"], 4, 1, "segment", True, 0.25
+    return *leaves, None, *ring, *tensors, options["horizon"], 4, 1, "segment", True, 0.25, False
 
 
 @pytest.mark.slow

@@ -200,7 +200,7 @@ def test_whatever_goes_wrong_in_the_trial_is_a_sentence(monkeypatch: pytest.Monk
         (
             "v",
             torch.zeros(1, 2, 7, 8),
-            r"memory.v must have the shape of memory.k, \(1, 2, 7, 16\), got \(1, 2, 7, 8\)",
+            r"memory.v must have shape \(1, 2, 7, 16\) to fit memory.k and v, got \(1, 2, 7, 8\)",
         ),
         (
             "length",

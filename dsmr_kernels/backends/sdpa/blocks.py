@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmr_kernels.backends.autograd import Inputs
 from dsmr_kernels.backends.sdpa.plan import Group, Source, past_of
+from dsmr_kernels.quantise import dequantise
+from dsmr_kernels.spec import Gradients, Inputs, Needs
 
 BLOCK_QUERIES, BLOCK_KEYS = 512, 512
 TILE = {torch.float32: 1 << 20, torch.bfloat16: 1 << 21}  # scores of a tile
@@ -30,6 +31,7 @@ def serves(inputs: Inputs) -> bool:
         inputs.q.device.type == "cpu"
         and inputs.q.dtype in TILE  # both have the range of exponents that a pivot needs
         and inputs.alibi is None
+        and inputs.bias is None
         and inputs.spec.visibility == "segment"
     )
 
@@ -92,12 +94,22 @@ class _Call:
         self.kv_heads = k.shape[1]
         sides = [(k, v)] + ([] if memory is None else [(memory.k, memory.v)])
         self.sides = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in sides]
+        self.scales: tuple[Tensor, Tensor] | None = None
+        if memory is not None and memory.k_scale is not None and memory.v_scale is not None:
+            self.scales = memory.k_scale.flatten(0, 1), memory.v_scale.flatten(0, 1)
         self.alpha = inputs.spec.scale * LOG2E
         self._storage: dict[str, Tensor] = {}
 
     def by_head(self, x: Tensor) -> Tensor:
         """(B, Hq, T, ...) -> (B * Hkv, members of the group, T, ...)"""
         return x.reshape(x.shape[0] * self.kv_heads, x.shape[1] // self.kv_heads, *x.shape[2:])
+
+    def side(self, tile: "Tile", which: int) -> Tensor:
+        """The tile's keys (0) or values (1), in q's dtype: eight-bit ones are made so here, a tile at a time."""
+        x = self.sides[tile.memory][which][tile.heads, tile.keys]
+        if not tile.memory or self.scales is None:
+            return x
+        return dequantise(x, self.scales[which][tile.heads, tile.keys], self.q.dtype)
 
     def scratch(self, which: str, block: Tensor, keys: Tensor) -> Tensor:
         """Room for a tile's scores, the same storage every time."""
@@ -135,7 +147,7 @@ def _greatest_scores(inputs: Inputs, plan: list[Group], call: _Call) -> Tensor:
     q, greatest = call.by_head(inputs.q), _own_scores(inputs, call).float()
 
     def work(tile: Tile) -> None:
-        keys = call.sides[tile.memory][0][tile.heads, tile.keys]
+        keys = call.side(tile, 0)
         scores = torch.bmm(_block(q, tile), keys.mT).float()
         if tile.triangle:
             unseen = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool).triu_(1)
@@ -150,13 +162,13 @@ def _greatest_scores(inputs: Inputs, plan: list[Group], call: _Call) -> Tensor:
 def _weighted_sums(inputs: Inputs, plan: list[Group], call: _Call, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Values weighed by 2 ** (score + offset), (B * Hkv, members, T, D), and the weights' sum (..., 1), in float32."""
     q = call.by_head(inputs.q)
-    totals, sums = torch.zeros(q.shape), torch.zeros(offset.shape)
+    totals, sums = torch.zeros((*q.shape[:3], inputs.v.shape[3])), torch.zeros(offset.shape)
     # A float32 sum of bfloat16 goes through a copy. Rounded tile by tile it is no worse than the totals, which the
     # products round; a caller who asks for the log-sum-exp shall have it exact.
     exact = torch.float32 if inputs.spec.return_lse else None
 
     def work(tile: Tile) -> None:
-        keys, values = (x[tile.heads, tile.keys] for x in call.sides[tile.memory])
+        keys, values = call.side(tile, 0), call.side(tile, 1)
         block = _block(q, tile)
         weights = call.scratch("weights", block, keys)
         torch.baddbmm(_block(offset, tile), block, keys.mT, alpha=call.alpha, out=weights).exp2_()
@@ -177,7 +189,7 @@ def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor | None]:
     if sums.numel() and not sums.amax() < LIMIT:
         pivot = _greatest_scores(inputs, plan, call)
         totals, sums = _weighted_sums(inputs, plan, call, -pivot)
-    out = totals.div_(sums).to(inputs.q.dtype).view(inputs.q.shape)
+    out = totals.div_(sums).to(inputs.q.dtype).view(*inputs.q.shape[:3], inputs.v.shape[3])
     if not inputs.wants_lse:
         return out, None
     return out, sums.log2_().add_(pivot).div_(LOG2E).view(inputs.q.shape[:3])
@@ -190,37 +202,69 @@ def _with_offset(x: Tensor, offset: Tensor) -> Tensor:
 
 
 def backward(
-    inputs: Inputs, plan: list[Group], out: Tensor, lse: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of the whole call, given its output and log-sum-exp."""
+    inputs: Inputs,
+    plan: list[Group],
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    """The gradients of the whole call, given its output and log-sum-exp."""
     call, scale = _Call(inputs), inputs.spec.scale
     q, above = call.by_head(inputs.q), call.by_head(grad)
     norm = call.by_head(lse.unsqueeze(-1)) * -LOG2E
     delta = (above.float() * call.by_head(out)).sum(-1, keepdim=True).neg_()
+    if grad_lse is not None:  # a score's weight is its share in the log-sum-exp's gradient
+        delta += call.by_head(grad_lse.unsqueeze(-1))
     # Scores and dP come out of their products with each row's log-sum-exp and delta subtracted: in float32 as the
     # product's addend, in bfloat16, which would round that, as columns that meet ones.
     exact = q.dtype == torch.float32
-    wide_q, wide_above, sides = q, above, call.sides
+    wide_q, wide_above = q, above
     if not exact:
         wide_q, wide_above = _with_offset(q, norm / call.alpha), _with_offset(above, delta)
-        sides = [(F.pad(k, (0, 2), value=1.0), F.pad(v, (0, 2), value=1.0)) for k, v in sides]
         norm, delta = norm.to(q.dtype), delta.to(q.dtype)
+        if call.scales is None:
+            sides = [(F.pad(k, (0, 2), value=1.0), F.pad(v, (0, 2), value=1.0)) for k, v in call.sides]
+
+    def side(tile: Tile, which: int) -> tuple[Tensor, Tensor]:
+        """The tile's keys or values, and the same as they are multiplied for scores or dP."""
+        x = call.side(tile, which)
+        if exact:
+            return x, x
+        if call.scales is None:
+            return x, sides[tile.memory][which][tile.heads, tile.keys]
+        return x, F.pad(x, (0, 2), value=1.0)
+
     dq = torch.zeros(q.shape)
-    dk, dv = (torch.zeros(call.sides[0][0].shape) for _ in range(2))
+    dk, dv = (torch.zeros(x.shape) for x in call.sides[0])
 
     def work(tile: Tile) -> None:
-        keys, values = (x[tile.heads, tile.keys] for x in sides[tile.memory])
+        takes_k, takes_v = tile.taking and needs.k, tile.taking and needs.v
+        if not (needs.q or takes_k or takes_v):
+            return
+        keys, wide_keys = side(tile, 0)
         block = _block(wide_q, tile)
-        weights, dweights = call.scratch("weights", block, keys), call.scratch("dweights", block, keys)
-        torch.baddbmm(_block(norm, tile), block, keys.mT, beta=exact, alpha=call.alpha, out=weights).exp2_()
+        weights = call.scratch("weights", block, keys)
+        torch.baddbmm(_block(norm, tile), block, wide_keys.mT, beta=exact, alpha=call.alpha, out=weights).exp2_()
         if tile.triangle:
             _keep_triangle(weights, tile)
-        torch.baddbmm(_block(delta, tile), _block(wide_above, tile), values.mT, beta=exact, out=dweights).mul_(weights)
-        _add(dq, tile, torch.bmm(dweights, call.sides[tile.memory][0][tile.heads, tile.keys]))
-        if tile.taking:
+        if takes_v:
             dv[tile.heads, tile.keys] += torch.bmm(weights.mT, _block(above, tile))
+        if not (needs.q or takes_k):
+            return
+        dweights = call.scratch("dweights", block, keys)
+        wide_values = side(tile, 1)[1]
+        above_block = _block(wide_above, tile)
+        torch.baddbmm(_block(delta, tile), above_block, wide_values.mT, beta=exact, out=dweights).mul_(weights)
+        if needs.q:
+            _add(dq, tile, torch.bmm(dweights, keys))
+        if takes_k:
             dk[tile.heads, tile.keys] += torch.bmm(dweights.mT, _block(q, tile))
 
     _each_tile(inputs, plan, work)
-    dq, dk = dq.mul_(scale), dk.mul_(scale)
-    return dq.view(inputs.q.shape).to(q.dtype), dk.view(inputs.k.shape).to(q.dtype), dv.view(inputs.v.shape).to(q.dtype)
+    return Gradients(
+        dq.mul_(scale).view(inputs.q.shape).to(q.dtype) if needs.q else None,
+        dk.mul_(scale).view(inputs.k.shape).to(q.dtype) if needs.k else None,
+        dv.view(inputs.v.shape).to(q.dtype) if needs.v else None,
+    )

@@ -4,12 +4,24 @@ tokens and the run itself."""
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends.autograd import Inputs
-from dsmr_kernels.backends.sdpa.plan import Group, sources_of
+from dsmr_kernels.backends.sdpa.plan import Group, Source, sources_of
+from dsmr_kernels.quantise import dequantise
+from dsmr_kernels.spec import Inputs
 
 # Private to PyTorch, but the only way to the log-sum-exp; without it, `blocks` serves.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 AVAILABLE = _FLASH is not None
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """What PyTorch's public operator checks before it calls this kernel; called past that, it would read elsewhere."""
+    return (
+        AVAILABLE
+        and q.device.type == k.device.type == v.device.type == "cpu"
+        and q.dtype == k.dtype == v.dtype
+        and q.shape[3] == k.shape[3] == v.shape[3]
+        and all(x.stride(3) == 1 or x.shape[3] == 1 for x in (q, k, v))
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -44,13 +56,25 @@ def _stretch(tensor: Tensor, rows: slice, start: int, stop: int) -> Tensor:
     return tensor if stop - start == tensor.shape[2] else tensor.narrow(2, start, stop - start)
 
 
+def _sides(inputs: Inputs, rows: slice, source: Source) -> list[Tensor]:
+    """Keys and values of a source, in q's dtype."""
+    memory = inputs.memory
+    if memory is None or not source.memory:
+        return [_stretch(x, rows, source.start, source.stop) for x in (inputs.k, inputs.v)]
+    found = [_stretch(x, rows, source.start, source.stop) for x in (memory.k, memory.v)]
+    if memory.k_scale is None or memory.v_scale is None:
+        return found
+    scales = [_stretch(x, rows, source.start, source.stop) for x in (memory.k_scale, memory.v_scale)]
+    return [dequantise(x, scale, inputs.q.dtype) for x, scale in zip(found, scales, strict=True)]
+
+
 def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of the whole call; lse only if it is wanted."""
     q, k, v, memory, scale, wants_lse = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec.scale, inputs.wants_lse
     shift = k.shape[2] - q.shape[2]
     whole = len(plan) == 1 and len(plan[0].runs) == 1
     if not whole:
-        out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+        out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
     for group in plan:
         rows = group.rows
         for run in group.runs:
@@ -59,8 +83,7 @@ def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor | None]:
             o, l = attend(block, keys, values, True, scale)
             sources = sources_of(run.floor, run.start, group.position, memory.capacity if memory else 0, False)
             for source in sources:
-                sides = (memory.k, memory.v) if source.memory and memory else (k, v)
-                keys, values = (_stretch(x, rows, source.start, source.stop) for x in sides)
+                keys, values = _sides(inputs, rows, source)
                 past_o, past_l = attend(block, keys, values, False, scale)
                 o = merge(o, l, past_o, past_l)
                 if wants_lse or source is not sources[-1]:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends.autograd import Inputs
-from dsmr_kernels.memory import ring_slices
+from dsmr_kernels.ring import ring_slices
+from dsmr_kernels.spec import Inputs
 from dsmr_kernels.visibility import Run, runs_of_row
 
 
@@ -55,7 +55,8 @@ def plan_call(inputs: Inputs) -> list[Group]:
     held = memory.length.tolist() if memory is not None and capacity else [0] * rows
     ring = [position % capacity for position in memory.position.tolist()] if memory is not None and capacity else held
     pieces = _piece_starts(piece_start, rows)
-    situations = list(zip(held, ring, pieces, strict=True))
+    offsets = [spec.segment_offset] * rows if inputs.offsets is None else inputs.offsets.tolist()
+    situations = list(zip(held, ring, pieces, offsets, strict=True))
     if situations and situations.count(situations[0]) == rows:
         spans = [slice(0, rows)]
     else:
@@ -70,7 +71,7 @@ def plan_call(inputs: Inputs) -> list[Group]:
                 held[span.start],
                 horizon=spec.horizon,
                 segment_length=spec.segment_length,
-                segment_offset=spec.segment_offset,
+                segment_offset=offsets[span.start],
                 visibility=spec.visibility,
             ),
         )

@@ -10,13 +10,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends.autograd import Inputs
 from dsmr_kernels.backends.sdpa.plan import Group, Source, sources_of
 from dsmr_kernels.backends.sdpa.workers import in_parallel
+from dsmr_kernels.quantise import dequantise
+from dsmr_kernels.spec import Gradients, Inputs, Needs
 from dsmr_kernels.visibility import Run
 
 # Elements of a tile's scores, over all its heads: the tiles of all cores should stay in the cache.
@@ -56,7 +58,9 @@ class Products:
     def __init__(self, inputs: Inputs) -> None:
         q, k, v, memory, spec = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec
         self.q, self.k, self.v, self.alibi, self.spec = q, k, v, inputs.alibi, spec
+        self.bias, self.buckets = inputs.bias, inputs.buckets
         self.memory_k, self.memory_v = (k, v) if memory is None else (memory.k, memory.v)
+        self.scales = (None, None) if memory is None else (memory.k_scale, memory.v_scale)
         self.capacity = 0 if memory is None else memory.capacity
         self.group = q.shape[1] // k.shape[1]
         self.shift = k.shape[2] - q.shape[2]
@@ -65,7 +69,7 @@ class Products:
         # Multiplying by a power of two is exact, so then the queries, the smaller tensor, are scaled instead.
         self.fold = math.frexp(spec.scale)[0] == 0.5
         # The order of keys matters to these alone; without them a full ring is read from end to end.
-        self.in_order = inputs.alibi is not None or spec.visibility == "sliding"
+        self.in_order = inputs.alibi is not None or inputs.bias is not None or spec.visibility == "sliding"
 
     def cuts(self, run: Run) -> list[tuple[int, int]]:
         """A run's queries, cut so that a head's scores fit a tile."""
@@ -97,18 +101,40 @@ class Products:
     def forward(self, plan: list[Group], with_lse: bool) -> tuple[Tensor, Tensor | None]:
         """(out, lse) of the whole call; lse only if it is asked for."""
         q = self.q
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q.new_empty((*q.shape[:3], self.v.shape[3]))
         lse = q.new_empty(q.shape[:3], dtype=torch.float32) if with_lse else None
         self.for_each_job(plan, lambda job: job.forward(out, lse))
         return out, lse
 
-    def backward(self, plan: list[Group], grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv of the whole call."""
+    def backward(self, plan: list[Group], grad: Tensor, grad_lse: Tensor | None, needs: Needs) -> Gradients:
+        """The gradients of the whole call."""
         wide = torch.promote_types(self.work, torch.float32)
-        dq = torch.empty_like(self.q, memory_format=torch.contiguous_format)
-        dk, dv = (torch.zeros(self.k.shape, dtype=wide, device=self.k.device) for _ in range(2))
-        self.for_each_job(plan, lambda job: job.backward(grad, dq, dk, dv))
-        return dq, dk.to(self.k.dtype), dv.to(self.k.dtype)
+        dq = torch.empty_like(self.q, memory_format=torch.contiguous_format) if needs.q else None
+        dk, dv = (
+            torch.zeros(x.shape, dtype=wide, device=x.device) if need else None
+            for x, need in ((self.k, needs.k), (self.v, needs.v))
+        )
+        shares: list[tuple[slice, Tensor]] = []  # of the bias's gradient: heads and what jobs found for them
+        above = Above(grad, grad_lse, dq, dk, dv, shares if needs.bias else None)
+        self.for_each_job(plan, lambda job: job.backward(above))
+        dbias = None
+        if self.bias is not None and needs.bias:
+            dbias = torch.zeros_like(self.bias)
+            for heads, share in sorted(shares, key=lambda entry: (entry[0].start, id(entry[1]))):
+                dbias[heads] += share
+        dk, dv = (None if x is None else x.to(self.k.dtype) for x in (dk, dv))
+        return Gradients(dq, dk, dv, dbias)
+
+
+class Above(NamedTuple):
+    """What a backward begins with, and where its results go; None where nobody asks for one."""
+
+    grad: Tensor
+    grad_lse: Tensor | None
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    shares: list[tuple[slice, Tensor]] | None
 
 
 class Job:
@@ -153,12 +179,29 @@ class Job:
     def sides(self, tile: Tile) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values of each source, (m, s, D)."""
 
-        def part(x: Tensor, source: Source) -> Tensor:
-            return x[tile.rows, tile.heads, source.start : source.stop].to(self.call.work).flatten(0, 1)
+        def part(x: Tensor, scale: Tensor | None, source: Source) -> Tensor:
+            here = (tile.rows, tile.heads, slice(source.start, source.stop))
+            if scale is not None:
+                return dequantise(x[here], scale[here], self.call.work).flatten(0, 1)
+            return x[here].to(self.call.work).flatten(0, 1)
 
-        keys = [part(self.call.memory_k if source.memory else self.call.k, source) for source in tile.sources]
-        values = [part(self.call.memory_v if source.memory else self.call.v, source) for source in tile.sources]
+        call, (k_scale, v_scale) = self.call, self.call.scales
+        keys = [part(*((call.memory_k, k_scale) if s.memory else (call.k, None)), s) for s in tile.sources]
+        values = [part(*((call.memory_v, v_scale) if s.memory else (call.v, None)), s) for s in tile.sources]
         return keys, values
+
+    def columns(self, tile: Tile) -> Tensor:
+        """For each query and key of a tile the column of the bias, [n, keys]."""
+        assert self.call.buckets is not None
+        buckets, device = self.call.buckets, self.call.q.device
+        distance = torch.arange(tile.start, tile.stop, device=device)[:, None] - torch.arange(
+            tile.low, tile.stop, device=device
+        )
+        return buckets[distance.clamp_(0, buckets.shape[0] - 1)]
+
+    def of_heads(self, x: Tensor, tile: Tile) -> Tensor:
+        """The tile's part of something that has an entry a query head."""
+        return x[tile.heads.start * self.call.group : tile.heads.stop * self.call.group]
 
     def against(self, rows: Tensor, sides: list[Tensor], tile: Tile, out: Tensor) -> None:
         """Products of every row with every key (or value) of the sources, side by side: (m, g * n, keys)."""
@@ -189,9 +232,12 @@ class Job:
         p = torch.arange(start, stop, device=q.device)
         if self.call.alibi is not None:
             distance = p[:, None] - torch.arange(low, stop, device=q.device)  # [n, keys]
-            slopes = self.call.alibi[tile.heads.start * self.call.group : tile.heads.stop * self.call.group]
+            slopes = self.of_heads(self.call.alibi, tile)
             slopes = slopes.to(torch.promote_types(self.call.work, torch.float32)).view(-1, self.call.group, 1, 1)
             grid.unflatten(0, (-1, slopes.shape[0])).sub_(slopes * distance)
+        if self.call.bias is not None:
+            added = self.of_heads(self.call.bias, tile).to(scores.dtype)[:, self.columns(tile)]  # [heads, n, keys]
+            grid.unflatten(0, (-1, tile.heads.stop - tile.heads.start)).add_(added.unflatten(0, (-1, self.call.group)))
         if window is not None and (fringe := tile.run.low(stop - 1) - low):
             j = torch.arange(low, low + fringe, device=q.device)
             grid[..., :fringe].masked_fill_(j < (p - window)[:, None], -torch.inf)
@@ -217,23 +263,43 @@ class Job:
                 here = self.of_queries(lse, tile)
                 here.copy_(top.view(here.shape))
 
-    def backward(self, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Fill this job's part of dq; add to its part of dk and dv."""
+    def backward(self, above: Above) -> None:
+        """Fill this job's part of dq; add to its part of dk and dv; leave its share of the bias's gradient."""
         call = self.call
         scale = call.spec.scale
         for tile in self.tiles():
             first = max(tile.run.own if call.spec.detach_segments else 0, tile.low, 0)  # the first to take a gradient
             taking = slice(first - tile.low, tile.keys)
-            block, above = self.stacked(call.q, tile), self.stacked(grad, tile)
+            block, grad = self.stacked(call.q, tile), self.stacked(above.grad, tile)
             block = block * scale if call.fold else block
             keys, values = self.sides(tile)
             weights, dweights = self.weights(block, keys, tile)
-            own_dk, own_dv = (x[tile.rows, tile.heads, first : tile.stop] for x in (dk, dv))
-            own_dv += torch.bmm(weights[:, :, taking].mT, above).view(own_dv.shape)
-            self.against(above, values, tile, dweights)
+            if above.dv is not None:
+                own_dv = above.dv[tile.rows, tile.heads, first : tile.stop]
+                own_dv += torch.bmm(weights[:, :, taking].mT, grad).view(own_dv.shape)
+            if above.dq is None and above.dk is None and above.shares is None:
+                continue
+            self.against(grad, values, tile, dweights)
             dscores = self.buffer(2, (weights.shape[0], weights.shape[1], weights.shape[2]))
             torch.ops.aten._softmax_backward_data.out(dweights, weights, -1, weights.dtype, grad_input=dscores)
-            here = self.of_queries(dq, tile)
-            here.copy_(self.mix(dscores, keys, tile).mul_(scale).view(here.shape))
-            gain = torch.bmm(dscores[:, :, taking].mT, block).view(own_dk.shape)
-            own_dk += gain if call.fold else gain.mul_(scale)
+            if above.grad_lse is not None:
+                pull = self.of_queries(above.grad_lse, tile).to(call.work).reshape(*dscores.shape[:2], 1)
+                dscores.addcmul_(weights, pull)
+            if above.shares is not None:
+                above.shares.append(self.share(dscores, tile))
+            if above.dq is not None:
+                here = self.of_queries(above.dq, tile)
+                here.copy_(self.mix(dscores, keys, tile).mul_(scale).view(here.shape))
+            if above.dk is not None:
+                own_dk = above.dk[tile.rows, tile.heads, first : tile.stop]
+                gain = torch.bmm(dscores[:, :, taking].mT, block).view(own_dk.shape)
+                own_dk += gain if call.fold else gain.mul_(scale)
+
+    def share(self, dscores: Tensor, tile: Tile) -> tuple[slice, Tensor]:
+        """The tile's share of the bias's gradient: its heads, and (heads, buckets)."""
+        assert self.call.bias is not None
+        group, heads = self.call.group, tile.heads.stop - tile.heads.start
+        by_head = dscores.view(-1, heads, group, tile.queries * tile.keys).sum(0, dtype=self.call.bias.dtype)
+        found = self.call.bias.new_zeros(heads * group, self.call.bias.shape[1])
+        found.index_add_(1, self.columns(tile).flatten(), by_head.flatten(0, 1))
+        return slice(tile.heads.start * group, tile.heads.stop * group), found

@@ -10,18 +10,19 @@ its trial and the tools may import this room, and only when it is asked for.
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends.autograd import Inputs, Method, attention_by
+from dsmr_kernels.backends.autograd import Method, attention_by
 from dsmr_kernels.backends.triton.configs import DTYPES, HEAD_DIMS
 from dsmr_kernels.backends.triton.decode import decode_attention
 from dsmr_kernels.backends.triton.launch import INTERPRETED
 from dsmr_kernels.backends.triton.step import append_rotated
 from dsmr_kernels.backends.triton.training import Call
+from dsmr_kernels.spec import Gradients, Inputs, Needs
 
 __all__ = ["append_rotated", "decode_attention", "memory_attention", "unsupported"]
 _ELSEWHERE = "backend 'sdpa' serves it as it is"
 
 
-def unsupported(q: Tensor) -> str | None:
+def unsupported(q: Tensor, v_head_dim: int, biased: bool) -> str | None:
     """Why this backend cannot serve `q`; None if it can."""
     if q.device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"it runs on {'CPU tensors under TRITON_INTERPRET=1' if INTERPRETED else 'GPUs'}, not on {q.device}"
@@ -35,6 +36,10 @@ def unsupported(q: Tensor) -> str | None:
     if not least <= q.shape[3] <= most:
         edge = least if q.shape[3] < least else most
         return f"it serves head_dim from {least} to {most}, not {q.shape[3]}; nearest: {edge}; {_ELSEWHERE}"
+    if v_head_dim != q.shape[3]:
+        return f"it serves values of the head_dim of keys, {q.shape[3]}, not {v_head_dim}; {_ELSEWHERE}"
+    if biased:
+        return f"it has no learned bias by distance; {_ELSEWHERE}"
     return None
 
 
@@ -43,10 +48,15 @@ def _forward(inputs: Inputs) -> tuple[Tensor, Tensor, None]:
 
 
 def _backward(
-    inputs: Inputs, plan: None, result: tuple[Tensor, Tensor] | None, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    inputs: Inputs,
+    plan: None,
+    result: tuple[Tensor, Tensor] | None,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    needs: Needs,
+) -> Gradients:
     assert result is not None
-    return Call(inputs).backward(result[0], result[1], grad)
+    return Call(inputs).backward(*result, grad, grad_lse, needs)
 
 
 memory_attention = attention_by(Method("triton", _forward, _backward, lambda inputs: True))

@@ -18,7 +18,7 @@ from torch import Tensor
 from dsmr_kernels.backends.triton.configs import choose, padded
 from dsmr_kernels.backends.triton.launch import INTERPRETED, LOG2E, architecture, as_rows, launch_kernel, strides
 from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows, softmax_step
-from dsmr_kernels.memory import KVMemory
+from dsmr_kernels.ring import Ring
 
 
 @triton.jit
@@ -220,7 +220,14 @@ def _(q: Tensor, *arguments: Any) -> Tensor:
 
 
 def decode_attention(
-    q: Tensor, memory: KVMemory, visible: Tensor | None, alibi_slopes: Tensor | None, scale: float
+    q: Tensor,
+    memory: Ring,
+    visible: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    buckets: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
     call = _operator if torch.compiler.is_compiling() else _launch

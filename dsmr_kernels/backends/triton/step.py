@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsmr_kernels import rotary
 from dsmr_kernels.backends.triton.configs import choose, padded
 from dsmr_kernels.backends.triton.launch import architecture, as_rows, launch_kernel, strides
 from dsmr_kernels.memory import KVMemory
@@ -151,15 +152,17 @@ def _(*arguments: Tensor) -> Tensor:
 
 
 def append_rotated(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    """See `dsmr_kernels.append_rotated`; arguments are taken as checked.
-
-    Raises:
-        ValueError: if the last dimension of the memory's storage is not contiguous.
-    """
-    storage = [x for x in (memory.k, memory.v, memory.k_scale, memory.v_scale) if x is not None]
+    """See `dsmr_kernels.append_rotated`; arguments are taken as checked."""
+    storage = memory.storage()
     if any(x.stride(-1) != 1 and x.shape[-1] != 1 for x in storage):
-        raise ValueError("memory must be contiguous in its last dimension to be written by the triton backend")
-    memory.unshare()
-    call = _operator if torch.compiler.is_compiling() else _launch
-    ring = (memory.k, memory.v, memory.k_scale, memory.v_scale, memory.length, memory.position)
-    return call(q, k, v, cos, sin, *ring)
+        return rotary.append_rotated(q, k, v, memory, cos, sin)
+    arguments = (memory.k, memory.v, memory.k_scale, memory.v_scale, memory.length, memory.position)
+    if torch.compiler.is_compiling():
+        turned = _operator(q, k, v, cos, sin, *arguments)
+    else:
+        memory.unshare()
+        arguments = (memory.k, memory.v, memory.k_scale, memory.v_scale, memory.length, memory.position)
+        turned = _launch(q, k, v, cos, sin, *arguments)
+        torch.autograd.graph.increment_version(memory.tensors().values())  # written past PyTorch's eyes
+    memory.seen = memory.seen + q.shape[2]
+    return turned

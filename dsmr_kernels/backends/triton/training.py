@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends.autograd import Inputs
 from dsmr_kernels.backends.triton.backward import dkv_kernel, dq_kernel
 from dsmr_kernels.backends.triton.configs import choose, padded
 from dsmr_kernels.backends.triton.forward import forward_kernel
 from dsmr_kernels.backends.triton.launch import LOG2E, architecture, as_rows, common_strides, launch_kernel
-from dsmr_kernels.spec import AttentionSpec
+from dsmr_kernels.spec import AttentionSpec, Gradients, Inputs, Needs
 
 
 def bounded(spec: AttentionSpec, tokens: int, capacity: int) -> tuple[int, int, int]:
@@ -43,7 +42,8 @@ class Call:
         # A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
         has_memory = memory is not None and memory.k.numel() > 0
         if memory is not None and has_memory:
-            self.memory = (as_rows(memory.k), as_rows(memory.v))
+            k_side, v_side = memory.values(q.dtype)
+            self.memory = (as_rows(k_side), as_rows(v_side))
             state = (memory.length.contiguous(), memory.position.contiguous())
         else:
             self.memory, state = (self.k, self.v), (q, q)
@@ -93,12 +93,12 @@ class Call:
         self._start(forward_kernel, "forward", self.heads, unit, tensors, numbers, self.constants)
         return out, lse
 
-    def backward(self, out: Tensor, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv."""
+    def backward(self, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, needs: Needs) -> Gradients:
+        """The gradients of the call."""
         q, k, v, out, lse, grad = self.q, self.k, self.v, out.contiguous(), lse.contiguous(), as_rows(grad)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         if q.numel() == 0:
-            return dq, dk.zero_(), dv.zero_()
+            return Gradients(dq, dk.zero_(), dv.zero_())
         delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
         scales = (self.scale * LOG2E, self.scale)
         unit, strides = common_strides(q, k, v, *self.memory, grad)
@@ -116,4 +116,4 @@ class Call:
         constants = {name: value for name, value in self.constants.items() if name != "HAS_MEMORY"}
         own = (q, k, v, self.pieces, self.slopes, grad, lse, delta, dk, dv)
         self._start(dkv_kernel, "dkv", self.kv_heads, unit, own, numbers, {**constants, "DETACH": self.detach})
-        return dq, dk, dv
+        return Gradients(dq, dk, dv)
