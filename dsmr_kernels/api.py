@@ -18,7 +18,7 @@ def _readable(memory: Ring) -> Ring:
     k, v = border.rows(memory.k), border.rows(memory.v)
     if k is memory.k and v is memory.v:
         return memory
-    view = memory.snapshot() if isinstance(memory, KVMemory) else copy.copy(memory)
+    view = memory.held() if isinstance(memory, KVMemory) else copy.copy(memory)
     view.k, view.v = k, v
     return view
 

@@ -57,10 +57,16 @@ class MemorySnapshot(Ring):
         """Itself: it does not change."""
         return self
 
+    held = snapshot
+
+    def let_go(self) -> None:
+        """Keep the memory from copying for this snapshot's sake: for a holder who will hardly look again."""
+        self._lease = None
+
     def appended(self, k: Tensor, v: Tensor, piece_start: Tensor | None = None) -> "KVMemory":
         """A new memory that holds this and the new tokens; arguments as of `KVMemory.append`."""
         memory = _copied(self)
-        memory.append(k, v, piece_start)
+        memory._take(k, v, piece_start, None)  # which nobody else sees, a recomputation may do as well
         return memory
 
 
@@ -120,7 +126,7 @@ class KVMemory(Ring):
         ):
             if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        if torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with _ordinary():
                 return cls.empty(batch, kv_heads, capacity, head_dim, v_head_dim=v_head_dim, dtype=dtype, device=device)
         shape = (batch, kv_heads, capacity)
@@ -153,7 +159,18 @@ class KVMemory(Ring):
 
     def snapshot(self) -> MemorySnapshot:
         """An immutable view of the present contents, true for as long as it lives. Nothing is copied now; the memory
-        copies itself before it next writes, if the snapshot is still there."""
+        copies itself before it next writes, if the snapshot is still there.
+
+        Raises:
+            RuntimeError: inside a recomputation, if the memory has moved on since the first computation: take the
+                snapshot outside of what is recomputed.
+        """
+        if not torch.compiler.is_compiling():
+            self.note_read(recorded=torch.is_grad_enabled())
+        return self.held()
+
+    def held(self) -> MemorySnapshot:
+        """`snapshot` for who has noted the read already."""
         seen = self.seen.clone() if isinstance(self.seen, Tensor) else self.seen
         view = MemorySnapshot(**self.tensors(), seen=seen)
         view._lease = self.lease()
@@ -207,6 +224,11 @@ class KVMemory(Ring):
             TypeError: if the dtypes do not.
             RuntimeError: inside a backward pass, where a recomputation would append a second time.
         """
+        if not torch.compiler.is_compiling() and in_backward():
+            raise RuntimeError(MOVED)
+        self._take(k, v, piece_start, counts)
+
+    def _take(self, k: Tensor, v: Tensor, piece_start: Tensor | None, counts: Tensor | None) -> None:
         self._check_new(k, v, piece_start, counts)
         tokens = k.shape[2]
         if tokens == 0:
@@ -216,8 +238,6 @@ class KVMemory(Ring):
                 self._own_copies()
             store: Callable[..., None] = append_operator
         else:
-            if in_backward():
-                raise RuntimeError(MOVED)
             self.unshare()
             store = append
         with torch.no_grad():

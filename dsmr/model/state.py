@@ -124,10 +124,11 @@ class DSMRState:
                 f"this one {tuple(self.recent.shape)}"
             )
         self.recent = state["recent"].to(self.recent.device, copy=True)
+        self.offset, self.aligned = int(state["offset"]), bool(state["aligned"])
         for saved, memory in zip(layers, memories, strict=True):
             for name, current in memory.tensors().items():
                 setattr(memory, name, saved[name].to(current.device, copy=True))
-        self.offset, self.aligned = int(state["offset"]), bool(state["aligned"])
+            memory.seen = self.offset
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save` writes: tensors by name, and the numbers beside them."""
@@ -157,7 +158,7 @@ class DSMRState:
                     tensors = {name: file.get_tensor(f"{layer}.{name}") for name in _FIELDS}
                     if tensors["k"].dtype == torch.int8:
                         tensors |= {name: file.get_tensor(f"{layer}.{name}") for name in _SCALES}
-                    memories.append(KVMemory(**tensors))
+                    memories.append(KVMemory(**tensors, seen=int(metadata["offset"])))
                 if not memories:
                     raise ValueError("it has no layers")
                 for layer, memory in enumerate(memories):

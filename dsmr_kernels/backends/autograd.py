@@ -39,24 +39,39 @@ _AS_IT_IS = contextlib.nullcontext()
 
 @contextlib.contextmanager
 def _switched_off(device: str) -> Iterator[None]:
-    with torch.autocast(device, enabled=False), torch.no_grad():
+    plain = contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    with plain, torch.no_grad():
         yield
 
 
 def _plainly(device: str) -> contextlib.AbstractContextManager[None]:
     """Without autocast and without gradients; switching off what is off already would cost time."""
-    if torch.is_autocast_enabled(device) or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or (device != "meta" and torch.is_autocast_enabled(device)):
         return _switched_off(device)
     return _AS_IT_IS
 
 
-class _Once(torch.autograd.Function):
-    """Passes gradients through, and lets a second differentiation fail with a sentence."""
+class _Backward(torch.autograd.Function):
+    """The backward as a function of tensors, so that transforms see it whole (`torch.func`) and a second
+    differentiation fails with a sentence. Gradients that nobody asks for are left out."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, count: int, *grads_and_sources: Tensor) -> tuple[Tensor, ...]:
-        ctx.name = name
-        return tuple(grad.view_as(grad) for grad in grads_and_sources[:count])
+    def forward(
+        method: Method, plan: Any, rest: Inputs, needs: Needs, results: int, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        q, k, v, bias, grad, grad_lse, *result = tensors
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        assert grad is not None
+        inputs = rest._replace(q=q, k=k, v=v, bias=bias)
+        with _plainly(q.device.type):
+            found = method.backward(inputs, plan, (result[0], result[1]) if results else None, grad, grad_lse, needs)  # type: ignore[arg-type]
+        return tuple(x for x in found if x is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.name = inputs[0].name
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -70,7 +85,7 @@ class _Memory:
     """The memory that a recorded call has read, as it was, and the promise that nobody has written to it since."""
 
     def __init__(self, memory: KVMemory | MemorySnapshot) -> None:
-        self.view = memory.snapshot()
+        self.view = memory.held()
         self.versions = self._versions()
 
     def _versions(self) -> list[int]:
@@ -111,21 +126,17 @@ class _Node(torch.autograd.Function):
         q, k, v, bias, *result = ctx.saved_tensors
         memory = None if ctx.memory is None else ctx.memory.unchanged()
         needs = Needs(*ctx.needs_input_grad[1:5])
-        inputs = ctx.rest._replace(q=q, k=k, v=v, bias=bias, memory=memory)
         if grad is None:
             if grad_lse is None:
                 return (None,) * 7
             grad = q.new_zeros((*q.shape[:3], v.shape[3]))
         plan = ctx.kept[0] if ctx.kept else None
-        with _plainly(q.device.type):
-            grads = ctx.method.backward(inputs, plan, tuple(result) if ctx.result else None, grad, grad_lse, needs)
-        ctx.memory = None  # it may be overwritten from here on
-        if torch.is_grad_enabled():
-            given = [x for x in grads if x is not None]
-            sources = [x for x in (q, k, v, bias, grad, grad_lse) if x is not None]
-            once = iter(_Once.apply(ctx.method.name, len(given), *given, *sources))
-            grads = Gradients(*(None if x is None else next(once) for x in grads))
-        return None, *grads, None, None
+        rest, tensors = ctx.rest._replace(memory=memory), (q, k, v, bias, grad, grad_lse, *result)
+        run = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
+        found = iter(run(ctx.method, plan, rest, needs, len(result), *tensors))
+        if ctx.memory is not None:  # it may be overwritten from here on; a second backward would notice
+            ctx.memory.view.let_go()
+        return None, *(next(found) if need else None for need in needs), None, None
 
 
 def _forward(method: Method, inputs: Inputs) -> tuple[Tensor, Tensor | None, Any]:

@@ -3,8 +3,8 @@
 `plan` cuts each row into runs that share segment and piece, so that under segment visibility nothing needs a mask but
 the run's own causal edge. Where that holds, on a CPU, `blocks` serves, matrix products over tiles that fit the cache,
 and in the forward, by what is measured to be faster, `flash`, PyTorch's flash kernel over each source apart, merged by
-log-sum-exp. `products` serves everything else. Keys and values are never concatenated and grouped heads never expanded.
-They may import the contract and `autograd`.
+log-sum-exp. `products` serves everything else on a CPU, and `masked` other devices, which must not wait for a plan.
+Keys and values are never concatenated and grouped heads never expanded. They may import the contract and `autograd`.
 """
 
 import torch
@@ -39,8 +39,13 @@ def _few_scores(inputs: Inputs, plan: list[Group]) -> bool:
     return queries < BLOCKS_QUERIES or blocks.head_scores(plan) * batch * heads < BLOCKS_SCORES
 
 
+def _may_look(inputs: Inputs) -> bool:
+    """Whether lengths and positions may be looked at, which makes an accelerator wait."""
+    return inputs.q.device.type == "cpu"
+
+
 def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, list[Group] | None]:
-    if inputs.q.device.type != "cpu":
+    if not _may_look(inputs):
         return *Masked(inputs).forward(), None
     plan = plan_call(inputs)
     if not blocks.serves(inputs):
@@ -58,7 +63,7 @@ def _backward(
     grad_lse: Tensor | None,
     needs: Needs,
 ) -> Gradients:
-    if inputs.q.device.type != "cpu":
+    if not _may_look(inputs):
         return Masked(inputs).backward(grad, grad_lse, needs)
     plan = plan_call(inputs) if plan is None else plan
     if result is None:
