@@ -101,25 +101,14 @@ class _Memory:
 
 
 class _Node(torch.autograd.Function):
-    """The node of a recorded call. `inputs` holds what takes no gradient; `kept` carries the plan to the backward."""
+    """The node of a recorded call: of (method, q, k, v, bias, inputs), where `inputs` holds what takes no gradient."""
 
     @staticmethod
-    def forward(
-        method: Method, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, inputs: Inputs, kept: list[Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        out, lse, plan = _forward(method, inputs._replace(q=q, k=k, v=v, bias=bias))
-        kept.append(plan)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        out, lse, plan = _computed(arguments)
+        _keep(ctx, arguments, (out, lse))
+        ctx.plan = plan
         return out, lse
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        method, q, k, v, bias, rest, kept = inputs
-        ctx.set_materialize_grads(False)
-        ctx.result = method.keeps_result(rest)
-        ctx.save_for_backward(q, k, v, bias, *(output if ctx.result else ()))
-        ctx.memory = None if rest.memory is None else _Memory(rest.memory)
-        ctx.rest = rest._replace(q=None, k=None, v=None, bias=None, memory=None)
-        ctx.method, ctx.kept = method, kept
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
@@ -128,15 +117,43 @@ class _Node(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[1:5])
         if grad is None:
             if grad_lse is None:
-                return (None,) * 7
+                return (None,) * 6
             grad = q.new_zeros((*q.shape[:3], v.shape[3]))
-        plan = ctx.kept[0] if ctx.kept else None
         rest, tensors = ctx.rest._replace(memory=memory), (q, k, v, bias, grad, grad_lse, *result)
         run = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
-        found = iter(run(ctx.method, plan, rest, needs, len(result), *tensors))
+        found = iter(run(ctx.method, ctx.plan, rest, needs, len(result), *tensors))
         if ctx.memory is not None:  # it may be overwritten from here on; a second backward would notice
             ctx.memory.view.let_go()
-        return None, *(next(found) if need else None for need in needs), None, None
+        return None, *(next(found) if need else None for need in needs), None
+
+
+class _NodeOfTransforms(torch.autograd.Function):
+    """The same, as `torch.func` wants it; PyTorch then takes several times as long to call it."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+        return _computed(arguments)[:2]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        _keep(ctx, inputs, output)
+
+    backward = _Node.backward
+
+
+def _computed(arguments: Any) -> tuple[Tensor, Tensor | None, Any]:
+    method, q, k, v, bias, inputs = arguments
+    return _forward(method, inputs._replace(q=q, k=k, v=v, bias=bias))
+
+
+def _keep(ctx: Any, arguments: Any, output: tuple[Tensor, Tensor | None]) -> None:
+    """What a backward needs."""
+    method, q, k, v, bias, inputs = arguments
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, bias, *(output if method.keeps_result(inputs) else ()))
+    ctx.memory = None if inputs.memory is None else _Memory(inputs.memory)
+    ctx.rest = inputs._replace(q=None, k=None, v=None, bias=None, memory=None)
+    ctx.method, ctx.plan = method, None
 
 
 def _forward(method: Method, inputs: Inputs) -> tuple[Tensor, Tensor | None, Any]:
@@ -241,7 +258,8 @@ def attention_by(method: Method) -> Callable[[Inputs], tuple[Tensor, Tensor | No
             return result[0], result[1] if inputs.spec.return_lse else None
         differentiable = (inputs.q, inputs.k, inputs.v, inputs.bias)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
-            out, lse = _Node.apply(method, *differentiable, inputs._replace(recorded=True), [])
+            node = _NodeOfTransforms if torch._C._are_functorch_transforms_active() else _Node
+            out, lse = node.apply(method, *differentiable, inputs._replace(recorded=True))
         else:
             out, lse, _ = _forward(method, inputs)
         return out, lse if inputs.spec.return_lse else None
