@@ -1,6 +1,9 @@
 """Every backend agrees with the oracle, forward and backward; the oracle agrees with the definition, pair by pair."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -32,7 +35,7 @@ def _only(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BLOCK_QUERIES", "BLOCK_KEYS"):
         monkeypatch.setattr(f"{sdpa}.blocks.{name}", 5)
     if way == "products":
-        monkeypatch.setattr(f"{sdpa}.blocks.serves", lambda inputs: False)
+        monkeypatch.setattr(f"{sdpa}.blocks.serves", lambda inputs, dtype=None: False)
     if way == "blocks":
         monkeypatch.setattr(f"{sdpa}.flash.AVAILABLE", False)
     if way == "masked":
@@ -63,6 +66,31 @@ def test_each_way_reads_eight_bit_memories(
     assert case.memory is not None
     case.memory = case.memory.to(dtype=torch.int8)
     assert_agrees_with_oracle(case, "sdpa")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_without_products_of_a_dtype_it_computes_in_float32_and_rounds(
+    dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsmr_kernels.backends.sdpa.processor.instruction_sets", lambda: frozenset({"avx2"}))
+    case = random_case(dtype=dtype, **CASES[name])
+    assert_agrees_with_oracle(case, "sdpa")
+    wide = run(case.to(torch.float32), "sdpa")["out"]
+    assert torch.equal(run(case, "sdpa")["out"], wide.to(dtype))  # rounded once, at the end
+
+
+def test_an_instruction_set_that_pytorch_may_not_use_does_not_count() -> None:
+    """On a processor of any kind: with AVX2 forced, bfloat16 is computed in float32."""
+    code = (
+        "import torch; from dsmr_kernels.backends.sdpa.processor import work_dtype;"
+        "print(torch.backends.cpu.get_cpu_capability(), work_dtype(torch.bfloat16))"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    capability, dtype = done.stdout.split()
+    assert capability != "AVX2" or dtype == "torch.float32"
 
 
 def test_nothing_is_looked_at_on_other_devices() -> None:

@@ -1,6 +1,7 @@
 """The memory as a value: what is read is what was there, whatever recomputes, resets, pickles or strides it meets."""
 
 import copy
+import dataclasses
 import io
 import pickle
 
@@ -336,6 +337,15 @@ def test_memories_travel(dtype: torch.dtype) -> None:
         assert all(torch.equal(x, getattr(memory, name)) for name, x in other.tensors().items())
         other.append(_heads(2, 2, 1, 16), _heads(2, 2, 1, 16))
         assert not torch.equal(other.k, memory.k)
+
+
+def test_a_memory_is_no_container_that_others_rebuild() -> None:
+    """As FSDP does that casts a layer's inputs: a rebuilt memory would be appended to instead of the caller's."""
+    from torch.utils._pytree import tree_map
+
+    memory = _memory()
+    assert tree_map(lambda x: x.bfloat16() if isinstance(x, torch.Tensor) else x, [memory])[0] is memory
+    assert not dataclasses.is_dataclass(memory)
 
 
 @pytest.mark.parametrize("capacity", [4, 7])
