@@ -143,7 +143,7 @@ def memory_attention(
     out, lse = chosen.memory_attention(inputs)
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
-    return (out, lse) if return_lse else out
+    return (out, lse.to(torch.float32)) if return_lse else out
 
 
 def decode_attention(

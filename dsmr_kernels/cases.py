@@ -34,7 +34,7 @@ class Case:
         q, k, v = (x.detach().requires_grad_() for x in (self.q, self.k, self.v))
         out, lse = call(q, k, v)
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), self.grad)
-        return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
+        return {"out": out.detach(), "lse": lse.detach().float(), "dq": dq, "dk": dk, "dv": dv}
 
     def computed_by(self, memory_attention: Callable[..., Any], **how: Any) -> dict[str, Tensor]:
         """The same of a backend's own `memory_attention`, unchecked; `how` is what that one takes beyond the others."""

@@ -573,6 +573,29 @@ def test_only_the_gradients_that_are_wanted_are_made(backend: str, wanted: tuple
         assert not want or error(x.grad, grad) < 1e-6
 
 
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_gradients_of_the_definition_are_those_of_its_values(detach: bool) -> None:
+    """By finite differences, in float64: of q, sinks and the bias, and without detaching of keys and values too."""
+    case = random_case(
+        batch=1, heads=2, kv_heads=1, queries=5, head_dim=3, capacity=4, seen=[9], horizon=3, dtype=torch.float64
+    )
+    given = {"q": case.q, "sinks": torch.randn(2).double(), "distance_bias": torch.randn(2, 3).double()}
+    if not detach:
+        given |= {"k": case.k, "v": case.v}
+    buckets = torch.tensor([0, 1, 1, 2])
+
+    def call(*leaves: torch.Tensor) -> torch.Tensor:
+        named = {"k": case.k, "v": case.v, **dict(zip(given, leaves, strict=True))}
+        out = memory_attention(
+            **named, memory=case.memory, horizon=3, segment_length=2, detach_segments=detach, backend="reference",
+            distance_buckets=buckets,
+        )  # fmt: skip
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    assert torch.autograd.gradcheck(call, [x.clone().requires_grad_() for x in given.values()])
+
+
 @every
 def test_torch_func_differentiates(backend: str) -> None:
     case = random_case(queries=9, capacity=12, seen=[20, 5], horizon=9)
