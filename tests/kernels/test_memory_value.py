@@ -17,6 +17,7 @@ from dsmr_kernels import (
     decode_attention,
     memory_attention,
 )
+from dsmr_kernels.appending import append_operator
 from dsmr_kernels.cases import filled_memory, random_case
 from dsmr_kernels.tolerance import error
 
@@ -617,3 +618,14 @@ def test_values_of_tensors_on_a_device_are_looked_at_on_request(monkeypatch: pyt
     assert not may_look(elsewhere)
     monkeypatch.setenv("DSMR_CHECK", "1")
     assert may_look(elsewhere)
+
+
+@pytest.mark.slow  # traces
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_append_operator_says_what_it_mutates(dtype: torch.dtype, ragged: bool) -> None:
+    memory = _memory(dtype=dtype)
+    tensors = (memory.k, memory.v, memory.k_scale, memory.v_scale, memory.length, memory.position)
+    starts = torch.tensor([[-1, 1, 1], [-1, -1, -1]], dtype=torch.int32)
+    counts = torch.tensor([3, 2]) if ragged else None
+    torch.library.opcheck(append_operator, (*tensors, *_new(2, 3, 2), starts, counts))
