@@ -1,8 +1,12 @@
 """Files that are either whole or absent: every file that the programs write goes through a temporary sibling."""
 
 import contextlib
+import hashlib
 import json
 import os
+import re
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,18 +23,61 @@ def describe(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
+def _mark(process: int | str) -> str:
+    """What the name of a temporary file says of who is writing it: the machine and the process."""
+    return f"{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]}-{process}"
+
+
+_TEMPORARY = re.compile(r"\..*-[a-z0-9_]{8}(\.part)?(\.[^.]*)?", re.DOTALL)
+_swept: set[Path] = set()  # what this process has swept behind
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is what `atomic_path` (of this version or an earlier one) was writing."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def sweep(path: str | os.PathLike[str]) -> None:
+    """Delete what killed processes of this machine had not finished writing beside `path`; never an error."""
+    target = Path(path)
+    if sys.platform == "win32":  # no harmless way to ask whether a process lives
+        return
+    begins, ends = re.escape(f".{target.stem[:40]}-{_mark('')}"), re.escape(target.suffix)
+    ours = re.compile(rf"{begins}(\d+)-[a-z0-9_]{{8}}\.part{ends}")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(target.parent):
+            if (found := ours.fullmatch(name)) and not _lives(int(found[1])):
+                (target.parent / name).unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path` in one step, on any error it disappears.
 
     A reader therefore sees the old file or the new one, never half of one, also when the process is killed or the
-    disk fills up. Raises `UserError` naming `path` if the folder cannot be written or the disk is full.
+    disk fills up. Raises `UserError` naming `path` if the folder cannot be written or the disk is full. What an earlier
+    process was writing to `path` when it was killed is deleted on the way.
     """
     target = Path(path)
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix)
+        if target not in _swept:
+            _swept.add(target)
+            sweep(target)
+        # Cut, because a name as long as the file system allows could not be made longer.
+        prefix = f".{target.stem[:40]}-{_mark(os.getpid())}-"
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=prefix, suffix=f".part{target.suffix}")
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -71,7 +118,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` to `path` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        text = json.dumps(value, indent=2)  # a file name that is not UTF-8: it comes back from its escapes
+    write_text(path, text + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
