@@ -11,6 +11,7 @@ manifest.json    counts, sizes and digests of all of these; written last, so tha
 import numpy as np
 
 FORMAT = 1
+WORK = ".prepare"  # the hidden folder of a `prepare` that is not finished
 SPLITS = ("train", "validation", "test")
 MANIFEST, TOKENS, LABELS, INDEX, SOURCES, TOKENIZER = (
     "manifest.json",
