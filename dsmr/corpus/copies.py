@@ -1,8 +1,9 @@
-"""Which pieces are copies of one another, whatever they are called: such pieces must not lie in different splits.
+"""Which pieces play the same notes, whatever they are called: copies must not lie in different splits.
 
 A piece is known by its runs of eight notes, as intervals, so that another tempo, other velocities, another key or a few
-changed notes do not hide a copy. Two pieces that have more than half of all their runs in common are taken for copies
-(Broder, "On the resemblance and containment of documents", 1997; found by the smallest of 64 hashes of the runs).
+changed notes do not hide a copy; two performances of one composition are often found, too. Two pieces that have more
+than half of all their runs in common are taken for copies (Broder, "On the resemblance and containment of documents",
+1997; found by the smallest of 64 hashes of the runs).
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ RUN = 8  # notes
 HASHES, ROWS = 64, 3  # pieces are compared where they share `ROWS` hashes in a row: 99.98 % of those alike to 70 %
 ALIKE = 0.5
 CHORD = 0.035  # seconds between notes that count as struck together, and so have no order
-_MULTIPLIERS = np.random.default_rng(1997).integers(0, 2**64, HASHES, dtype=np.uint64) | np.uint64(1)
+_MULTIPLIERS = np.random.default_rng(1997).integers(0, 2**32, HASHES, dtype=np.uint32) | np.uint32(1)
 
 Fingerprint = npt.NDArray[np.uint32]
 
@@ -35,11 +36,10 @@ def fingerprint(tokens: npt.NDArray[np.uint16], vocabulary: Vocabulary) -> Finge
         runs = np.zeros(len(pitch) - RUN + 1, dtype=np.uint64)
         for i in range(RUN - 1):
             runs = runs << np.uint64(8) | steps[i : i + len(runs)]
-        runs = np.unique(runs)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64: near runs, far numbers
         runs = (runs ^ runs >> np.uint64(shift)) * np.uint64(factor)
-    runs ^= runs >> np.uint64(31)
-    return np.array([(runs * factor >> np.uint64(32)).min() for factor in _MULTIPLIERS], dtype=np.uint32)
+    mixed = (runs ^ runs >> np.uint64(31)).astype(np.uint32)
+    return np.array([(mixed * factor).min() for factor in _MULTIPLIERS], dtype=np.uint32)
 
 
 def groups_of(prints: Sequence[Fingerprint]) -> list[int]:

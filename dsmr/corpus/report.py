@@ -49,7 +49,8 @@ class PrepareReport:
     remarks: list[str] = field(default_factory=list)
     n_begun: int = 0  # note-ons counted in the bytes of the files that became pieces
     n_skipped: int = 0  # those in skipped files, as far as their bytes can be read
-    n_copies: int = 0  # pieces that are a copy of another one
+    n_copies: int = 0  # pieces that play the notes of another one
+    n_apart: int = 0  # pieces whose copies lie in other splits, where a given list puts them
 
     @property
     def total(self) -> SplitCounts:
@@ -71,7 +72,7 @@ class PrepareReport:
             Counter(value["changed"]),
             list(value["remarks"]),
             # Reports of earlier versions did not count these.
-            *(value.get(name, 0) for name in ("n_begun", "n_skipped", "n_copies")),
+            *(value.get(name, 0) for name in ("n_begun", "n_skipped", "n_copies", "n_apart")),
         )
 
     def count_copies(self, groups: Sequence[int], splits: Sequence[str]) -> None:
@@ -80,9 +81,7 @@ class PrepareReport:
         for group, split in zip(groups, splits, strict=True):
             where.setdefault(group, set()).add(split)
         self.n_copies = len(groups) - len(where)
-        apart = sum(len(found) > 1 for found in where.values())
-        if apart:
-            self.remarks.append(f"{apart:,} pieces have copies in another split, where the given list puts them.")
+        self.n_apart = sum(len(found) > 1 for found in where.values())
         if len(groups) > 1 and len(set(splits)) == 1:
             reason = "all pieces are copies of one" if len(where) == 1 else "no other split has a share"
             self.remarks.append(f"All pieces are in the split '{splits[0]}': {reason}.")
@@ -105,7 +104,8 @@ class PrepareReport:
         if self.n_skipped:
             lines.append(f"{self.n_skipped:,} notes begin in the skipped files, as far as these can be read.")
         if self.n_copies:
-            lines.append(f"{self.n_copies:,} pieces are copies of another one, and lie in the same split as it.")
+            place = f"of {self.n_apart:,} some lie in another split" if self.n_apart else "each lies in its split"
+            lines.append(f"{self.n_copies:,} pieces play the notes of another one (copies, performances): {place}.")
         return lines + self.remarks
 
     def table(self) -> "RenderableType":

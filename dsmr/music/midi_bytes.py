@@ -22,6 +22,10 @@ FRAME_RATES = {24: Fraction(24), 25: Fraction(25), 29: Fraction(30000, 1001), 30
 _DATA = {0xF1: 1, 0xF2: 2, 0xF3: 1}  # bytes behind a system message that has no business in a file
 
 
+LARGEST = 1 << 23
+"""Bytes that are read of one file: a hundred times a piece's usual, and places in it fit into 24 bits."""
+
+
 class MidiBytesError(ValueError):
     """Bytes that cannot be read as one piece; the message says why, in words that follow the file's name and "is"."""
 
@@ -68,6 +72,8 @@ def read_bytes(data: bytes, *, ends: bool = True) -> MidiBytes:
 
     `MidiBytesError` for what is no MIDI file, is damaged, or is not one piece.
     """
+    if len(data) > LARGEST:
+        raise MidiBytesError(f"too large for one piece: more than {LARGEST >> 20} MiB")
     if len(data) < 14 or data[:4] != b"MThd":
         raise MidiBytesError("not a readable MIDI file: it does not begin with a MIDI header")
     length = int.from_bytes(data[4:8], "big")
@@ -76,32 +82,26 @@ def read_bytes(data: bytes, *, ends: bool = True) -> MidiBytes:
     kind, division = int.from_bytes(data[8:10], "big"), int.from_bytes(data[12:14], "big")
     if kind > 2:
         raise MidiBytesError(f"not a readable MIDI file: it is of type {kind}, and there are types 0, 1 and 2")
-    found: list[int] = []  # events packed into integers: tick, status, data, data
+    tracks: list[npt.NDArray[np.int64]] = []
     tempos: list[tuple[int, int]] = []
-    counts: list[int] = []
     last, behind = 0, 0
-    for number, track in enumerate(_tracks(data, 8 + length), 1):
-        before = len(found)
-        tick, end = _read_track(track, number, found, tempos, ends)
-        last = max(last, tick)
-        behind += sum(event >> 20 & 0xF == 9 and event & 0xFF > 0 for event in found[end:])
-        del found[end:]
-        counts.append(len(found) - before)
+    for number, track in enumerate(_tracks(data, 8 + length)):
+        events, tick, lost = _read_track(track, number, tempos, ends)
+        tracks.append(events)
+        last, behind = max(last, tick), behind + lost
     per_second = _frames(division) if division & 0x8000 else None
     if division == 0:
         raise MidiBytesError("without a measure of time: its header gives 0 ticks to a quarter note")
-    if kind == 2 and sum(count > 0 for count in counts) > 1:
+    if kind == 2 and sum(len(events) > 0 for events in tracks) > 1:
         raise MidiBytesError(
-            f"not one piece: it is of type 2, {len(counts)} sequences that do not belong together in time "
+            f"not one piece: it is of type 2, {len(tracks)} sequences that do not belong together in time "
             "(save each as a file of type 0 or 1)"
         )
-    packed = np.array(found, dtype=np.int64)
-    track_of = np.repeat(np.arange(len(counts)), counts)
-    events = np.stack([packed >> 24, track_of, *(packed >> shift & 0xFF for shift in (16, 8, 0))], axis=1)
-    if (events[:, 3:] > 127).any():
+    found = np.concatenate(tracks) if tracks else np.zeros((0, 5), dtype=np.int64)
+    if (found[:, 3:] > 127).any():
         raise MidiBytesError("damaged: a status byte stands where a pitch, velocity or value should")
     changes = np.array(tempos, dtype=np.int64).reshape(-1, 2)
-    return MidiBytes(kind, len(counts), division, per_second, events, changes, last, behind)
+    return MidiBytes(kind, len(tracks), division, per_second, found, changes, last, behind)
 
 
 def _frames(division: int) -> Fraction:
@@ -134,11 +134,12 @@ def _tracks(data: bytes, at: int) -> list[bytes]:
 
 
 def _read_track(
-    data: bytes, number: int, found: list[int], tempos: list[tuple[int, int]], ends: bool
-) -> tuple[int, int]:
-    """Append a track's events; returns the tick at which it ends, and how long `found` was then."""
+    data: bytes, number: int, tempos: list[tuple[int, int]], ends: bool
+) -> tuple[npt.NDArray[np.int64], int, int]:
+    """A track's events, the tick at which it ends, and how many note-ons stand behind its end; tempos are appended."""
     # Lean on purpose, also where that is not pretty: this is run for every event of a corpus.
-    ended: tuple[int, int] | None = None
+    found: list[int] = []  # tick, status, and the place of the first data byte, packed into one integer
+    ended: tuple[int, int] | None = None  # at which tick, and how many events were found until then
     append, size = found.append, len(data)
     at = tick = status = 0
     try:
@@ -164,13 +165,13 @@ def _read_track(
                 status = byte
             if status < 0xA0:
                 if status >= 0x90 or (ends and status):
-                    append(tick << 24 | status << 16 | data[at] << 8 | data[at + 1])
+                    append(tick << 32 | status << 24 | at)
                 elif status == 0:
-                    raise MidiBytesError(f"damaged: its track {number} holds data where an event should begin")
+                    raise MidiBytesError(f"damaged: its track {number + 1} holds data where an event should begin")
                 at += 2
             elif 0xB0 <= status < 0xC0:
                 if ends and ((byte := data[at]) == PEDAL or byte >= 120):
-                    append(tick << 24 | status << 16 | byte << 8 | data[at + 1])
+                    append(tick << 32 | status << 24 | at)
                 at += 2
             else:
                 at += 1 if 0xC0 <= status < 0xE0 else 2
@@ -179,12 +180,18 @@ def _read_track(
     except (IndexError, MidiBytesError) as error:
         # What stands behind the end of a track need not be music.
         if ended is None:
-            cut = f"not a readable MIDI file: its track {number} is cut short"
+            cut = f"not a readable MIDI file: its track {number + 1} is cut short"
             raise MidiBytesError(cut if isinstance(error, IndexError) else str(error)) from error
-    last = tick if ended is None else ended[0]
+    last, count = ended or (tick, len(found))
     if last > LAST_TICK:
         raise MidiBytesError(f"too long: it runs to tick {last:,}, and a MIDI reader counts to {LAST_TICK:,}")
-    return ended or (tick, len(found))
+    lost = sum(event >> 28 & 0xF == 9 and data[(event & 0xFFFFFF) + 1 :][:1] > b"\0" for event in found[count:])
+    packed, values = np.array(found[:count], dtype=np.int64), np.frombuffer(data, dtype=np.uint8)
+    events = np.empty((count, 5), dtype=np.int64)
+    events[:, 0], events[:, 1], events[:, 2] = packed >> 32, number, packed >> 24 & 0xFF
+    place = packed & 0xFFFFFF
+    events[:, 3], events[:, 4] = values[place], values[place + 1]
+    return events, last, lost
 
 
 def _number(data: bytes, at: int) -> tuple[int, int]:

@@ -15,9 +15,8 @@ import numpy.typing as npt
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import describe
-from dsmr.music.midi_bytes import MidiBytes, MidiBytesError, pair, read_bytes
+from dsmr.music.midi_bytes import LARGEST, MidiBytes, MidiBytesError, pair, read_bytes
 
-LARGEST = 8 * 2**20  # bytes of one file; the largest of MAESTRO has 0.4 MB
 MOST_NOTES = 250_000  # of one file, some seven hours of playing; they take 200 MB while they are tokenised
 
 
@@ -43,11 +42,9 @@ def read_file(path: str | os.PathLike[str]) -> MidiFile:
     """Read a MIDI file; `UserError` naming the file and the reason if it cannot be read right, or is too large."""
     try:
         with open(path, "rb") as file:
-            data = file.read(LARGEST + 1)  # never more, whatever lies there
+            data = file.read(LARGEST + 1)  # never more, whatever lies there; what is too much is refused
     except OSError as error:
         raise UserError(f"cannot read {os.fspath(path)}: {describe(error)}") from error
-    if len(data) > LARGEST:
-        raise UserError(f"{os.fspath(path)} is too large for one piece: more than {LARGEST // 2**20} MiB")
     try:
         return read_data(data)
     except MidiBytesError as error:

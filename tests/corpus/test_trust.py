@@ -213,7 +213,7 @@ def test_copies_lie_in_one_split_and_are_counted(tmp_path: Path) -> None:
         found = {split[name] for name in split if name in (f"piece {i} (1).mid", f"copy of piece {i}.mid")}
         assert found == {alone[f"piece {i}.mid"]} == {split[f"piece {i}.mid"]}
     assert report.n_copies == 24
-    assert "24 pieces are copies of another one, and lie in the same split as it." in text_of(report)
+    assert "24 pieces play the notes of another one (copies, performances): each lies in its split." in text_of(report)
 
 
 def test_near_copies_are_known_and_other_pieces_are_not() -> None:
@@ -258,8 +258,8 @@ def test_copies_of_one_piece_alone_are_not_spread_over_splits(tmp_path: Path) ->
 def test_copies_that_a_list_puts_apart_are_told(tmp_path: Path) -> None:
     report = PrepareReport("x", "o", "t", {})
     report.count_copies([0, 1, 0, 3], ["train", "train", "test", "validation"])
-    assert report.n_copies == 1
-    assert report.remarks == ["1 pieces have copies in another split, where the given list puts them."]
+    assert (report.n_copies, report.n_apart) == (1, 1)
+    assert "1 pieces play the notes of another one (copies, performances): of 1 some lie in another split." in report.lines()
 
 
 def test_an_empty_folder_says_what_it_passed_over(tmp_path: Path) -> None:

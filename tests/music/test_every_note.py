@@ -133,13 +133,13 @@ def test_a_type_2_file_of_one_sequence_and_a_tempo_of_0_that_lasts_no_time_are_r
     assert notes_of(tmp_path / "a.mid", midi(track((0, tempo(0)), (0, tempo(500_000)), *melody(60)))) == [(0, 0.5, 60)]
 
 
-@pytest.mark.parametrize("limit", ["LARGEST", "MOST_NOTES"])
+@pytest.mark.parametrize("limit", ["midi_bytes.LARGEST", "midi_file.MOST_NOTES"])
 def test_a_file_too_large_for_a_piece_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     (tmp_path / "a.mid").write_bytes(midi(track(*melody(*range(40, 60)))))
-    monkeypatch.setattr(f"dsmr.music.midi_file.{limit}", 19)
+    monkeypatch.setattr(f"dsmr.music.{limit}", 19)
     with pytest.raises(UserError, match=r"a\.mid is too large for one piece"):
         read_midi(tmp_path / "a.mid")
-    monkeypatch.setattr(f"dsmr.music.midi_file.{limit}", 1000)
+    monkeypatch.setattr(f"dsmr.music.{limit}", 1000)
     read_midi(tmp_path / "a.mid")
 
 
