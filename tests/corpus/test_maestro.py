@@ -17,6 +17,7 @@ import pytest
 from small_scores import random_score
 
 from dsmr.console.errors import UserError
+from dsmr.corpus import archive as archive_room
 from dsmr.corpus import download, maestro
 from dsmr.corpus.prepare import prepare_maestro
 from dsmr.corpus.store import Corpus
@@ -186,7 +187,7 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: Any) -> None:
 
 def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = zipped(make(tmp_path / "m"), tmp_path / "m.zip")
-    monkeypatch.setattr(maestro, "LARGEST", 1000)
+    monkeypatch.setattr(archive_room, "LARGEST", 1000)
     with pytest.raises(UserError, match="refused: it unpacks to more than"):
         prepare_maestro(archive, tmp_path / "c", **quietly)
 

@@ -259,7 +259,10 @@ def test_copies_that_a_list_puts_apart_are_told(tmp_path: Path) -> None:
     report = PrepareReport("x", "o", "t", {})
     report.count_copies([0, 1, 0, 3], ["train", "train", "test", "validation"])
     assert (report.n_copies, report.n_apart) == (1, 1)
-    assert "1 pieces play the notes of another one (copies, performances): of 1 some lie in another split." in report.lines()
+    assert (
+        "1 pieces play the notes of another one (copies, performances): of 1 some lie in another split."
+        in report.lines()
+    )
 
 
 def test_an_empty_folder_says_what_it_passed_over(tmp_path: Path) -> None:
