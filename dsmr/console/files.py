@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsmr.console import seal
 from dsmr.console.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 def describe(error: OSError) -> str:
     """The reason of an `OSError` in words, without its number and file name."""
     return (error.strerror or str(error)).lower()
+
+
+LARGEST_JSON = 1 << 29  # bytes; a million pieces' names take a tenth of it
 
 
 def _mark(process: int | str) -> str:
@@ -116,31 +120,46 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` to `path` as indented JSON, whole or not at all."""
+def write_json(path: str | os.PathLike[str], value: Any, *, sealed: bool = False) -> None:
+    """Write `value` to `path` as indented JSON, whole or not at all.
+
+    A `sealed` object carries the sum of the file, which `read_json` checks: for what a program must not misread.
+    """
+    value = {seal.NAME: seal.BLANK, **value} if sealed else value
     text = json.dumps(value, indent=2, ensure_ascii=False)
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         text = json.dumps(value, indent=2)  # a file name that is not UTF-8: it comes back from its escapes
-    write_text(path, text + "\n")
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        if sealed:
+            seal.seal(temporary)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file; `UserError` if it is missing, unreadable or not JSON."""
+    """Read a JSON file, its seal checked and taken away; `UserError` if it is missing, damaged or not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        if Path(path).stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path} is too large: more than {LARGEST_JSON >> 20} MiB of JSON")
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if seal.check_seal(path) and isinstance(value, dict):
+            value.pop(seal.NAME, None)
+        return value
     except OSError as error:
         raise UserError(f"cannot read {path}: {describe(error)}") from error
     except ValueError as error:
         raise UserError(f"{path} is not a JSON file: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not a JSON file of ours: it is nested too deeply") from error
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> None:
-    """Write tensors to `path` (safetensors), whole or not at all; `UserError` if the disk is full."""
+    """Write tensors to `path` (safetensors, sealed), whole or not at all; `UserError` if the disk is full."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, temporary, {**metadata, seal.NAME: seal.BLANK})
+            seal.seal(temporary)
         except SafetensorError as error:  # its own kind of error, also for a full disk
             raise UserError(f"cannot write {path}: {error}") from error

@@ -17,6 +17,7 @@ from dsmr.console.errors import UserError
 from dsmr.console.files import describe
 from dsmr.music.midi_bytes import LARGEST, MidiBytes, MidiBytesError, pair, read_bytes
 
+NO_END = "without an end (ended by the next of their pitch, or with the piece)"
 MOST_NOTES = 250_000  # of one file, some seven hours of playing; they take 200 MB while they are tokenised
 
 
@@ -70,8 +71,7 @@ def read_data(data: bytes) -> MidiFile:
             return MidiFile(score, n_begun, dropped)
     midi = read_bytes(data)
     sounding = pair(midi)
-    what = "without an end (ended by the next of their pitch, or with the piece)"
-    changed = {what: sounding.never_ended} if sounding.never_ended else {}
+    changed = {NO_END: sounding.never_ended} if sounding.never_ended else {}
     return MidiFile(_score_of(midi, sounding.notes, sounding.pedals), n_begun, dropped, changed)
 
 
