@@ -8,7 +8,7 @@ import re
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +112,30 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             probe.flush()
     except OSError as error:
         raise UserError(f"cannot write {target}: {describe(error)}") from error
+
+
+def check_apart(
+    outputs: Iterable[str | os.PathLike[str] | None], inputs: Mapping[str, str | os.PathLike[str] | None]
+) -> None:
+    """`UserError` if an output is an input or another output, whatever their names: to be asked before any work.
+
+    `inputs` are named as a sentence calls them: "the prompt".
+    """
+    named = [Path(path) for path in outputs if path is not None]
+    for place, path in enumerate(named):
+        for what, given in inputs.items():
+            if given is not None and _same(path, Path(given)):
+                raise UserError(f"{path} is {what} itself, which would be overwritten: choose another file")
+        for other in named[:place]:
+            if _same(path, other):
+                raise UserError(f"{path} is named for two results ({other} is the same file): choose another file")
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there yet
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

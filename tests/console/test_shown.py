@@ -10,7 +10,8 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from dsmr.console.files import atomic_path, is_temporary, read_json, write_json, write_text
+from dsmr.console.errors import UserError
+from dsmr.console.files import atomic_path, check_apart, is_temporary, read_json, write_json, write_text
 from dsmr.console.progress import ProgressLine
 from dsmr.console.screen import Screen
 from dsmr.console.shown import shown
@@ -111,3 +112,19 @@ def test_what_a_killed_process_was_writing_is_swept_by_the_next(tmp_path: Path) 
         assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "music [1]-2.mid", living, path])
         living.write_text("whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["music [1]-2.mid", "music [1].mid"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links")
+def test_no_output_is_an_input_or_another_output(tmp_path: Path) -> None:
+    """By whatever name: `play --out` or `--save-state` onto the prompt destroyed it."""
+    prompt = tmp_path / "a.mid"
+    prompt.write_text("music")
+    (tmp_path / "link.mid").symlink_to(prompt)
+    os.link(prompt, tmp_path / "hard.mid")
+    (tmp_path / "folder").mkdir()
+    for output in ("a.mid", "link.mid", "hard.mid", "folder/../a.mid"):
+        with pytest.raises(UserError, match="is the prompt itself, which would be overwritten"):
+            check_apart([tmp_path / output], {"the saved stream": None, "the prompt": prompt})
+    with pytest.raises(UserError, match=r"is named for two results .*b\.mid"):
+        check_apart([tmp_path / "b.mid", None, tmp_path / "folder" / ".." / "b.mid"], {})
+    check_apart([tmp_path / "b.mid", tmp_path / "c.mid", None], {"the prompt": prompt})
