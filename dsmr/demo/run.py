@@ -117,10 +117,10 @@ def run_demo(
 
     Raises `UserError` if `out` holds anything but a former demo, or cannot be written.
     """
-    from rich.console import Console
+    from dsmr.console.screen import Screen
 
     size = size or DemoSize()
-    console = console or Console()
+    console = console or Screen()
     folder = Path(out)
     clear(folder)
     timer = Timer(console, minutes)

@@ -14,7 +14,7 @@ import torch
 from dsmr.console.devices import autocast, resolve_device, resolve_dtype, resolve_memory_dtype
 from dsmr.console.errors import UserError
 from dsmr.console.figures import available
-from dsmr.console.files import check_writable
+from dsmr.console.files import check_apart, check_writable
 from dsmr.corpus.store import Corpus
 from dsmr.corpus.streams import IGNORE
 from dsmr.evaluation.report import EvaluationReport, report_losses
@@ -94,6 +94,7 @@ def evaluate_run(
         data = corpus_of_run(run)
         if not data.exists():  # train.json keeps the path as it was given, so it may be seen from another folder
             raise UserError(f"{run} was trained on the corpus {data}, which is not there: name it with --data")
+    check_apart([json_path, png_path], {"the corpus": data})
     corpus = Corpus.open(data)
     own = Vocabulary.load(run / "tokenizer.json")
     if own.hash != corpus.vocabulary.hash:

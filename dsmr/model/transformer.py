@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, save_tensors, write_json
+from dsmr.console.schema import check_fields
+from dsmr.console.seal import check_seal
 from dsmr.model.attention import DSMRAttention
 from dsmr.model.positions import POSITIONS, Rotary, token_positions
 from dsmr.model.schedule import MemorySchedule
@@ -352,7 +354,7 @@ class DSMRModel(nn.Module):
         if self.config.tie_embeddings:
             del weights["head.weight"]
         save_tensors(Path(directory) / "model.safetensors", weights, {"format": "pt"})
-        write_json(Path(directory) / "config.json", self.config.to_dict())
+        write_json(Path(directory) / "config.json", self.config.to_dict(), sealed=True)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], device: torch.device | str = "cpu") -> "DSMRModel":
@@ -363,11 +365,16 @@ class DSMRModel(nn.Module):
         path = Path(directory) / "model.safetensors"
         values = read_json(Path(directory) / "config.json")
         try:
+            if isinstance(values, dict):
+                check_fields(values, DSMRConfig, Path(directory) / "config.json")
             model = cls(DSMRConfig.from_dict(values))
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RuntimeError, MemoryError, OverflowError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{Path(directory) / 'config.json'} does not describe a DSMR model: {error}") from error
         try:
             weights = load_file(path, device=str(device))
+            check_seal(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read as a model's weights: {error}") from error
         expected = {name: tensor.shape for name, tensor in model.state_dict().items()}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dsmr.console.errors import UserError
+from dsmr.console.schema import check_fields
 from dsmr.corpus.store import Corpus
 from dsmr.model.transformer import DSMRConfig
 from dsmr.runs.checkpoint import FORMAT, RunDirectory, load_settings
@@ -107,6 +108,7 @@ class TrainConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"unknown training setting '{unknown[0]}'")
+        check_fields(values, cls, "the settings of the run")
         return cls(**{**values, "betas": tuple(values.get("betas", cls.betas))})
 
     @classmethod

@@ -147,7 +147,7 @@ class _Training:
         if not resume:
             run.clear()
         run.sweep()
-        write_json(run.settings, settings)
+        write_json(run.settings, settings, sealed=True)
         corpus.vocabulary.save(run.tokenizer)
         self.metrics.cut(self.pace.step, self.pace.validated)
         self.pace.start()
@@ -303,7 +303,7 @@ class _Training:
             self.pace.load_state_dict(checkpoint["pace"])
             self.saved_step = self.pace.step
             restore_rng(checkpoint["rng"])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"the checkpoint {self.directory.last} does not fit its run: {one_line(error)}") from error
 
     def _draw(self, line: ProgressLine) -> None:
