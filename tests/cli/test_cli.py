@@ -43,6 +43,7 @@ COMMANDS = [
     "prepare midi",
     "prepare maestro",
     "prepare composed",
+    "experiments list",
 ]
 
 
