@@ -37,6 +37,9 @@ def evaluate(
     reset: Annotated[int, typer.Option(min=1, help="Of --krcu: the token of each piece at which to reset.")] = 8192,
     bin_tokens: Annotated[int, typer.Option("--bin", min=1, help="Of --krcu: tokens of a bin.")] = 1024,
     bins: Annotated[int, typer.Option(min=1, help="Of --krcu: how many bins.")] = 22,
+    returns: Annotated[
+        bool, typer.Option("--returns", help="Plant returns of earlier passages and tell the loss there (tsd only).")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder for eval-SPLIT.json and .png.", show_default="the run"),
@@ -44,7 +47,8 @@ def evaluate(
 ) -> None:
     """Stream every piece of a split whole and report nats a note, nats a second, perplexity, loss by position.
 
-    --krcu and --retain also tell what the model remembers (memory-SPLIT.json and .png).
+    --krcu and --retain also tell what the model remembers (memory-SPLIT.json and .png), --returns how far back it finds
+    a passage that comes again (returns-SPLIT.json and .png).
     """
     from dsmr.console.progress import ProgressLine, duration
     from dsmr.evaluation.losses import evaluate_run
@@ -81,6 +85,10 @@ def evaluate(
         else:
             report = evaluate_run(run, data, split, **how)
             tables = [report.table()]
+        if returns:
+            from dsmr.evaluation.returns import run_returns
+
+            tables.append(run_returns(run, data, split, **how).table())
     for table in tables:
         console().print(table)
     if baseline:

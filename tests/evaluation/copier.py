@@ -13,8 +13,10 @@ WIDTH = 64
 SHARPNESS, STRENGTH, FAINT = 2.5, 40.0, 1e-3
 
 
-def copier(horizons: list[int], copying: int, *, vocab_size: int = 28, segment_length: int = 8) -> DSMRModel:
-    """A model whose layer `copying` copies from as far back as its horizon reaches."""
+def copier(
+    horizons: list[int], copying: int, *, vocab_size: int = 28, segment_length: int = 8, heard: int = 3
+) -> DSMRModel:
+    """A model whose layer `copying` copies what followed the same `heard` tokens, as far back as its horizon reaches."""
     config = DSMRConfig(
         vocab_size,
         MemorySchedule.explicit(horizons),
@@ -22,7 +24,7 @@ def copier(horizons: list[int], copying: int, *, vocab_size: int = 28, segment_l
         n_heads=1,
         segment_length=segment_length,
         position="none",
-        recall=3,
+        recall=heard,
     )
     model = DSMRModel(config)
     generator = torch.Generator().manual_seed(0)
