@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dsmr.cli.options import HELP
+from dsmr.console.errors import UserError
 from dsmr.console.terminal import command, console
 
 group = typer.Typer(
@@ -37,4 +38,44 @@ def list_presets(
         write_json(json, rows)
     console().print(table(rows, size))
     for line in sentences(rows):
-        console().print(line, highlight=False, soft_wrap=True)
+        console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@group.command("run")
+@command
+def run(
+    table: Annotated[Path, typer.Argument(help="A table of cells, such as experiments/composed.toml.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.", show_default=False)],
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at once, a core each.")] = 1,
+    data: Annotated[
+        Path | None, typer.Option(help="The corpus, where it is not where the table says.", show_default="the table's")
+    ] = None,
+) -> None:
+    """Train and measure every cell of a table. Stop it, kill it: the same command goes on where it was."""
+    from dsmr.experiments.runner import run_table
+    from dsmr.experiments.table import Table
+
+    result = run_table(Table.load(table), out, jobs=jobs, data=data)
+    if result.failed and result.signal is None:
+        raise UserError("; ".join(f"{key} failed: {why}" for key, why in result.failed.items()))
+    if result.exit_code:
+        raise SystemExit(result.exit_code)
+
+
+@group.command("report")
+@command
+def report(
+    results: Annotated[Path, typer.Argument(help="A folder of `run`, or a file of rows.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the report.", show_default="RESULTS/report")
+    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="Also keep the rows in this JSON file.", show_default="no")] = None,
+) -> None:
+    """One table of all finished cells (report.md and .json), and the pictures."""
+    from dsmr.experiments.report import write_report
+    from dsmr.experiments.rows import read_rows
+
+    found = read_rows(results)
+    folder = out if out is not None else (results if results.is_dir() else results.parent) / "report"
+    for line in write_report(found, folder, rows_path=rows):
+        console().print(line, highlight=False, markup=False, soft_wrap=True)

@@ -8,7 +8,9 @@ in. It is ours, not the paper's.
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -225,14 +227,14 @@ class _Draft:
 
 
 def planted_corpus(
-    corpus: Corpus, split: str, planter: Planter, seed: int = 0
+    corpus: Corpus, split: str, planter: Planter, seed: int = 0, pieces: Sequence[int] | npt.NDArray[Any] | None = None
 ) -> tuple[Corpus, list[tuple[Return, ...]]]:
-    """The pieces of a split with returns planted into them, as a corpus in memory, and each piece's returns.
+    """The pieces of a split (or just `pieces`) with returns planted, as a corpus in memory, and each one's returns.
 
     The same seed plants the same, whatever other pieces there are. Nothing is written. `UserError` where no piece is
     long enough for a return.
     """
-    pieces = [int(i) for i in corpus.pieces_of(split)]
+    pieces = [int(i) for i in (corpus.pieces_of(split) if pieces is None else pieces)]
     done = [planter.plant(corpus.piece(i), np.random.default_rng((seed, i))) for i in pieces]
     if not any(planted.returns for planted in done):
         longest = max((len(planted.tokens) for planted in done), default=0)
@@ -243,7 +245,7 @@ def planted_corpus(
     tokens = np.concatenate([planted.tokens for planted in done]).astype(np.uint16)
     clock = [float(corpus.vocabulary.clock(planted.tokens)[-1]) for planted in done]
     own = [float(corpus.vocabulary.clock(corpus.piece(i))[-1]) for i in pieces]
-    index = {
+    index: dict[str, npt.NDArray[Any]] = {
         "offsets": np.cumsum([0, *(len(planted.tokens) for planted in done)]).astype(np.int64),
         "n_notes": np.array([corpus.vocabulary.count_notes(planted.tokens) for planted in done], dtype=np.int64),
         "seconds": np.array(corpus.seconds[pieces] + np.subtract(clock, own)),

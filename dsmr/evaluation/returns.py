@@ -91,6 +91,7 @@ def return_losses(
     split: str,
     planter: Planter,
     *,
+    pieces: Sequence[int] | np.ndarray | None = None,
     seed: int = 0,
     name: str = "model",
     batch_size: int = 4,
@@ -99,8 +100,8 @@ def return_losses(
     memory_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ReturnsReport:
-    """Plant returns into the pieces of `split` (nothing is written) and measure the loss there."""
-    planted, returns = planted_corpus(corpus, split, planter, seed)
+    """Plant returns into the pieces of `split`, or just `pieces`, and measure the loss there; nothing is written."""
+    planted, returns = planted_corpus(corpus, split, planter, seed, pieces)
     chosen = [i for i, found in enumerate(returns) if found]
     losses = piece_losses(
         model,

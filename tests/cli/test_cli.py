@@ -44,6 +44,8 @@ COMMANDS = [
     "prepare maestro",
     "prepare composed",
     "experiments list",
+    "experiments run",
+    "experiments report",
 ]
 
 

@@ -16,7 +16,7 @@ SHARPNESS, STRENGTH, FAINT = 2.5, 40.0, 1e-3
 def copier(
     horizons: list[int], copying: int, *, vocab_size: int = 28, segment_length: int = 8, heard: int = 3
 ) -> DSMRModel:
-    """A model whose layer `copying` copies what followed the same `heard` tokens, as far back as its horizon reaches."""
+    """A model whose layer `copying` copies what followed the same `heard` tokens, as far back as it remembers."""
     config = DSMRConfig(
         vocab_size,
         MemorySchedule.explicit(horizons),
