@@ -100,9 +100,9 @@ def returns(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     """What is saved at planted returns by distance, the mean over seeds."""
     figure, axes = new_figure(size=(8.5, 5))
     for number, (name, own) in enumerate(_models(rows).items()):
-        bins = own[0]["returns"]["by_distance"]
-        at = [(b["start"] * b["end"]) ** 0.5 for b in bins]
-        saved = np.mean([[b["saved"] for b in row["returns"]["by_distance"]] for row in own], axis=0)
+        found = [[b for b in row["returns"]["by_distance"] if b["returns"]] for row in own]
+        at = [(b["start"] * b["end"]) ** 0.5 for b in found[0]]
+        saved = np.mean([[b["saved"] for b in bins] for bins in found], axis=0)
         axes.plot(at, saved, label=name, linewidth=1.2, **_style(number))
     axes.set_xscale("log", base=2)
     axes.axhline(0, color="0.5", linewidth=0.8)

@@ -10,7 +10,7 @@ from dsmr.console.figures import available
 from dsmr.console.files import write_json, write_text
 from dsmr.experiments.pictures import draw
 from dsmr.experiments.presets import PRESETS
-from dsmr.experiments.rows import Figure, Line, lines_of
+from dsmr.experiments.rows import Figure, Line, lines_of, rank_correlation
 from dsmr_kernels.costing.cost import human_bytes
 
 
@@ -53,6 +53,11 @@ def markdown(rows: Sequence[dict[str, Any]], lines: Sequence[Line], pictures: Se
             ["model", *distances],
             [[line.model, *(_text(line.returns.get(d), 3) for d in distances)] for line in lines],
         )
+    for ours, theirs in (("nats a note", "perplexity"), ("KRCU-AUC", "krcu_auc"), ("peak memory", "peak_gb")):
+        found = rank_correlation(lines, ours, theirs)
+        if found is not None:
+            name = "KRCU-AUC" if theirs == "krcu_auc" else theirs.replace("_gb", " memory")
+            said += ["", f"Rank order of {ours} against the paper's {name}: {found[0]:+.2f} over {found[1]} models."]
     for picture in pictures:
         said += ["", f"![{Path(picture).stem}]({picture})"]
     said += ["", "Our reading, where the paper leaves it open:", ""]

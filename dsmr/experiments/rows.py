@@ -96,6 +96,7 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[Line]:
                         [row["returns"]["by_distance"][n]["saved"] for row in own]
                     )
                     for n in range(len(bins))
+                    if bins[n]["returns"]
                 },
             )
         )
@@ -112,3 +113,24 @@ def _over(rows: Sequence[dict[str, Any]], ask: Any) -> Figure | None:
 def _figure(values: Sequence[float]) -> Figure:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return Figure(statistics.fmean(values), spread, len(values))
+
+
+def rank_correlation(lines: Sequence[Line], ours: str, theirs: str) -> tuple[float, int] | None:
+    """Spearman's rank correlation of our figure `ours` with the paper's `theirs` over the models that both have, and
+    how many those are; None for fewer than three, or where all are equal."""
+    pairs = []
+    for line in lines:
+        preset, figure = PRESETS.get(line.model), line.figures[ours]
+        if preset is not None and preset.paper is not None and figure is not None:
+            pairs.append((figure.mean, float(getattr(preset.paper, theirs))))
+    if len(pairs) < 3:
+        return None
+    ranks = [_ranks([pair[side] for pair in pairs]) for side in (0, 1)]
+    if any(len(set(side)) == 1 for side in ranks):
+        return None
+    return statistics.correlation(*ranks), len(pairs)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 0 on; equal values share the mean of theirs."""
+    return [sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 for v in values]

@@ -153,7 +153,7 @@ class _Runner:
                         break
                     while self.todo and len(self.running) < self.jobs:
                         self._start(self.todo.pop(0))
-                    time.sleep(0.2)
+                    time.sleep(0.5)
                     self._collect()
                     self.line.update(self._status(unfinished))
             finally:

@@ -250,7 +250,10 @@ def _measure(values: Mapping[str, Any]) -> Measure:
 
 def _models(values: Mapping[str, Any], size: Size) -> dict[str, Model]:
     """The presets and the table's own models, by name."""
-    models = {name: Model(name, found, found.schedule(size)) for name, found in {**PRESETS, **CONTROLS}.items()}
+    models = {
+        name: Model(name, found, found.schedule(size), dict(found.settings))
+        for name, found in {**PRESETS, **CONTROLS}.items()
+    }
     for name, given in _section(values, "models").items():
         where = f"[models.{name}]"
         if not isinstance(given, Mapping):
@@ -271,7 +274,7 @@ def _models(values: Mapping[str, Any], size: Size) -> dict[str, Model]:
             models[name] = Model(name, None, schedule, own)
         else:
             found = preset(own.pop("preset"))
-            models[name] = Model(name, found, found.schedule(size), own)
+            models[name] = Model(name, found, found.schedule(size), {**found.settings, **own})
     return models
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
 from dsmr.experiments.report import write_report
-from dsmr.experiments.rows import lines_of, read_rows
+from dsmr.experiments.rows import lines_of, rank_correlation, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,6 +76,21 @@ def test_seeds_become_a_mean_and_a_spread(tmp_path: Path) -> None:
     assert none.figures["perplexity"].text(1) == "24.0"  # type: ignore[union-attr]
     assert nats.text(2) == "10.50 ± 0.71"
     assert two_scale.retain[1024].mean == pytest.approx(0.105)
+
+
+def test_rank_order_is_held_against_the_papers() -> None:
+    def order(**nats: float) -> tuple[float, int] | None:
+        return rank_correlation(
+            lines_of([made_up(name, 0, n) for name, n in nats.items()]), "nats a note", "perplexity"
+        )
+
+    assert order(full=2.0, two_scale=1.0, fhcr=3.0, none=0.0) == (pytest.approx(1.0), 3)  # 5.98, 5.96, 6.01
+    assert order(full=2.0, two_scale=3.0, fhcr=1.0) == (pytest.approx(-1.0), 3)
+    assert order(full=2.0, two_scale=3.0) is None
+    assert order(full=2.0, two_scale=2.0, fhcr=2.0) is None
+    found = order(reverse_two_scale=1.0, fhcr=2.0, full=0.0)  # two of the paper are equal
+    assert found is not None
+    assert found[0] == pytest.approx(0.75**0.5)
 
 
 def test_the_report_has_a_table_and_pictures(tmp_path: Path) -> None:
