@@ -83,7 +83,7 @@ def fronts(lines: Sequence[Line], path: Path) -> Path:
             axis.annotate(line.model, (x, y), (5, 3), textcoords="offset points", fontsize=8)
         front = [(x, y) for _, x, y in points if not any(_beats((v, sign * w), (x, sign * y)) for _, v, w in points)]
         axis.plot(*zip(*sorted(front), strict=True), color="0.6", linewidth=0.9, drawstyle="steps-post", zorder=0)
-        axis.set_xscale("symlog", linthresh=0.05)
+        axis.margins(0.12)
         axis.set_xlabel("KV memory (MiB a stream)")
         axis.set_ylabel(name if sign > 0 else f"{name} (nats a token)")
         axis.grid(alpha=0.3)

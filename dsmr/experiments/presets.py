@@ -206,9 +206,9 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "fhcr",
-            "FHCR (all positions, 2 KV heads)",
+            "FHCR (all positions, few KV heads)",
             lambda size: MemorySchedule.fhcr(size.layers, size.length, size.few_heads),
-            "Full-Horizon Compressed Recurrence, of the paper's third version: every position, but 2 KV heads a layer.",
+            "Full-Horizon Compressed Recurrence, of the paper's third version: every position, few KV heads (there 2).",
             paper=Paper(6.01, 0.0312, 5.5),
         ),
     )
