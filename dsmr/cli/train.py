@@ -36,6 +36,9 @@ TRAIN_DEFAULTS = {
     "batch_size": "4",
     "segments_per_step": "1",
     "augment": "augment",
+    "returns": "0.0",
+    "returns_nearest": "1000",
+    "returns_farthest": "16000",
     "seed": "0",
     "steps": "no limit",
     "epochs": "10, if no length is given",
@@ -78,6 +81,13 @@ def train(
     batch_size: Annotated[Whole, setting("Pieces read side by side.", "batch_size")] = None,
     segments_per_step: Annotated[Whole, setting("Segments of each piece in a step.", "segments_per_step")] = None,
     augment: Annotated[bool | None, setting("Transpose and stretch the training pieces on the fly.", "augment")] = None,
+    returns: Annotated[
+        Number, setting("Share of tokens in planted returns of earlier passages (tsd only); ours.", "returns")
+    ] = None,
+    returns_nearest: Annotated[Whole, setting("Least distance of a planted return, tokens.", "returns_nearest")] = None,
+    returns_farthest: Annotated[
+        Whole, setting("Greatest distance of a planted return, tokens.", "returns_farthest")
+    ] = None,
     seed: Annotated[Whole, setting("The same seed trains the same model.", "seed")] = None,
     steps: Annotated[Whole, setting("Length in steps.", "steps")] = None,
     epochs: Annotated[Number, setting("Length in passes over the training split.", "epochs")] = None,

@@ -209,14 +209,20 @@ def check_same_run(run: RunDirectory, then: Mapping[str, Any], now: Mapping[str,
             f"({now['corpus']['digest'][:16]})"
         )
     pairs = [(key, then["model"].get(key), now["model"].get(key)) for key in {**then["model"], **now["model"]}]
-    pairs += [(key, then["train"].get(key), now["train"].get(key)) for key in FIXED]
+    pairs += [(key, then["train"].get(key, was), now["train"].get(key, was)) for key, was in FIXED.items()]
     for key, old, new in [*pairs, ("dtype", then["dtype"], now["dtype"])]:
         if old != new:
             raise UserError(f"cannot resume {run.path}: its {key} is {old}, but {new} was asked for")
 
 
-FIXED = ("batch_size", "segments_per_step", "seed", "augment")
-"""Training settings that a resumed run cannot change, besides the model's: they decide what the stream holds."""
+FIXED: dict[str, Any] = {
+    **dict.fromkeys(("batch_size", "segments_per_step", "seed", "augment")),
+    "returns": 0.0,
+    "returns_nearest": 1000,
+    "returns_farthest": 16000,
+}
+"""Training settings that a resumed run cannot change, besides the model's: they decide what the stream holds. Beside
+each is what it was in runs of before there was such a setting."""
 
 
 def rng_state() -> dict[str, Any]:

@@ -55,6 +55,10 @@ class TrainConfig:
     batch_size: int = 4
     segments_per_step: int = 1
     augment: bool = True
+    # Planted returns (dsmr.corpus.returns): their share of the tokens (0: none), and how far back, in tokens.
+    returns: float = 0.0
+    returns_nearest: int = 1000
+    returns_farthest: int = 16000
     seed: int = 0
     # How long; all None means 10 epochs.
     steps: int | None = None
@@ -91,6 +95,13 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} must not be negative, but it is {value}")
+        if not 0 <= self.returns <= 0.5:
+            raise UserError(f"returns must be at least 0 and at most 0.5, but it is {self.returns}")
+        if not 1 <= self.returns_nearest <= self.returns_farthest:
+            raise UserError(
+                f"returns_nearest must be at least 1 and at most returns_farthest, but they are "
+                f"{self.returns_nearest} and {self.returns_farthest}"
+            )
         if self.seed >= 2**63:
             raise UserError(f"seed must be below 2**63, but it is {self.seed}")
         if not 0 <= self.dropout < 1:

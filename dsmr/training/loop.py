@@ -21,6 +21,7 @@ from dsmr.console.figures import available
 from dsmr.console.files import write_json
 from dsmr.console.progress import ProgressLine, duration
 from dsmr.console.stopping import Stop, StoppedError, graceful_stop
+from dsmr.corpus.returns import Planter
 from dsmr.corpus.store import Corpus
 from dsmr.corpus.streams import Augment, Batch, StreamLoader
 from dsmr.evaluation.losses import evaluate
@@ -126,7 +127,7 @@ class _Training:
             config.batch_size,
             config.segments_per_step * config.segment_length,
             config.seed,
-            _augmenter(corpus) if config.augment else None,
+            _augmenter(config, corpus),
         )
         self.model: DSMRModel = DSMRModel(model_config).to(self.device)
         self.optimizer = _optimizer(self.model, config)
@@ -365,5 +366,11 @@ def _optimizer(model: "DSMRModel", config: TrainConfig) -> torch.optim.Optimizer
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
 
 
-def _augmenter(corpus: "Corpus") -> Augment:
-    return Augmenter(corpus.vocabulary)
+def _augmenter(config: TrainConfig, corpus: "Corpus") -> Augment | None:
+    """What happens to each piece when it is opened: returns are planted, then the whole is moved and stretched."""
+    vary = Augmenter(corpus.vocabulary) if config.augment else None
+    if not config.returns:
+        return vary
+    distance = (config.returns_nearest, config.returns_farthest)
+    plant = Planter(corpus.vocabulary, share=config.returns, distance=distance)
+    return plant if vary is None else lambda tokens, rng: vary(plant(tokens, rng), rng)

@@ -106,7 +106,7 @@ def train_one(config: TrainConfig) -> None:
         # A terminal sends Ctrl-C to its whole group: it would reach the run beside the parent's SIGTERM, and the second
         # of two signals ends a run at once, unsaved.
         os.setpgrp()
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    threading.Thread(target=stop_with_parent, daemon=True).start()
     log = Path(config.out) / "train.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as file:
@@ -118,7 +118,7 @@ def train_one(config: TrainConfig) -> None:
     raise SystemExit(result.exit_code)
 
 
-def _stop_with_parent() -> None:
+def stop_with_parent() -> None:
     """Ask this process to save and end when its parent is gone."""
     parent = multiprocessing.parent_process()
     if parent is not None:

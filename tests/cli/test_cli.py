@@ -43,6 +43,9 @@ COMMANDS = [
     "prepare midi",
     "prepare maestro",
     "prepare composed",
+    "experiments list",
+    "experiments run",
+    "experiments report",
 ]
 
 
