@@ -91,11 +91,25 @@ def memory_attention(
         ValueError, TypeError: naming the argument, what was expected and what came.
         RuntimeError: in a recomputation (activation checkpointing), if the memory has moved on since.
 
-    Example: attention over two memories, merged.
+    Examples:
+        Sinks and a bias by distance, both learned; the buckets widen with distance::
 
-        a, lse_a = memory_attention(q, k, v, near, horizon=512, return_lse=True)
-        b, lse_b = memory_attention(q, k[:, :, :0], ...)  # or any attention that gives a log-sum-exp
-        out = torch.lerp(a, b, torch.sigmoid(lse_b - lse_a).unsqueeze(-1))
+            sinks = torch.nn.Parameter(torch.zeros(heads))
+            bias = torch.nn.Parameter(torch.zeros(heads, 32))
+            buckets = (4 * torch.arange(1, horizon).log2()).long().clamp(max=31)
+            out = memory_attention(
+                q, k, v, memory, horizon=horizon, sinks=sinks, distance_bias=bias, distance_buckets=buckets
+            )
+
+        Two attentions of the same queries, over different keys, merged into one softmax::
+
+            a, lse_a = memory_attention(q, k, v, memory, horizon=horizon, return_lse=True)
+            out = torch.lerp(a, b, torch.sigmoid(lse_b - lse_a).unsqueeze(-1))
+
+        Rows that are at places of their own in their segments, of which the first takes 3 tokens and the second 5::
+
+            out = memory_attention(q, k, v, memory, horizon=horizon, segment_length=64, segment_offset=memory.seen % 64)
+            memory.append(k, v, counts=torch.tensor([3, 5]))
     """
     border.check_query(q)
     border.check_keys(q, k, v)

@@ -73,11 +73,18 @@ class MemorySnapshot(Ring):
 class KVMemory(Ring):
     """Ring of detached keys and values, one row of the batch independent of the other. Attributes as of `Ring`.
 
-    Example: a step of training under activation checkpointing.
+    Examples:
+        A step of training under activation checkpointing::
 
-        past = memory.snapshot()
-        y, k, v = checkpoint(layer.attend, x, past, place, use_reentrant=False)
-        memory.append(k, v)  # `past` stays what it was, also when the backward computes `attend` once more
+            past = memory.snapshot()
+            y, k, v = checkpoint(layer.attend, x, past, place, use_reentrant=False)
+            memory.append(k, v)  # `past` stays what it was, also when the backward computes `attend` once more
+
+        Several continuations of each row, of which one goes on, and a draft of which two tokens are taken back::
+
+            tries = memory.repeat(4)
+            memory = tries.select([2])
+            memory.crop(2)
     """
 
     def __init__(
