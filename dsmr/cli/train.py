@@ -50,6 +50,7 @@ TRAIN_DEFAULTS = {
     "device": "auto",
     "dtype": "auto",
     "threads": "all cores",
+    "checkpoint_layers": "no",
     "eval_every": "20 times a run",
     "save_minutes": "5.0",
 }
@@ -101,6 +102,10 @@ def train(
         str | None, setting("float32, bfloat16, or auto (bfloat16 where the hardware has it).", "dtype")
     ] = None,
     threads: Annotated[Whole, setting("CPU threads.", "threads")] = None,
+    checkpoint_layers: Annotated[
+        bool | None,
+        setting("Compute each layer again in the backward: less memory, more time, same result.", "checkpoint_layers"),
+    ] = None,
     eval_every: Annotated[Whole, setting("Steps between validations.", "eval_every")] = None,
     save_minutes: Annotated[Number, setting("Minutes between checkpoints.", "save_minutes")] = None,
 ) -> None:

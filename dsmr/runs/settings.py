@@ -75,6 +75,9 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
+    checkpoint_layers: bool = (
+        False  # memory for time: each layer is computed again in the backward, to the same gradients
+    )
     # Measuring and saving. `eval_every` and `save_every` are in steps (None: up to
     # 20 times a run, taking a tenth of its time at most; only by the clock).
     eval_every: int | None = None

@@ -129,7 +129,7 @@ class _Training:
             config.seed,
             _augmenter(config, corpus),
         )
-        self.model: DSMRModel = DSMRModel(model_config).to(self.device)
+        self.model = DSMRModel(model_config, checkpoint_layers=config.checkpoint_layers).to(self.device)
         self.optimizer = _optimizer(self.model, config)
         self.state = self.model.new_state(config.batch_size, device=self.device, dtype=self.dtype, aligned=True)
         self.validation = validation_pieces(corpus, config.eval_tokens)
