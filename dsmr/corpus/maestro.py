@@ -119,6 +119,19 @@ def read_listing(root: Path) -> Listing:
     return Listing(path.name, entries)
 
 
+def provenance(source: Path) -> list[str]:
+    """In words: is this archive the published one, byte for byte? Nothing of a folder, which has no sum."""
+    if not source.is_file():
+        return []
+    with open(source, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() == OFFICIAL_SHA256:
+            return ["The archive is byte for byte the published one (SHA-256)."]
+        file.seek(0)
+        plain = file.read(512)[257:262] == b"ustar"
+    unseen = ", and a plain tar has no sums of what it holds: damage in it would not be seen" if plain else ""
+    return [f"The archive is not byte for byte the published one{unseen}."]
+
+
 def compare(listing: Listing, report: PrepareReport) -> list[str]:
     """In words: are these the pieces and notes of the published data set, and if not, what differs?"""
     found = {split: (counts.pieces, counts.notes) for split, counts in report.splits.items()}

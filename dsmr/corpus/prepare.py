@@ -142,7 +142,10 @@ def prepare_maestro(
             missing.append((entry.filename, f"named in {listing.name} but not there"))
     if not tasks:
         raise UserError(f"{source} holds none of the {len(listing.entries):,} files that its {listing.name} names")
-    judge = partial(maestro.compare, listing)
+
+    def judge(report: PrepareReport) -> list[str]:
+        return maestro.compare(listing, report) + maestro.provenance(Path(source))
+
     return run(tasks, output, tokenizer, jobs, MAESTRO, FRACTIONS, overwrite, progress, missing, judge)
 
 
@@ -251,6 +254,8 @@ def run(
     report = PrepareReport(
         name, str(out), f"{vocabulary.scheme} {vocabulary.hash[:16]}", {split: SplitCounts() for split in SPLITS}
     )
+    if tasks[0].path is None:
+        report.counted = "by the composer"
     report.skipped += skipped
     kept: list[tuple[Task, Path, Result]] = []
     for task, key in zip(tasks, keys, strict=True):

@@ -48,6 +48,7 @@ class PrepareReport:
     changed: Counter[str] = field(default_factory=Counter)  # what -> notes that the tokens tell otherwise
     remarks: list[str] = field(default_factory=list)
     n_begun: int = 0  # note-ons counted in the bytes of the files that became pieces
+    counted: str = "in the bytes of their files"  # where the note-ons were counted
     n_skipped: int = 0  # those in skipped files, as far as their bytes can be read
     n_copies: int = 0  # pieces that play the notes of another one
     n_apart: int = 0  # pieces whose copies lie in other splits, where a given list puts them
@@ -72,7 +73,11 @@ class PrepareReport:
             Counter(value["changed"]),
             list(value["remarks"]),
             # Reports of earlier versions did not count these.
-            *(value.get(name, 0) for name in ("n_begun", "n_skipped", "n_copies", "n_apart")),
+            n_begun=value.get("n_begun", 0),
+            counted=value.get("counted", cls.counted),
+            n_skipped=value.get("n_skipped", 0),
+            n_copies=value.get("n_copies", 0),
+            n_apart=value.get("n_apart", 0),
         )
 
     def count_copies(self, groups: Sequence[int], splits: Sequence[str]) -> None:
@@ -95,10 +100,12 @@ class PrepareReport:
     def lines(self) -> list[str]:
         """Everything beside the counts, a sentence each."""
         left_out = sum(self.dropped.values())
-        lines = [f"{self.n_begun:,} notes begin in these files, counted in their bytes: all of them are in the corpus."]
+        lines = [
+            f"{self.n_begun:,} notes begin in these pieces, counted {self.counted}: all of them are in the corpus."
+        ]
         if left_out:
             kept = f"{self.total.notes:,} are in the corpus, {left_out:,} are left out."
-            lines = [f"{self.n_begun:,} notes begin in these files, counted in their bytes: {kept}"]
+            lines = [f"{self.n_begun:,} notes begin in these pieces, counted {self.counted}: {kept}"]
         lines += [f"{count:,} notes left out: {why}." for why, count in self.dropped.items()]
         lines += [f"{count:,} notes changed: {what}." for what, count in self.changed.items()]
         if self.n_skipped:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 LAST_TICK = 2**31 - 1  # what 32 bits hold: readers, ours among them, count ticks in them
+MOST_TRACKS = 2**16 - 1  # what the header can count
 DRUMS = 9  # the channel that General MIDI gives to percussion, counted from 0
 PEDAL = 64  # the controller of the sustain pedal
 SILENCE = (120, 123, 124, 125, 126, 127)  # "all sound off", "all notes off", and the modes that imply it
@@ -126,6 +127,8 @@ def _tracks(data: bytes, at: int) -> list[bytes]:
             if found and (not whole or b"MTrk" in data[at:]):
                 raise MidiBytesError(f"damaged: its track {len(found)} does not end where its length says")
             break
+        if len(found) == MOST_TRACKS:
+            raise MidiBytesError(f"damaged: it holds more than {MOST_TRACKS:,} tracks")
         if name == b"MTrk":
             found.append(data[at + 8 : at + 8 + length])
             whole = found[-1][-3:] == b"\xff\x2f\x00"
@@ -232,28 +235,33 @@ def pair(midi: MidiBytes) -> Sounding:
     their pitch, or at its end where that comes first, or at the end of the piece.
     """
     voices: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # track, channel, pitch: (tick, strike or -1)
-    pitches: dict[tuple[int, int], set[int]] = {}
+    depth: dict[tuple[int, int, int], int] = {}  # strikes less ends, since the pitch was last silent
+    sounding: dict[tuple[int, int], set[int]] = {}  # so that a million "all notes off" do not visit every pitch
     notes: list[tuple[int, int, int, int]] = []
     pedals: list[tuple[int, int]] = []
     held: dict[tuple[int, int], int] = {}
     for tick, track, status, one, two in _rows(midi.events):
         channel = status & 15
         if status < 0xA0:
-            voice = voices.setdefault((track, channel, one), [])
-            pitches.setdefault((track, channel), set()).add(one)
+            key = (track, channel, one)
             if status >= 0x90 and two:
-                voice.append((tick, len(notes)))
+                voices.setdefault(key, []).append((tick, len(notes)))
                 notes.append((tick, one, two, channel == DRUMS))
-            else:
-                voice.append((tick, -1))
+                depth[key] = depth.get(key, 0) + 1
+                sounding.setdefault((track, channel), set()).add(one)
+            elif depth.get(key):
+                voices[key].append((tick, -1))
+                depth[key] -= 1
         elif one == PEDAL:
             if two >= 64:
                 held.setdefault((track, channel), tick)
             elif (start := held.pop((track, channel), None)) is not None:
                 pedals.append((start, tick - start))
         elif one in SILENCE:
-            for pitch in pitches.get((track, channel), ()):
-                voices[track, channel, pitch].append((tick, -2))
+            for pitch in sounding.pop((track, channel), ()):
+                if depth[track, channel, pitch]:
+                    voices[track, channel, pitch].append((tick, -2))
+                    depth[track, channel, pitch] = 0
     pedals += [(start, midi.last_tick - start) for start in held.values() if start < midi.last_tick]
     ends = [0] * len(notes)
     never = sum(_end_voice(voice, midi.last_tick, ends) for voice in voices.values())

@@ -68,9 +68,11 @@ def read_data(data: bytes) -> MidiFile:
         except Exception:  # it reads less than we do; what neither can read has been refused
             score = None
         if score is not None and _agree(score, midi):
+            _check_pedals(sum(len(track.pedals) for track in score.tracks))
             return MidiFile(score, n_begun, dropped)
     midi = read_bytes(data)
     sounding = pair(midi)
+    _check_pedals(len(sounding.pedals))
     changed = {NO_END: sounding.never_ended} if sounding.never_ended else {}
     return MidiFile(_score_of(midi, sounding.notes, sounding.pedals), n_begun, dropped, changed)
 
@@ -95,6 +97,11 @@ def _check_tempos(midi: MidiBytes) -> None:
     if still.any():
         tick = int(tempos[still.argmax(), 0])
         raise MidiBytesError(f"without a measure of time: from tick {tick:,} on its tempo is 0")
+
+
+def _check_pedals(count: int) -> None:
+    if count > MOST_NOTES:
+        raise MidiBytesError(f"too large for one piece: it holds the pedal {count:,} times, more than {MOST_NOTES:,}")
 
 
 def _agree(score: Any, midi: MidiBytes) -> bool:

@@ -76,6 +76,20 @@ def test_every_form_gives_the_same_corpus_with_the_official_split(tmp_path: Path
     assert not [path for path in (tmp_path / "c").iterdir() if path.name.startswith(".")]
 
 
+def test_an_archive_is_held_against_the_published_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make(tmp_path / "m")
+    archive = zipped(root, tmp_path / "m.zip")
+    assert prepare_maestro(archive, tmp_path / "c", **quietly).remarks[1:] == [
+        "The archive is not byte for byte the published one."
+    ]
+    monkeypatch.setattr(maestro, "OFFICIAL_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    assert maestro.provenance(archive) == ["The archive is byte for byte the published one (SHA-256)."]
+    assert maestro.provenance(root) == []
+    with tarfile.open(tmp_path / "m.tar", "w") as file:
+        file.add(root, "maestro")
+    assert "damage in it would not be seen" in maestro.provenance(tmp_path / "m.tar")[0]
+
+
 def test_files_that_the_listing_names_but_are_not_there_are_reported(tmp_path: Path) -> None:
     root = make(tmp_path / "m")
     (root / "2004/a.midi").unlink()

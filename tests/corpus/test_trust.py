@@ -34,7 +34,10 @@ def test_the_numbers_of_the_report_add_up_and_it_says_so(tmp_path: Path) -> None
     folder = write_folder(tmp_path / "midi", 3)
     report = prepare_midi(folder, tmp_path / "clean", **quietly)
     assert report.n_begun == report.total.notes == 120
-    assert "120 notes begin in these files, counted in their bytes: all of them are in the corpus." in text_of(report)
+    assert (
+        "120 notes begin in these pieces, counted in the bytes of their files: all of them are in the corpus."
+        in text_of(report)
+    )
     open_ended = [*melody(60, 62), (0, on(64)), (0, on(10)), (0, on(36, channel=9)), (480, off(10)), (0, off(36, 9))]
     (folder / "open.mid").write_bytes(midi(track(*open_ended, (0, b"\xff\x2f\0"), *melody(70))))
     (folder / "low.mid").write_bytes(midi(track(*melody(1, 2, 3))))
@@ -45,7 +48,7 @@ def test_the_numbers_of_the_report_add_up_and_it_says_so(tmp_path: Path) -> None
     assert report.n_begun == report.total.notes + sum(report.dropped.values())
     said = text_of(report)
     for line in (
-        "126 notes begin in these files, counted in their bytes: 123 are in the corpus, 3 are left out.",
+        "126 notes begin in these pieces, counted in the bytes of their files: 123 are in the corpus, 3 are left out.",
         "1 notes changed: without an end (ended by the next of their pitch, or with the piece).",
         "3 notes begin in the skipped files, as far as these can be read.",
     ):

@@ -3,7 +3,9 @@
 The files are written byte by byte: what real programs and damage make, and what readers lose in silence.
 """
 
+import contextlib
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,26 @@ def test_a_file_too_large_for_a_piece_is_refused(tmp_path: Path, monkeypatch: py
         read_midi(tmp_path / "a.mid")
     monkeypatch.setattr(f"dsmr.music.{limit}", 1000)
     read_midi(tmp_path / "a.mid")
+
+
+@pytest.mark.slow
+def test_a_file_made_to_take_long_does_not(tmp_path: Path) -> None:
+    """Of "all notes off", of ends, of pedals, of tracks, of tempos: a file grows them as fast as it is read."""
+    pitches = [(0, on(pitch)) for pitch in range(128)]
+    for many in (
+        track(*pitches, (0, bytes([0xB0, 123, 0])), (0, b"\x7b\0" + b"\0\x7b\0" * 200_000)),
+        track(*pitches, (0, off(60)), (0, b"\x3c\0" + b"\0\x3c\0" * 200_000)),
+        track(*pitches, (0, bytes([0xB0, 64, 127])), (0, b"\x40\0" + b"\0\x40\x7f\0\x40\0" * 100_000)),
+        track(*pitches) + track() * 60_000,
+        track(*pitches, *[(1, tempo(500_000 + i)) for i in range(90_000)]),
+    ):
+        data = midi(many, count=1)
+        started = time.process_time()
+        (tmp_path / "a.mid").write_bytes(data)
+        with contextlib.suppress(UserError):
+            report = encode_midi(tmp_path / "a.mid", vocabulary_of())[1]
+            assert report.n_begun == 128
+        assert time.process_time() - started < 10
 
 
 def test_whatever_a_library_raises_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
