@@ -1,24 +1,22 @@
 """The two attention calls and the step before decoding: check the arguments at the border, hand them to a backend."""
 
-import copy
-
 import torch
 from torch import Tensor
 
 from dsmr_kernels import border
 from dsmr_kernels.dispatch import choose
-from dsmr_kernels.memory import KVMemory, MemorySnapshot
+from dsmr_kernels.memory import KVMemory, MemorySnapshot, may_look
 from dsmr_kernels.ring import Ring
 from dsmr_kernels.spec import AttentionSpec, Inputs
 from dsmr_kernels.visibility import VISIBILITIES
 
 
-def _readable(memory: Ring) -> Ring:
+def _readable(memory: KVMemory | MemorySnapshot) -> Ring:
     """A memory whose parts are contiguous in their last dimension: itself, or a copy of what is not."""
     k, v = border.rows(memory.k), border.rows(memory.v)
     if k is memory.k and v is memory.v:
         return memory
-    view = memory.held() if isinstance(memory, KVMemory) else copy.copy(memory)
+    view = memory.held()
     view.k, view.v = k, v
     return view
 
@@ -125,8 +123,15 @@ def memory_attention(
         border.check_alibi(alibi_slopes, q)
     if sinks is not None:
         border.check_sinks(sinks, q)
-    if distance_bias is not None:
-        border.check_bias(distance_bias, distance_buckets, q)
+    border.check_bias(distance_bias, distance_buckets, q)
+    live = isinstance(memory, KVMemory) and memory.capacity > 0
+    if live:
+        assert isinstance(memory, KVMemory)
+        memory.check_read()
+        live = memory.moved
+        learning = any(x is not None and x.requires_grad for x in (q, k, v, distance_bias, sinks))
+        if torch.compiler.is_compiling() and torch.is_grad_enabled() and learning:
+            memory.note_graph_read()
 
     q, scale = border.scaled(q, scale)
     offsets = segment_offset if isinstance(segment_offset, Tensor) else None
@@ -149,11 +154,9 @@ def memory_attention(
             scale=scale,
             return_lse=return_lse or sinks is not None,
         ),
+        live=live,
     )
     chosen = choose(q, backend, v_head_dim=v.shape[3], biased=distance_bias is not None)
-    if isinstance(memory, KVMemory) and memory.capacity and not torch.compiler.is_compiling():
-        learning = any(x is not None and x.requires_grad for x in (q, k, v, distance_bias))
-        memory.note_read(recorded=torch.is_grad_enabled() and learning)
     out, lse = chosen.memory_attention(inputs)
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
@@ -206,9 +209,8 @@ def decode_attention(
         border.check_alibi(alibi_slopes, q)
     if sinks is not None:
         border.check_sinks(sinks, q)
-    if distance_bias is not None:
-        border.check_bias(distance_bias, distance_buckets, q)
-    if border.may_look(q):
+    border.check_bias(distance_bias, distance_buckets, q)
+    if may_look(q):
         sees = memory.length if visible is None else torch.minimum(visible, memory.length)
         if (few := sees < q.shape[2]).any():
             row = int(few.nonzero()[0])  # its first query would see nothing, not even itself
@@ -217,9 +219,9 @@ def decode_attention(
             )
     q, scale = border.scaled(q, scale)
     chosen = choose(q, backend, v_head_dim=memory.v_head_dim, biased=distance_bias is not None)
-    bias = None if distance_bias is None else distance_bias.detach()
+    learned = (None if x is None else x.detach() for x in (sinks, distance_bias))
     return chosen.decode_attention(
-        border.rows(q), _readable(memory), visible, alibi_slopes, sinks, bias, distance_buckets, scale
+        border.rows(q), _readable(memory), visible, alibi_slopes, *learned, distance_buckets, scale
     )
 
 

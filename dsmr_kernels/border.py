@@ -5,22 +5,16 @@ them looked at everywhere.
 """
 
 import math
-import os
 
 import torch
 from torch import Tensor
 
-from dsmr_kernels.memory import KVMemory, MemorySnapshot
+from dsmr_kernels.memory import INFERENCE, KVMemory, MemorySnapshot, may_look
 from dsmr_kernels.ring import Ring
 
 
 def shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
-
-
-def may_look(tensor: Tensor) -> bool:
-    """Whether a tensor's values may be looked at."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or os.environ.get("DSMR_CHECK") == "1")
 
 
 def rows(x: Tensor) -> Tensor:
@@ -115,10 +109,9 @@ def check_memory(memory: Ring, q: Tensor, kv_heads: int, v_head_dim: int | None,
                 f"got {tensor.dtype} of shape {shape(tensor)} on {tensor.device}"
             )
     if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled() and memory.k.is_inference():
-        raise ValueError(
-            "memory holds tensors that were made under torch.inference_mode and must stay in it: use "
-            "KVMemory.empty, whose tensors may go everywhere, or memory.clone()"
-        )
+        raise ValueError(f"memory {INFERENCE}")
+    if (memory.dtype == torch.int8) != (memory.k_scale is not None and memory.v_scale is not None):
+        raise ValueError("memory must have k_scale and v_scale exactly where it is int8")
 
 
 def check_alibi(slopes: Tensor, q: Tensor) -> None:
@@ -133,8 +126,12 @@ def check_sinks(sinks: Tensor, q: Tensor) -> None:
     check_table("sinks", sinks, q, None, (q.shape[1],), said)
 
 
-def check_bias(bias: Tensor, buckets: Tensor | None, q: Tensor) -> None:
+def check_bias(bias: Tensor | None, buckets: Tensor | None, q: Tensor) -> None:
     """`distance_bias` and `distance_buckets`."""
+    if bias is None:
+        if buckets is not None:
+            raise ValueError("distance_buckets say nothing without distance_bias")
+        return
     if buckets is None:
         raise ValueError("distance_bias needs distance_buckets, which say to which of its columns a distance belongs")
     if not isinstance(buckets, Tensor) or buckets.dim() != 1 or buckets.shape[0] < 1 or buckets.dtype != torch.int64:

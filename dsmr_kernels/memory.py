@@ -5,11 +5,11 @@ run: the memory then copies itself before it next writes, and only then. Everyth
 the counters included, so that a captured graph may replay an append and goes on where it is.
 
 A recomputation (activation checkpointing) must read what the first computation read. It does if it was given a
-snapshot; a memory that has moved on since says so instead of being read.
+snapshot, or a memory that nothing was ever written to; any other memory may have moved on since, and says so.
 """
 
 import contextlib
-import weakref
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -20,15 +20,32 @@ from dsmr_kernels.quantise import quantise
 from dsmr_kernels.ring import COUNTERS, STORAGE, Ring
 
 MOVED = (
-    "a KVMemory is used again inside a backward pass, as activation checkpointing does to recompute, but it has been "
-    "appended to since: give the checkpointed call memory.snapshot(), or let DSMRModel(..., checkpoint_layers=True) do "
-    "the checkpointing"
+    "a KVMemory is used inside a backward pass, as activation checkpointing does to compute again, but it may have "
+    "moved on since: give the checkpointed call memory.snapshot(), taken outside of it, or let "
+    "DSMRModel(..., checkpoint_layers=True) do the checkpointing"
 )
+
+
+INFERENCE = (
+    "holds tensors that were made under torch.inference_mode and must stay in it: use KVMemory.empty, whose tensors "
+    "may go everywhere, or memory.clone()"
+)
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether a tensor's values may be looked at: elsewhere than on a CPU that makes the device wait, which
+    `DSMR_CHECK=1` in the environment allows."""
+    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or os.environ.get("DSMR_CHECK") == "1")
+
+
+def _this_backward() -> int:
+    """The number of the backward pass that runs in this thread; -1 outside of one."""
+    return torch._C._current_graph_task_id()
 
 
 def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread: what is computed now is computed again."""
-    return torch._C._current_graph_task_id() != -1
+    return _this_backward() != -1
 
 
 @contextlib.contextmanager
@@ -38,10 +55,22 @@ def _ordinary() -> Iterator[None]:
         yield
 
 
+class Holders:
+    """How many need a memory's present contents."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class Lease:
     """Held by whoever needs a memory's present contents: while it lives, the memory copies before it writes."""
 
-    __slots__ = ("__weakref__",)
+    def __init__(self, holders: Holders) -> None:
+        self.holders = holders
+        holders.count += 1
+
+    def __del__(self) -> None:
+        self.holders.count -= 1
 
 
 class MemorySnapshot(Ring):
@@ -57,16 +86,22 @@ class MemorySnapshot(Ring):
         """Itself: it does not change."""
         return self
 
-    held = snapshot
+    def held(self) -> "MemorySnapshot":
+        """Another view of the same, to be let go of apart."""
+        view = MemorySnapshot(**self.tensors(), seen=self.seen)
+        view._lease = None if self._lease is None else Lease(self._lease.holders)
+        return view
+
+    __copy__ = held
 
     def let_go(self) -> None:
-        """Keep the memory from copying for this snapshot's sake: for a holder who will hardly look again."""
+        """Keep the memory from copying for this view's sake: for a holder who will hardly look again."""
         self._lease = None
 
     def appended(self, k: Tensor, v: Tensor, piece_start: Tensor | None = None) -> "KVMemory":
         """A new memory that holds this and the new tokens; arguments as of `KVMemory.append`."""
         memory = _copied(self)
-        memory._take(k, v, piece_start, None)  # which nobody else sees, a recomputation may do as well
+        memory.append(k, v, piece_start)
         return memory
 
 
@@ -98,9 +133,9 @@ class KVMemory(Ring):
         seen: int | Tensor = 0,
     ) -> None:
         super().__init__(k, v, length, position, k_scale, v_scale, seen)
-        self._lease: weakref.ref[Lease] | None = None  # on the present contents
-        self._older: tuple[weakref.ref[Lease], ...] = ()  # on contents that were left to their holders
-        self._unrecorded_reads = 0  # by attention without gradients, of the present contents
+        self._holders = Holders()  # of the present contents
+        self._read_in_graph = False  # a compiled call may need the present contents in its backward, and holds no lease
+        self._written: int | None = None  # never, in this backward pass (its number), or -1: outside of one
 
     @classmethod
     def empty(
@@ -153,63 +188,59 @@ class KVMemory(Ring):
     @property
     def leased(self) -> bool:
         """Whether someone needs the present contents."""
-        return self._lease is not None and self._lease() is not None
-
-    def lease(self) -> Lease:
-        """Ask that the present contents outlive the next append: as long as the lease lives, it copies before it
-        writes."""
-        lease = self._lease() if self._lease is not None else None
-        if lease is None:
-            lease = Lease()
-            self._lease = weakref.ref(lease)
-        return lease
+        return self._read_in_graph or self._holders.count > 0
 
     def snapshot(self) -> MemorySnapshot:
         """An immutable view of the present contents, true for as long as it lives. Nothing is copied now; the memory
         copies itself before it next writes, if the snapshot is still there.
 
         Raises:
-            RuntimeError: inside a recomputation, if the memory has moved on since the first computation: take the
-                snapshot outside of what is recomputed.
+            RuntimeError: inside a recomputation: take the snapshot outside of what is recomputed.
         """
-        if not torch.compiler.is_compiling():
-            self.note_read(recorded=torch.is_grad_enabled())
+        self.check_read()
         return self.held()
 
     def held(self) -> MemorySnapshot:
-        """`snapshot` for who has noted the read already."""
+        """`snapshot` for who has checked the read already."""
         seen = self.seen.clone() if isinstance(self.seen, Tensor) else self.seen
         view = MemorySnapshot(**self.tensors(), seen=seen)
-        view._lease = self.lease()
+        view._lease = Lease(self._holders)
         return view
 
-    def unshare(self) -> None:
-        """Make everything this memory's own to write to: what somebody still needs is left to them."""
-        if self.leased:
-            assert self._lease is not None
-            self._older = (*(old for old in self._older if old() is not None), self._lease)
-            self._own_copies()
-        self._unrecorded_reads = 0
+    @property
+    def moved(self) -> bool:
+        """Whether anything was ever written to it, so that a recomputation cannot know what it was."""
+        return self._written is not None
 
-    def _own_copies(self) -> None:
-        copy = _copied(self)
-        for name in (*STORAGE, *COUNTERS):
-            setattr(self, name, getattr(copy, name))
-        self._lease = None
-
-    def note_read(self, recorded: bool) -> None:
-        """Attention is about to read the present contents, with a gradient `recorded` or without.
+    def check_read(self) -> None:
+        """Refuse to be read by a recomputation, which cannot know whether this is what was read at first. In a memory
+        that nothing was written to it is, and in one that the recomputation itself has made.
 
         Raises:
-            RuntimeError: if this is a recomputation, and the first computation read something else: there is no read
-                of the present contents that this one could repeat, or there are older ones that it might.
+            RuntimeError: see above. In compiled code the attention operators see to it.
         """
-        if not in_backward():
-            self._unrecorded_reads += not recorded
-        elif any(old() is not None for old in self._older) or not (self.leased or self._unrecorded_reads):
+        if not torch.compiler.is_compiling() and in_backward() and self._written not in (None, _this_backward()):
             raise RuntimeError(MOVED)
-        elif not self.leased:
-            self._unrecorded_reads -= 1
+
+    def note_graph_read(self) -> None:
+        """A compiled call that may be differentiated is about to read: the next write must leave it what it read."""
+        self._read_in_graph = True
+
+    def unshare(self) -> None:
+        """Make everything this memory's own to write to, since that is what comes next: what somebody still needs is
+        left to them.
+
+        Raises:
+            RuntimeError: inside a recomputation, which would write a second time.
+        """
+        self.check_read()
+        compiling = torch.compiler.is_compiling()
+        if self.leased or (compiling and torch.is_grad_enabled()):  # the graph's backward may need what is there
+            copy = _copied(self)
+            for name in (*STORAGE, *COUNTERS):
+                setattr(self, name, getattr(copy, name))
+            self._holders, self._read_in_graph = Holders(), False
+        self._written = -1 if compiling else _this_backward()
 
     # --- what it is for -----------------------------------------------------------------------------------------------
 
@@ -231,22 +262,12 @@ class KVMemory(Ring):
             TypeError: if the dtypes do not.
             RuntimeError: inside a backward pass, where a recomputation would append a second time.
         """
-        if not torch.compiler.is_compiling() and in_backward():
-            raise RuntimeError(MOVED)
-        self._take(k, v, piece_start, counts)
-
-    def _take(self, k: Tensor, v: Tensor, piece_start: Tensor | None, counts: Tensor | None) -> None:
         self._check_new(k, v, piece_start, counts)
         tokens = k.shape[2]
         if tokens == 0:
             return
-        if torch.compiler.is_compiling():
-            if torch.is_grad_enabled():  # the graph's backward may need what is there, and nothing tells
-                self._own_copies()
-            store: Callable[..., None] = append_operator
-        else:
-            self.unshare()
-            store = append
+        self.unshare()
+        store: Callable[..., None] = append_operator if torch.compiler.is_compiling() else append
         with torch.no_grad():
             scales = (self.k_scale, self.v_scale)
             store(self.k, self.v, *scales, self.length, self.position, k.detach(), v.detach(), piece_start, counts)
@@ -265,10 +286,16 @@ class KVMemory(Ring):
                     raise TypeError(f"{name} must be of a floating dtype, to be stored in int8, got {tensor.dtype}")
             elif tensor.dtype != self.k.dtype:
                 raise TypeError(f"{name} must have the memory's dtype {self.k.dtype}, got {tensor.dtype}")
-        if piece_start is not None and tuple(piece_start.shape) != (self.batch, tokens):
-            raise ValueError(
-                f"piece_start must have shape (batch, S) = ({self.batch}, {tokens}), got {tuple(piece_start.shape)}"
-            )
+        if not torch.compiler.is_compiling() and self.k.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"this memory {INFERENCE}")
+        if piece_start is not None:
+            if tuple(piece_start.shape) != (self.batch, tokens) or piece_start.dtype not in (torch.int32, torch.int64):
+                raise ValueError(
+                    f"piece_start must be int32 of shape (batch, S) = ({self.batch}, {tokens}), got "
+                    f"{piece_start.dtype} of shape {tuple(piece_start.shape)}"
+                )
+            if tokens and may_look(piece_start) and bool((piece_start[:, -1] >= tokens).any()):
+                raise ValueError(f"piece_start must lie before the end of the call, got {piece_start[:, -1].tolist()}")
         if counts is None:
             return
         if counts.dtype != torch.int64 or tuple(counts.shape) != (self.batch,):
@@ -276,8 +303,7 @@ class KVMemory(Ring):
                 f"counts must be int64 of shape (batch,) = ({self.batch},), got {counts.dtype} of shape "
                 f"{tuple(counts.shape)}"
             )
-        known = not torch.compiler.is_compiling() and counts.device.type == "cpu"  # elsewhere, looking makes it wait
-        if known and bool(((counts < 0) | (counts > tokens)).any()):
+        if may_look(counts) and bool(((counts < 0) | (counts > tokens)).any()):
             raise ValueError(f"counts must lie between 0 and the {tokens} tokens of the call, got {counts.tolist()}")
 
     def reset(self, rows: Tensor | None = None) -> None:
@@ -291,10 +317,7 @@ class KVMemory(Ring):
             raise ValueError(
                 f"rows must be a boolean mask of shape ({self.batch},), got {rows.dtype} of shape {tuple(rows.shape)}"
             )
-        if not torch.compiler.is_compiling():
-            self.unshare()
-        elif torch.is_grad_enabled():
-            self._own_copies()
+        self.unshare()
         with torch.no_grad():
             for counter in (self.length, self.position):
                 counter.zero_() if rows is None else counter.masked_fill_(rows.to(counter.device), 0)
@@ -308,8 +331,7 @@ class KVMemory(Ring):
         Raises:
             ValueError: if `count` is negative, or a row does not hold as many.
         """
-        known = not torch.compiler.is_compiling() and self.length.device.type == "cpu"
-        if known and bool(((self.length < count) | (torch.as_tensor(count) < 0)).any()):
+        if may_look(self.length) and bool(((self.length < count) | (torch.as_tensor(count) < 0)).any()):
             raise ValueError(
                 f"count must lie between 0 and the tokens that each row holds, {self.length.tolist()}, got "
                 f"{count.tolist() if isinstance(count, Tensor) else count}"
@@ -328,7 +350,10 @@ class KVMemory(Ring):
 
     def select(self, rows: Tensor | Sequence[int]) -> "KVMemory":
         """A new memory of these rows, by index, in this order; an index may come several times."""
-        index = torch.as_tensor(rows, dtype=torch.int64, device=self.k.device)
+        index = torch.as_tensor(rows, device=self.k.device)
+        if index.dtype == torch.bool or index.dim() != 1:
+            raise ValueError(f"rows must be indices, got {index.dtype} of shape {tuple(index.shape)}")
+        index = index.to(torch.int64)
         return self._rearranged(lambda x: x.index_select(0, index))
 
     def repeat(self, count: int) -> "KVMemory":

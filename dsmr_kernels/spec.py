@@ -26,6 +26,7 @@ class Inputs(NamedTuple):
     `bias`, `buckets`: (Hq, n) float32 and (D,) int64, what is added to the score of a key by its distance, see
     `memory_attention`; both or none.
     `recorded`: a backward may follow, which wants the log-sum-exp whether the caller does or not.
+    `live`: the memory is no snapshot and has been written to: a recomputation must not read it.
     """
 
     q: Tensor
@@ -39,6 +40,7 @@ class Inputs(NamedTuple):
     buckets: Tensor | None
     spec: AttentionSpec
     recorded: bool = False
+    live: bool = False
 
     @property
     def wants_lse(self) -> bool:

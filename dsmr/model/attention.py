@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dsmr.model.positions import POSITIONS, Rotary, alibi_slopes, sinusoids, token_positions
 from dsmr_kernels import KVMemory, MemorySnapshot, memory_attention
 from dsmr_kernels.costing.cost import memory_capacity
-from dsmr_kernels.memory import MOVED, in_backward
+from dsmr_kernels.memory import may_look
 from dsmr_kernels.visibility import VISIBILITIES
 
 
@@ -89,7 +89,11 @@ class DSMRAttention(nn.Module):
             return None
         device = self.qkv.weight.device
         if self._slopes is None or self._slopes.device != device:
-            self._slopes = alibi_slopes(self.n_heads).to(device)
+            if torch.compiler.is_compiling():
+                self._slopes = alibi_slopes(self.n_heads).to(device)
+            else:
+                with torch.inference_mode(False):
+                    self._slopes = alibi_slopes(self.n_heads).to(device)
         return self._slopes
 
     def new_memory(
@@ -188,7 +192,7 @@ class DSMRAttention(nn.Module):
         found, expected = (memory.kv_heads, memory.head_dim), (self.n_kv_heads, self.head_dim)
         if found != expected:
             raise ValueError(f"the memory has (kv_heads, head_dim) = {found}, this layer {expected}")
-        begun = 0 if self.visibility == "sliding" or isinstance(segment_offset, Tensor) else segment_offset
+        begun = 0 if self.visibility == "sliding" else self._farthest(segment_offset)
         if memory.capacity < self.horizon + begun:
             within = f", {begun} tokens into a segment," if begun else ""
             raise ValueError(
@@ -197,12 +201,26 @@ class DSMRAttention(nn.Module):
                 + (", which serves calls of any size unless aligned=True" if begun else "")
             )
 
+    def _farthest(self, segment_offset: int | Tensor) -> int:
+        """How far into its segment a row is at most."""
+        if not isinstance(segment_offset, Tensor):
+            return segment_offset
+        if segment_offset.numel() and may_look(segment_offset):
+            return int(segment_offset.max())
+        return (self.segment_length or 1) - 1
+
     def _offset(self, memory: KVMemory | MemorySnapshot, given: int | None) -> int | Tensor:
         """How far into its segment a call begins, as the memory knows; what the caller says must agree."""
         if self.segment_length is None:
             return given or 0
         known = memory.seen % self.segment_length
-        if given is not None and not isinstance(known, Tensor) and given != known:
+        if given is None:
+            agree = True
+        elif isinstance(known, Tensor):
+            agree = not may_look(known) or bool((known == given).all())
+        else:
+            agree = known == given
+        if not agree:
             raise ValueError(
                 f"segment_offset is {given}, but the memory has seen {memory.seen} tokens, which is {known} into a "
                 f"segment of {self.segment_length}; leave it out, the memory knows"
@@ -235,8 +253,8 @@ class DSMRAttention(nn.Module):
         """
         if memory is None:
             memory = self.new_memory(x.shape[0])
-        elif isinstance(memory, KVMemory) and not torch.compiler.is_compiling() and in_backward():
-            raise RuntimeError(MOVED)
+        elif isinstance(memory, KVMemory):
+            memory.check_read()  # before anything is computed
         dtype = compute_dtype(self.qkv.weight)
         if dtype != self.qkv.weight.dtype and memory.dtype.itemsize > dtype.itemsize:
             raise ValueError(
@@ -246,7 +264,6 @@ class DSMRAttention(nn.Module):
         offset = self._offset(memory, segment_offset)
         place = self.place(token_positions(memory.position, x.shape[1], piece_start))
         y, k, v = self.attend(x, memory, place, piece_start=piece_start, segment_offset=offset)
-        k, v = (new.to(memory.dtype) if memory.dtype != torch.int8 else new for new in (k, v))
         if isinstance(memory, MemorySnapshot):
             return y, memory.appended(k, v, piece_start)
         memory.append(k, v, piece_start)

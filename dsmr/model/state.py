@@ -11,6 +11,7 @@ from dsmr.console.errors import UserError
 from dsmr.console.files import save_tensors
 from dsmr.console.seal import check_seal
 from dsmr_kernels import KVMemory
+from dsmr_kernels.memory import MOVED, in_backward
 
 _FIELDS = ("k", "v", "length", "position")  # what every layer has; where keys and values are int8, also their scales
 _SCALES = ("k_scale", "v_scale")
@@ -39,7 +40,13 @@ class DSMRState:
 
     @property
     def memories(self) -> list[KVMemory]:
-        """Every layer's memory, with all tokens seen so far."""
+        """Every layer's memory, with all tokens seen so far.
+
+        Raises:
+            RuntimeError: inside a backward pass while a call's tokens are pending, as in a recomputation; they stay so.
+        """
+        if self._pending and not torch.compiler.is_compiling() and in_backward():
+            raise RuntimeError(MOVED)
         pending, self._pending = self._pending, []
         for memory, (k, v) in zip(self._memories, pending, strict=False):
             memory.append(k, v, self._pending_start)
@@ -86,15 +93,19 @@ class DSMRState:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "DSMRState":
         """The same state on another device or in another dtype: a copy, or the state itself if nothing changes."""
         moved = [memory.to(device, dtype) for memory in self.memories]
-        recent = self.recent.to(device)
-        if recent is self.recent and all(one is other for one, other in zip(moved, self._memories, strict=True)):
+        here = torch.device(device or self.recent.device) == self.recent.device
+        if here and all(one is other for one, other in zip(moved, self._memories, strict=True)):
             return self
-        return DSMRState(moved, recent, offset=self.offset, aligned=self.aligned)
+        moved = [memory.clone() if memory in self._memories else memory for memory in moved]
+        return DSMRState(moved, self.recent.to(device, copy=True), offset=self.offset, aligned=self.aligned)
 
     def clone(self) -> "DSMRState":
         """An independent copy."""
         copies = [memory.clone() for memory in self.memories]
         return DSMRState(copies, self.recent.clone(), offset=self.offset, aligned=self.aligned)
+
+    def __copy__(self) -> "DSMRState":
+        return self.clone()  # two states over the same memories would append twice
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and integers only; the tensors are the state's own, not copies."""
@@ -127,6 +138,7 @@ class DSMRState:
         self.recent = state["recent"].to(self.recent.device, copy=True)
         self.offset, self.aligned = int(state["offset"]), bool(state["aligned"])
         for saved, memory in zip(layers, memories, strict=True):
+            memory.unshare()
             for name, current in memory.tensors().items():
                 setattr(memory, name, saved[name].to(current.device, copy=True))
             memory.seen = self.offset

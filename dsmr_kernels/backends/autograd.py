@@ -94,8 +94,8 @@ class _Memory:
     def unchanged(self) -> MemorySnapshot:
         if self._versions() != self.versions:
             raise RuntimeError(
-                "the memory of a memory_attention call was written to in place before the call's backward ran; "
-                "append through KVMemory.append, which keeps what a backward still needs"
+                "the memory of a memory_attention call was written to in place before the call's backward ran: write "
+                "through KVMemory, which keeps what a first backward needs, and hold a snapshot for a second one"
             )
         return self.view
 
@@ -112,14 +112,15 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
-        q, k, v, bias, *result = ctx.saved_tensors
+        q, k, v, bias, piece_start, alibi, offsets, buckets, *result = ctx.saved_tensors
         memory = None if ctx.memory is None else ctx.memory.unchanged()
         needs = Needs(*ctx.needs_input_grad[1:5])
         if grad is None:
             if grad_lse is None:
                 return (None,) * 6
             grad = q.new_zeros((*q.shape[:3], v.shape[3]))
-        rest, tensors = ctx.rest._replace(memory=memory), (q, k, v, bias, grad, grad_lse, *result)
+        beside = {"piece_start": piece_start, "alibi": alibi, "offsets": offsets, "buckets": buckets}
+        rest, tensors = ctx.rest._replace(memory=memory, **beside), (q, k, v, bias, grad, grad_lse, *result)
         run = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
         found = iter(run(ctx.method, ctx.plan, rest, needs, len(result), *tensors))
         if ctx.memory is not None:  # it may be overwritten from here on; a second backward would notice
@@ -150,9 +151,11 @@ def _keep(ctx: Any, arguments: Any, output: tuple[Tensor, Tensor | None]) -> Non
     """What a backward needs."""
     method, q, k, v, bias, inputs = arguments
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, bias, *(output if method.keeps_result(inputs) else ()))
+    beside = (inputs.piece_start, inputs.alibi, inputs.offsets, inputs.buckets)  # saved: PyTorch sees if they change
+    ctx.save_for_backward(q, k, v, bias, *beside, *(output if method.keeps_result(inputs) else ()))
     ctx.memory = None if inputs.memory is None else _Memory(inputs.memory)
-    ctx.rest = inputs._replace(q=None, k=None, v=None, bias=None, memory=None)
+    empty = dict.fromkeys(("q", "k", "v", "bias", "memory", "piece_start", "alibi", "offsets", "buckets"))
+    ctx.rest = inputs._replace(**empty)
     ctx.method, ctx.plan = method, None
 
 
@@ -174,10 +177,20 @@ def _pack(inputs: Inputs) -> tuple[Any, ...]:
     memory, spec = inputs.memory, inputs.spec
     names = ("k", "v", "length", "position", "k_scale", "v_scale")
     ring = (None,) * 6 if memory is None else tuple(getattr(memory, name) for name in names)
-    scalars = (spec.horizon, spec.segment_length or 0, spec.segment_offset, spec.visibility)
+    scalars: tuple[Any, ...] = (spec.horizon, spec.segment_length or 0, spec.segment_offset, spec.visibility)
     tensors = (inputs.piece_start, inputs.alibi, inputs.offsets, inputs.buckets)
-    live = isinstance(memory, KVMemory)
-    return inputs.q, inputs.k, inputs.v, inputs.bias, *ring, *tensors, *scalars, spec.detach_segments, spec.scale, live
+    return (
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        inputs.bias,
+        *ring,
+        *tensors,
+        *scalars,
+        spec.detach_segments,
+        spec.scale,
+        inputs.live,
+    )
 
 
 def _unpack(arguments: tuple[Any, ...]) -> Inputs:

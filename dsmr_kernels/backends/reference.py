@@ -6,6 +6,7 @@ Slow and simple on purpose. Every other backend is tested against this one, in f
 import torch
 from torch import Tensor
 
+from dsmr_kernels.memory import MOVED, in_backward
 from dsmr_kernels.ring import Ring
 from dsmr_kernels.rotary import append_rotated
 from dsmr_kernels.spec import Inputs
@@ -17,6 +18,18 @@ __all__ = ["append_rotated", "decode_attention", "memory_attention", "unsupporte
 def unsupported(q: Tensor, v_head_dim: int, biased: bool) -> str | None:
     """Why this backend cannot serve `q`; None if it can."""
     return None
+
+
+@torch.library.custom_op("dsmr_kernels::first_computation", mutates_args=())
+def first_computation(q: Tensor) -> Tensor:
+    """q itself, as a copy; in a recomputation a sentence. A compiled call over a live memory passes through it."""
+    if in_backward():
+        raise RuntimeError(MOVED)
+    return q.clone()
+
+
+first_computation.register_fake(torch.empty_like)
+first_computation.register_autograd(lambda ctx, grad: grad)
 
 
 def _work_dtype(q: Tensor) -> torch.dtype:
@@ -42,6 +55,8 @@ def memory_attention(inputs: Inputs, work: torch.dtype | None = None) -> tuple[T
     would write by hand, and so the yardstick of the project's tolerances.
     """
     q, k, v, memory, piece_start, spec = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.piece_start, inputs.spec
+    if torch.compiler.is_compiling() and inputs.live:
+        q = first_computation(q)
     work = work or _work_dtype(q)
     queries, tokens, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     p = torch.arange(tokens - queries, tokens, device=q.device)  # [T]
@@ -67,7 +82,7 @@ def memory_attention(inputs: Inputs, work: torch.dtype | None = None) -> tuple[T
     own = segment_of(p, spec.segment_length, offset).unsqueeze(-1) == segment_of(
         j, spec.segment_length, offset
     ).unsqueeze(-2)
-    own = own.view(-1, 1, queries, len(j)) if own.numel() else own
+    own = own.unsqueeze(-3)
 
     qw = q.to(work)
     kw, vw = (x.to(work).repeat_interleave(group, 1) for x in (keys, values))

@@ -19,6 +19,7 @@ from dsmr_kernels import (
 )
 from dsmr_kernels.appending import append_operator
 from dsmr_kernels.cases import filled_memory, random_case
+from dsmr_kernels.testing import run
 from dsmr_kernels.tolerance import error
 
 every = pytest.mark.parametrize(
@@ -80,26 +81,68 @@ def test_a_checkpointed_call_on_a_memory_that_moved_is_refused(backend: str, ree
     q, memory = _heads(2, 4, 5, 16).requires_grad_(), _memory()
     out = checkpoint(_attend, memory, q, backend, use_reentrant=reentrant)
     memory.append(_heads(2, 2, 5, 16), _heads(2, 2, 5, 16))
-    with pytest.raises(RuntimeError, match=r"appended to since: give the checkpointed call memory.snapshot\(\)"):
+    with pytest.raises(RuntimeError, match=r"give the checkpointed call memory\.snapshot\(\)"):
         out.sum().backward()
 
 
 @reentrant
-def test_of_two_checkpointed_calls_the_one_on_what_is_still_there_would_do(reentrant: bool) -> None:
-    """Reading again what was not appended to is right; of two calls with an append between, the second cannot be told
-    from the first, so that both are refused before a gradient is wrong."""
-    memory = _memory()
-    q = _heads(2, 4, 5, 16).requires_grad_()
-    out = checkpoint(_attend, memory, q, None, use_reentrant=reentrant)
-    out.sum().backward()  # nothing was appended: the same is read again
-    expected = torch.autograd.grad(_attend(memory.clone(), q).sum(), q)[0]
-    assert torch.equal(q.grad, expected)
+def test_a_memory_that_nothing_was_written_to_may_be_read_again(reentrant: bool) -> None:
+    memory, q = KVMemory.empty(2, 2, 6, 16), _heads(2, 4, 5, 16).requires_grad_()
+    checkpoint(_attend, memory, q, None, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(q.grad, torch.autograd.grad(_attend(None, q).sum(), q)[0])
 
-    first = checkpoint(_attend, memory, q, None, use_reentrant=reentrant)
-    memory.append(_heads(2, 2, 5, 16), _heads(2, 2, 5, 16))
-    second = checkpoint(_attend, memory, q, None, use_reentrant=reentrant)
-    with pytest.raises(RuntimeError, match="appended to since"):
-        (first + second).sum().backward()
+    def with_one_of_its_own(q: torch.Tensor) -> torch.Tensor:
+        own = KVMemory.empty(2, 2, 6, 16)
+        first = _attend(own, q)
+        own.append(q[:, :2].detach(), q[:, 2:].detach())
+        return first + _attend(own, q)
+
+    q.grad = None
+    checkpoint(with_one_of_its_own, q, use_reentrant=reentrant).sum().backward()
+    assert torch.equal(q.grad, torch.autograd.grad(with_one_of_its_own(q).sum(), q)[0])
+
+
+READS = {
+    "without gradients": lambda memory, q: _attend(memory, q.detach()),
+    "with gradients": lambda memory, q: _attend(memory, q),
+    "a snapshot": lambda memory, q: memory.snapshot(),
+    "nothing": lambda memory, q: None,
+}
+
+
+@every
+@reentrant
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("laid_out", ["as it is", "strided"])
+def test_no_read_of_the_new_contents_hides_that_a_memory_moved(
+    backend: str, reentrant: bool, read: str, laid_out: str
+) -> None:
+    memory, q = _memory(), _heads(2, 4, 5, 16).requires_grad_()
+    if laid_out == "strided":
+        memory = KVMemory(_strided(memory.k), _strided(memory.v), memory.length, memory.position)
+        memory.append(*_new(2, 1, 2))
+    out = checkpoint(_attend, memory, q, backend, use_reentrant=reentrant)
+    memory.append(*_new(2, 5, 2))
+    kept = READS[read](memory, q)
+    with pytest.raises(RuntimeError, match="may have moved on since"):
+        out.sum().backward()
+    del kept
+
+
+@pytest.mark.parametrize("write", ["append", "reset", "crop"])
+def test_no_write_is_done_twice(write: str) -> None:
+    memory = _memory()
+    writes = {
+        "append": lambda: memory.append(*_new(2, 1, 2)),
+        "reset": lambda: memory.reset(torch.tensor([True, False])),
+        "crop": lambda: memory.crop(1),
+    }
+    q = _heads(2, 4, 5, 16).requires_grad_()
+    out = checkpoint(lambda q: (writes[write](), q.exp())[1], q, use_reentrant=True)
+    once = [x.clone() for x in memory.tensors().values()]
+    with pytest.raises(RuntimeError, match="may have moved on since"):
+        out.sum().backward()
+    assert all(torch.equal(x, y) for x, y in zip(once, memory.tensors().values(), strict=True))
 
 
 @reentrant
@@ -111,7 +154,7 @@ def test_streaming_without_gradients_before_does_not_hide_a_memory_that_moved(re
             memory.append(_heads(2, 2, 5, 16), _heads(2, 2, 5, 16))
     out = checkpoint(_attend, memory, q, None, use_reentrant=reentrant)
     memory.append(_heads(2, 2, 5, 16), _heads(2, 2, 5, 16))
-    with pytest.raises(RuntimeError, match="appended to since"):
+    with pytest.raises(RuntimeError, match=r"may have moved on since"):
         out.sum().backward()
 
 
@@ -126,7 +169,7 @@ def test_an_append_inside_a_backward_is_refused() -> None:
     for within in (attend_and_append, lambda q: (memory.append(q[:, :2].detach(), q[:, 2:].detach()), q.exp())[1]):
         out = checkpoint(within, _heads(2, 4, 5, 16).requires_grad_(), use_reentrant=False)
         held = memory.k.clone()
-        with pytest.raises(RuntimeError, match="appended to since"):
+        with pytest.raises(RuntimeError, match=r"may have moved on since"):
             out.sum().backward()
         assert torch.equal(memory.k, held)
 
@@ -158,6 +201,127 @@ def test_a_snapshot_keeps_showing_what_was_there(dtype: torch.dtype) -> None:
     assert view.snapshot() is view
     with pytest.raises(AttributeError):
         view.append(_heads(2, 2, 1, 16), _heads(2, 2, 1, 16))  # type: ignore[attr-defined]
+
+
+@every
+@reentrant
+def test_a_snapshot_outlives_the_backward_of_calls_that_read_it(backend: str, reentrant: bool) -> None:
+    memory = _memory()
+    view = memory.snapshot()
+    shown = {name: x.clone() for name, x in view.tensors().items()}
+    q = _heads(2, 4, 5, 16)
+    expected = None
+    for _ in range(2):  # two calls on one snapshot, an append between
+        leaf = q.clone().requires_grad_()
+        checkpoint(_attend, view, leaf, backend, use_reentrant=reentrant).sum().backward()
+        memory.append(*_new(2, 4, 2))
+        assert expected is None or torch.equal(leaf.grad, expected)
+        expected = leaf.grad
+    assert all(torch.equal(x, shown[name]) for name, x in view.tensors().items())
+    other = copy.copy(view)
+    memory = _memory()
+    other, view = copy.copy(memory.snapshot()), None  # a copy holds on its own
+    held = other.k.clone()
+    memory.append(*_new(2, 4, 2))
+    assert torch.equal(other.k, held)
+
+
+@pytest.mark.parametrize(
+    "backend", [name for name in BACKENDS if name != "reference"]
+)  # which keeps what it made of them
+@pytest.mark.parametrize("what", ["piece_start", "alibi_slopes", "distance_buckets"])
+def test_what_changed_before_the_backward_is_noticed(backend: str, what: str) -> None:
+    """A loader that fills the same buffer again, say."""
+    case = random_case(queries=9, capacity=6, seen=[9, 3], horizon=6, visibility="sliding")
+    options: dict = {"piece_start": torch.full((2, 9), -1, dtype=torch.int32)}
+    if what == "alibi_slopes":
+        options = {"alibi_slopes": torch.rand(4)}
+    if what == "distance_buckets":
+        options = {"distance_bias": torch.randn(4, 3), "distance_buckets": torch.tensor([0, 1, 2])}
+    q = case.q.requires_grad_()
+    out = _biased(
+        lambda: memory_attention(q, case.k, case.v, case.memory, **case.options, **options, backend=backend), backend
+    )
+    if out is None:
+        return
+    options[what].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_gradients_do_not_depend_on_the_default_dtype() -> None:
+    case = random_case(queries=70, capacity=40, seen=[57, 30], horizon=40)
+    expected = run(case, "sdpa")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = run(case, "sdpa")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(x, found[name]) for name, x in expected.items())
+
+
+def test_the_gradient_of_a_bias_is_the_same_every_time() -> None:
+    case = random_case(batch=8, queries=70, capacity=40, seen=[57] * 8, horizon=40, head_dim=64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        table, buckets = torch.randn(4, 8).requires_grad_(), torch.arange(8)
+        found = set()
+        for _ in range(6):
+            out = memory_attention(
+                case.q, case.k, case.v, case.memory, horizon=40, distance_bias=table, distance_buckets=buckets
+            )
+            assert isinstance(out, torch.Tensor)
+            found.add(torch.autograd.grad(out, table, case.grad)[0].numpy().tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
+
+
+@pytest.mark.slow  # compiles
+def test_compiled_appends_leave_what_somebody_looks_at() -> None:
+    memory = _memory()
+    append = torch.compile(lambda memory, k, v: memory.append(k, v), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        append(memory, *_new(2, 4, 2))
+        view = memory.snapshot()
+        held = view.k.clone()
+        append(memory, *_new(2, 4, 2))
+        assert torch.equal(view.k, held)
+        assert not torch.equal(memory.k, held)
+        storage = memory.k.data_ptr()
+        append(memory, *_new(2, 4, 2))
+        assert memory.k.data_ptr() == storage
+
+
+@pytest.mark.slow  # compiles
+@every
+def test_an_eager_append_leaves_what_a_compiled_backward_needs(backend: str) -> None:
+    memory, q = _memory(), _heads(2, 4, 5, 16)
+    grads = []
+    for call in (_attend, torch.compile(_attend, fullgraph=True, backend="aot_eager")):
+        leaf, ring = q.clone().requires_grad_(), memory.clone()
+        ring.append(*(torch.ones(2, 2, 1, 16),) * 2)
+        out = call(ring, leaf, backend)
+        ring.append(*_new(2, 4, 2))
+        out.sum().backward()
+        grads.append(leaf.grad)
+    assert error(grads[1], grads[0]) < 1e-6
+
+
+def test_sentences_for_what_does_not_fit() -> None:
+    memory, q = _memory(), _heads(2, 4, 1, 16)
+    sinks = torch.nn.Parameter(torch.zeros(4))
+    assert not decode_attention(q, memory, sinks=sinks).requires_grad
+    with pytest.raises(ValueError, match=r"rows must be indices, got torch\.bool"):
+        memory.select(torch.tensor([False, True]))
+    with pytest.raises(ValueError, match=r"piece_start must lie before the end of the call, got \[7, 0\]"):
+        memory.append(*_new(2, 2, 2), torch.tensor([[0, 7], [0, 0]], dtype=torch.int32))
+    half = KVMemory(memory.k.to(torch.int8), memory.v.to(torch.int8), memory.length, memory.position)
+    with pytest.raises(ValueError, match="k_scale and v_scale exactly where it is int8"):
+        decode_attention(q, half)
+    with pytest.raises(ValueError, match="distance_buckets say nothing without distance_bias"):
+        decode_attention(q, memory, distance_buckets=torch.tensor([0]))
 
 
 def test_appending_copies_only_while_somebody_looks() -> None:
@@ -612,7 +776,7 @@ def test_torch_func_differentiates(backend: str) -> None:
 
 
 def test_values_of_tensors_on_a_device_are_looked_at_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsmr_kernels.border import may_look
+    from dsmr_kernels.memory import may_look
 
     elsewhere = torch.empty(2, dtype=torch.int32, device="meta")
     assert not may_look(elsewhere)

@@ -143,11 +143,11 @@ def test_a_pending_backward_keeps_what_it_saw() -> None:
 
 def test_leased_scales_are_copied_before_they_are_written() -> None:
     memory = in_int8([57, 13])
-    kept, before, lease = memory.v_scale, memory.v_scale.clone(), memory.lease()
+    kept, before, view = memory.v_scale, memory.v_scale.clone(), memory.snapshot()
     memory.append(*(100 * torch.randn(2, 2, 9, 16) for _ in range(2)))
     assert torch.equal(kept, before)
     assert not torch.equal(memory.v_scale, before)
-    del lease
+    del view
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -155,6 +155,7 @@ def test_a_layer_without_a_memory_compiles_whole(grad: bool) -> None:
 
 @pytest.mark.slow  # compiles
 def test_a_compiled_stream_appends_in_place_and_compiles_no_more() -> None:
+    torch._dynamo.reset()  # what other tests compiled counts, too
     layer = _layer(segment_length=4)
     memory, other = layer.new_memory(2), layer.new_memory(2)
     call = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -294,3 +295,48 @@ def test_a_row_that_held_nothing_finite_and_was_reset_is_a_fresh_row_for_the_who
             expected, found = model(token, fresh).logits, model(token, state).logits
             assert bool(found.isfinite().all())
             torch.testing.assert_close(found, expected)
+
+
+def test_a_ragged_memory_without_room_is_refused() -> None:
+    layer, x = _layer(), torch.randn(2, 1, 32)
+    memory = layer.new_memory(2, aligned=True)
+    k = torch.randn(2, 2, 3, 8)
+    memory.append(k, k, counts=torch.tensor([3, 2]))
+    with pytest.raises(ValueError, match="3 tokens into a segment, sees 9 before its call"):
+        layer(x, memory)
+    memory = layer.new_memory(2)
+    memory.append(k, k, counts=torch.tensor([3, 2]))
+    with pytest.raises(ValueError, match="segment_offset is 1, but the memory has seen"):
+        layer(x, memory, segment_offset=1)
+
+
+def test_a_look_at_the_state_in_a_backward_loses_nothing() -> None:
+    model = DSMRModel(_config())
+    state = model.new_state(2)
+    tokens = torch.randint(0, 30, (2, 6))
+    output = model(tokens, state, targets=tokens)
+    seen = []
+
+    def look(grad: torch.Tensor) -> None:
+        with pytest.raises(RuntimeError, match="may have moved on"):
+            seen.append(state.position)
+
+    model.head.weight.register_hook(look)
+    assert output.loss is not None
+    output.loss.backward()
+    assert state.position.tolist() == [6, 6]
+    assert not seen
+
+
+def test_copies_of_a_state_are_apart() -> None:
+    model = DSMRModel(_config(recall=2))
+    state = model.new_state(2)
+    tokens = torch.randint(0, 30, (2, 6))
+    model(tokens, state)
+    other, half = copy.copy(state), state.to(dtype=torch.bfloat16)
+    for copied in (other, half):
+        copied.recent.zero_()
+        model(tokens, copied) if copied is other else None
+    assert state.position.tolist() == [6, 6]
+    assert torch.equal(state.recent, tokens[:, -2:])
+    assert half.memories[0].length is not state.memories[0].length

@@ -70,6 +70,10 @@ class CapturedStep:
     def next(self, tokens: Tensor, sampling: Sampling, allowed: Tensor | None, noise: Tensor) -> Tensor:
         """See `dsmr.generation.stepping.Stepper`."""
         body = self.body
+        if any(memory.leased for memory in self.state.memories):  # what somebody still needs is left to them, and
+            for memory in self.state.memories:  # the graph writes to what takes its place
+                memory.unshare()
+            self._captured = None
         if sampling != self._captured:
             body.sampling = self._captured = sampling
             self.graph = self._capture()
@@ -81,6 +85,8 @@ class CapturedStep:
             body.allowed.fill_(True)
         if self.graph is not None:
             self.graph.replay()
+            for memory in self.state.memories:  # which a replay cannot count
+                memory.seen = memory.seen + 1
         else:
             body.run()
         self.state.offset = (self.state.offset + 1) % self.segment
@@ -94,6 +100,7 @@ class CapturedStep:
         if self.body.tokens.device.type != "cuda":
             return None
         before = [tensor.clone() for tensor in self.body.tensors()]
+        seen = [memory.seen for memory in self.state.memories]
         graph = torch.cuda.CUDAGraph()
         try:
             aside = torch.cuda.Stream()
@@ -110,6 +117,8 @@ class CapturedStep:
         finally:
             for tensor, value in zip(self.body.tensors(), before, strict=True):
                 tensor.copy_(value)
+            for memory, count in zip(self.state.memories, seen, strict=True):
+                memory.seen = count
         return graph
 
 

@@ -151,7 +151,7 @@ def _greatest_scores(inputs: Inputs, plan: list[Group], call: _Call) -> Tensor:
         keys = call.side(tile, 0)
         scores = torch.bmm(_block(q, tile), keys.mT).float()
         if tile.triangle:
-            unseen = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool).triu_(1)
+            unseen = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool, device=keys.device).triu_(1)
             scores.unflatten(1, (-1, keys.shape[1])).masked_fill_(unseen, -torch.inf)
         best = greatest[tile.heads, :, tile.rows]
         best.copy_(torch.maximum(best, scores.amax(2).mul_(call.alpha).view(best.shape)))
@@ -163,7 +163,8 @@ def _greatest_scores(inputs: Inputs, plan: list[Group], call: _Call) -> Tensor:
 def _weighted_sums(inputs: Inputs, plan: list[Group], call: _Call, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Values weighed by 2 ** (score + offset), (B * Hkv, members, T, D), and the weights' sum (..., 1), in float32."""
     q = call.by_head(inputs.q)
-    totals, sums = torch.zeros((*q.shape[:3], inputs.v.shape[3])), torch.zeros(offset.shape)
+    shapes = ((*q.shape[:3], inputs.v.shape[3]), offset.shape)
+    totals, sums = (torch.zeros(shape, dtype=torch.float32, device=q.device) for shape in shapes)
     # A float32 sum of bfloat16 goes through a copy. Rounded tile by tile it is no worse than the totals, which the
     # products round; a caller who asks for the log-sum-exp shall have it exact.
     exact = torch.float32 if inputs.spec.return_lse else None
@@ -237,8 +238,7 @@ def backward(
             return x, sides[tile.memory][which][tile.heads, tile.keys]
         return x, F.pad(x, (0, 2), value=1.0)
 
-    dq = torch.zeros(q.shape)
-    dk, dv = (torch.zeros(x.shape) for x in call.sides[0])
+    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (q, *call.sides[0]))
 
     def work(tile: Tile) -> None:
         takes_k, takes_v = tile.taking and needs.k, tile.taking and needs.v

@@ -69,7 +69,7 @@ class StretchAttention:
                 part *= memory.k_scale.flatten(0, 1)[:, None, start:stop]
             done += stop - start
         if slopes is not None:
-            scores.addcmul_(slopes, torch.arange(1 - sees, 1, dtype=q.dtype))
+            scores.addcmul_(slopes, torch.arange(1 - sees, 1, dtype=q.dtype, device=q.device))
         if added is not None:
             scores += added
         weights = self._buffer("weights", q, (m, group, sees))
@@ -122,7 +122,7 @@ def decode_attention(
 
     added = None
     if bias is not None and buckets is not None:
-        distance = torch.arange(in_step[1] - 1, -1, -1).clamp_(max=buckets.shape[0] - 1)
+        distance = torch.arange(in_step[1] - 1, -1, -1, device=q.device).clamp_(max=buckets.shape[0] - 1)
         added = by_head(bias[:, buckets[distance]])
     rows = q.to(work).reshape(-1, group, dim)
     out = StretchAttention()(rows, memory, *in_step, scale, by_head(alibi_slopes), by_head(sinks), added)

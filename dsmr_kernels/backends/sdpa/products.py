@@ -64,8 +64,7 @@ class Products:
         self.capacity = 0 if memory is None else memory.capacity
         self.group = q.shape[1] // k.shape[1]
         self.shift = k.shape[2] - q.shape[2]
-        # CPUs multiply float16 slowly, and bfloat16 on accelerators needs no help: only float16 on CPU is widened.
-        self.work = torch.float32 if q.dtype == torch.float16 and q.device.type == "cpu" else q.dtype
+        self.work = torch.float32 if q.dtype == torch.float16 else q.dtype  # CPUs multiply float16 slowly
         # Multiplying by a power of two is exact, so then the queries, the smaller tensor, are scaled instead.
         self.fold = math.frexp(spec.scale)[0] == 0.5
         # The order of keys matters to these alone; without them a full ring is read from end to end.
@@ -95,8 +94,7 @@ class Products:
                 for head in range(0, heads, head_step):
                     some_rows = slice(row, min(row + row_step, group.rows.stop))
                     jobs.append(Job(self, some_rows, slice(head, min(head + head_step, heads)), group, cuts))
-        on_cpu = self.q.device.type == "cpu"
-        in_parallel(job, jobs, worthwhile=on_cpu and elements * self.group >= PARALLEL_ELEMENTS)
+        in_parallel(job, jobs, worthwhile=elements * self.group >= PARALLEL_ELEMENTS)
 
     def forward(self, plan: list[Group], with_lse: bool) -> tuple[Tensor, Tensor | None]:
         """(out, lse) of the whole call; lse only if it is asked for."""
@@ -114,16 +112,25 @@ class Products:
             torch.zeros(x.shape, dtype=wide, device=x.device) if need else None
             for x, need in ((self.k, needs.k), (self.v, needs.v))
         )
-        shares: list[tuple[slice, Tensor]] = []  # of the bias's gradient: heads and what jobs found for them
+        shares: list[Share] = []
         above = Above(grad, grad_lse, dq, dk, dv, shares if needs.bias else None)
         self.for_each_job(plan, lambda job: job.backward(above))
         dbias = None
         if self.bias is not None and needs.bias:
             dbias = torch.zeros_like(self.bias)
-            for heads, share in sorted(shares, key=lambda entry: (entry[0].start, id(entry[1]))):
-                dbias[heads] += share
+            for share in sorted(shares, key=lambda share: share.place):  # sums in one order, whoever was first
+                dbias[share.heads] += share.found
         dk, dv = (None if x is None else x.to(self.k.dtype) for x in (dk, dv))
         return Gradients(dq, dk, dv, dbias)
+
+
+class Share(NamedTuple):
+    """A tile's share of the bias's gradient, (heads, buckets): of which query heads, and the tile's place in the
+    call."""
+
+    heads: slice
+    place: tuple[int, int, int]
+    found: Tensor
 
 
 class Above(NamedTuple):
@@ -134,7 +141,7 @@ class Above(NamedTuple):
     dq: Tensor | None
     dk: Tensor | None
     dv: Tensor | None
-    shares: list[tuple[slice, Tensor]] | None
+    shares: list[Share] | None
 
 
 class Job:
@@ -295,11 +302,12 @@ class Job:
                 gain = torch.bmm(dscores[:, :, taking].mT, block).view(own_dk.shape)
                 own_dk += gain if call.fold else gain.mul_(scale)
 
-    def share(self, dscores: Tensor, tile: Tile) -> tuple[slice, Tensor]:
-        """The tile's share of the bias's gradient: its heads, and (heads, buckets)."""
+    def share(self, dscores: Tensor, tile: Tile) -> Share:
+        """The tile's share of the bias's gradient."""
         assert self.call.bias is not None
         group, heads = self.call.group, tile.heads.stop - tile.heads.start
         by_head = dscores.view(-1, heads, group, tile.queries * tile.keys).sum(0, dtype=self.call.bias.dtype)
         found = self.call.bias.new_zeros(heads * group, self.call.bias.shape[1])
         found.index_add_(1, self.columns(tile).flatten(), by_head.flatten(0, 1))
-        return slice(tile.heads.start * group, tile.heads.stop * group), found
+        place = (tile.heads.start, tile.rows.start, tile.start)
+        return Share(slice(tile.heads.start * group, tile.heads.stop * group), place, found)
