@@ -184,6 +184,23 @@ def save_tensors(path: str | os.PathLike[str], tensors: "dict[str, Tensor]", met
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, {**metadata, seal.NAME: seal.BLANK})
+            _order_metadata(temporary)
             seal.seal(temporary)
         except SafetensorError as error:  # its own kind of error, also for a full disk
             raise UserError(f"cannot write {path}: {error}") from error
+
+
+def _order_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, in place: the library writes them in another one every time."""
+    begin = b'{"__metadata__":'
+    with open(path, "rb+") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length)
+        if not header.startswith(begin):
+            return
+        text = header[len(begin) :].decode()
+        metadata, end = json.JSONDecoder().raw_decode(text)
+        ordered = json.dumps(metadata, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(ordered) == len(text[:end].encode()):
+            file.seek(8 + len(begin))
+            file.write(ordered)

@@ -164,7 +164,6 @@ class DSMRState:
         from safetensors import SafetensorError, safe_open
 
         try:
-            check_seal(path)
             with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
                 memories = []
@@ -183,6 +182,7 @@ class DSMRState:
                         fits = fits and numbers.numel() > 0 and 0 <= int(numbers.min()) <= int(numbers.max()) <= most
                     if not fits or rows != {memories[0].k.shape[:1]}:
                         raise ValueError(f"the tensors of layer {layer} do not fit together")
+                check_seal(path)
                 recent = file.get_tensor("recent")
                 if recent.dim() != 2 or recent.shape[0] != memories[0].batch or recent.dtype != torch.int64:
                     raise ValueError("its recent tokens do not fit its memories")

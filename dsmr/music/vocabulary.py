@@ -206,10 +206,13 @@ class Vocabulary:
     @classmethod
     def from_json(cls, value: Any) -> "Vocabulary":
         """The inverse of `to_json`; `UserError` if `value` is something else, or was changed since."""
+        if isinstance(value, dict) and value.get("format", FORMAT) != FORMAT:
+            raise UserError(f"this vocabulary has format {value['format']}, this version of dsmr reads {FORMAT}")
         try:
-            check(value, SHAPE, "the vocabulary")
-            if value["format"] != FORMAT:
-                raise UserError(f"this vocabulary has format {value['format']}, this version of dsmr reads {FORMAT}")
+            check(value, SHAPE, "its text")
+        except UserError as error:
+            raise UserError(f"this is not a dsmr vocabulary: {error}") from error
+        try:
             found = cls(
                 value["scheme"],
                 tuple(value["tokens"]),

@@ -145,6 +145,10 @@ def test_files_without_a_seal_still_open(tmp_path: Path, folder: Path) -> None:
 def test_sealed_files_are_ordinary_ones(tmp_path: Path) -> None:
     save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)}, {"format": "pt"})
     assert torch.equal(load_file(tmp_path / "a.safetensors")["x"], torch.ones(3))
+    for i in range(10):  # the same in, the same out, though the library shuffles metadata
+        about = {"format": "pt", "b": 'a "quoted"\n name, 日本', "a": "/"}
+        save_tensors(tmp_path / f"{i}.safetensors", {"x": torch.ones(3)}, about)
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(10)}) == 1
     save_checkpoint(tmp_path / "a.pt", {"x": torch.ones(3)})
     assert torch.equal(torch.load(tmp_path / "a.pt", weights_only=True)["x"], torch.ones(3))
     with zipfile.ZipFile(tmp_path / "a.pt") as archive:
