@@ -46,13 +46,17 @@ def markdown(rows: Sequence[dict[str, Any]], lines: Sequence[Line], pictures: Se
         "",
     ]
     said += _table(lines)
-    distances = list(lines[0].returns)
-    if distances:
-        said += ["", "Saved at planted returns, in nats a token, by distance in tokens:", ""]
-        said += _rows(
-            ["model", *distances],
-            [[line.model, *(_text(line.returns.get(d), 3) for d in distances)] for line in lines],
-        )
+    for title, of in (
+        ("Saved at planted returns, in nats a token, by distance in tokens:", "returns"),
+        ("Loss in nats a token, by kind of passage:", "labels"),
+    ):
+        columns = list(getattr(lines[0], of))
+        if columns:
+            said += ["", title, ""]
+            said += _rows(
+                ["model", *columns],
+                [[line.model, *(_text(getattr(line, of).get(name), 3) for name in columns)] for line in lines],
+            )
     for ours, theirs in (("nats a note", "perplexity"), ("KRCU-AUC", "krcu_auc"), ("peak memory", "peak_gb")):
         found = rank_correlation(lines, ours, theirs)
         if found is not None:

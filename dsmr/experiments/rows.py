@@ -38,6 +38,7 @@ class Line:
     figures: dict[str, Figure | None]
     retain: dict[int, Figure]
     returns: dict[str, Figure]
+    labels: dict[str, Figure]
 
 
 FIGURES = {
@@ -97,6 +98,10 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[Line]:
                     )
                     for n in range(len(bins))
                     if bins[n]["returns"]
+                },
+                {
+                    label["label"]: _figure([row["by_label"][n]["nats_per_token"] for row in own])
+                    for n, label in enumerate(first.get("by_label") or ())
                 },
             )
         )

@@ -50,6 +50,7 @@ def made_up(model: str, seed: int, nats: float, **more: Any) -> dict[str, Any]:
         },
         "retain": [{"k": 1024, "delta": interval, "beyond": interval, "tokens_beyond": 5}],
         "returns": {"by_distance": [{"start": 10, "end": 20, "returns": 3, "saved": 0.5 * nats}]},
+        "by_label": [{"label": "elsewhere", "tokens": 90, "nats_per_token": nats / 4}],
         "learning": [[500, nats + 1], [1000, nats]],
         "measured": {"tokens_per_second": 100.0, "peak_bytes": 2**20, "device": "a CPU", "dtype": "float32"},
         **more,
@@ -101,6 +102,7 @@ def test_the_report_has_a_table_and_pictures(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| two_scale | 2 | 10.500 ± 0.707 |" in text
     assert "Retain-1,024" in text
+    assert "| two_scale | 2.625 ± 0.177 |" in text  # loss elsewhere
     assert "5.96" in text  # the paper's figure stands beside ours
     for picture in ("bars", "krcu", "fronts", "returns", "learning"):
         assert (tmp_path / "out" / f"{picture}.png").stat().st_size > 1000

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 from small_table import small_table, toml
+from typer.testing import CliRunner
 
+from dsmr.cli.app import app
 from dsmr.console.errors import UserError
 from dsmr.experiments.presets import CONTROLS, PRESETS
 from dsmr.experiments.table import DECIDED, Table
@@ -89,6 +91,21 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text(toml(small_table(cells={"ful": [0]})))
     with pytest.raises(UserError, match=r"small\.toml: \[cells\] has the unknown preset 'ful'"):
         Table.load(tmp_path / "small.toml")
+
+
+def test_the_program_says_it_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(toml(section("train", leaning_rate=1)))
+    for arguments, words in (
+        (["run", str(tmp_path / "small.toml"), "--out", str(tmp_path / "out")], "unknown key 'leaning_rate'"),
+        (["run", str(tmp_path / "no.toml"), "--out", str(tmp_path / "out")], "cannot read the table"),
+        (["report", str(tmp_path / "out")], "there are no results at"),
+        (["list", "--length", "1", "--short", "0"], "smaller than a token a layer"),
+    ):
+        result = CliRunner().invoke(app, ["experiments", *arguments])
+        assert result.exit_code == 1
+        assert words in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda path: path.stem)
