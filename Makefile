@@ -43,7 +43,7 @@ format: $(READY)  ## rewrite the code in the house format
 	$(BIN)/python docs/draw_architecture.py
 
 clean:  ## remove the environment and what the tools leave behind
-	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .benchmarks build *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .pytest_cache .hypothesis .benchmarks build *.egg-info
 
 $(PEERS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"

@@ -60,7 +60,7 @@ _MOVED = {
     "dsmr.pacing": "dsmr.training.pacing",
     "dsmr.side_by_side": "dsmr.training.side_by_side",
     "dsmr.budget": "dsmr.profiling.budget_table",
-    "dsmr.demo_corpus": "dsmr.demo.corpus",
+    "dsmr.demo_corpus": "dsmr.corpus.etudes",
     "dsmr.demo_figures": "dsmr.demo.figures",
     "dsmr.cli_train": "dsmr.cli.train",
     "dsmr.cli_play": "dsmr.cli.generate and dsmr.cli.play",

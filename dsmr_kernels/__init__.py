@@ -9,9 +9,16 @@ import sys
 
 from dsmr_kernels.api import append_rotated, decode_attention, memory_attention
 from dsmr_kernels.dispatch import available_backends
-from dsmr_kernels.memory import KVMemory
+from dsmr_kernels.memory import KVMemory, MemorySnapshot
 
-__all__ = ["KVMemory", "append_rotated", "available_backends", "decode_attention", "memory_attention"]
+__all__ = [
+    "KVMemory",
+    "MemorySnapshot",
+    "append_rotated",
+    "available_backends",
+    "decode_attention",
+    "memory_attention",
+]
 __version__ = "0.1.0"
 
 _MOVED = dict.fromkeys(("aot", "targets", "tune"), "tools")

@@ -18,7 +18,7 @@ def _readable(memory: Ring) -> Ring:
     k, v = border.rows(memory.k), border.rows(memory.v)
     if k is memory.k and v is memory.v:
         return memory
-    view = memory.snapshot() if isinstance(memory, KVMemory) else copy.copy(memory)
+    view = memory.held() if isinstance(memory, KVMemory) else copy.copy(memory)
     view.k, view.v = k, v
     return view
 
@@ -91,11 +91,25 @@ def memory_attention(
         ValueError, TypeError: naming the argument, what was expected and what came.
         RuntimeError: in a recomputation (activation checkpointing), if the memory has moved on since.
 
-    Example: attention over two memories, merged.
+    Examples:
+        Sinks and a bias by distance, both learned; the buckets widen with distance::
 
-        a, lse_a = memory_attention(q, k, v, near, horizon=512, return_lse=True)
-        b, lse_b = memory_attention(q, k[:, :, :0], ...)  # or any attention that gives a log-sum-exp
-        out = torch.lerp(a, b, torch.sigmoid(lse_b - lse_a).unsqueeze(-1))
+            sinks = torch.nn.Parameter(torch.zeros(heads))
+            bias = torch.nn.Parameter(torch.zeros(heads, 32))
+            buckets = (4 * torch.arange(1, horizon).log2()).long().clamp(max=31)
+            out = memory_attention(
+                q, k, v, memory, horizon=horizon, sinks=sinks, distance_bias=bias, distance_buckets=buckets
+            )
+
+        Two attentions of the same queries, over different keys, merged into one softmax::
+
+            a, lse_a = memory_attention(q, k, v, memory, horizon=horizon, return_lse=True)
+            out = torch.lerp(a, b, torch.sigmoid(lse_b - lse_a).unsqueeze(-1))
+
+        Rows that are at places of their own in their segments, of which the first takes 3 tokens and the second 5::
+
+            out = memory_attention(q, k, v, memory, horizon=horizon, segment_length=64, segment_offset=memory.seen % 64)
+            memory.append(k, v, counts=torch.tensor([3, 5]))
     """
     border.check_query(q)
     border.check_keys(q, k, v)
@@ -143,7 +157,7 @@ def memory_attention(
     out, lse = chosen.memory_attention(inputs)
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
-    return (out, lse) if return_lse else out
+    return (out, lse.to(torch.float32)) if return_lse else out
 
 
 def decode_attention(

@@ -43,7 +43,7 @@ class Case:
             results, grads = [out, lse], [self.grad, self.grad_lse]
         found = torch.autograd.grad(results, leaves, grads)
         named = {f"d{name}": x for name, x in zip(self.learning, found, strict=True)}
-        return {"out": out.detach(), "lse": lse.detach(), **named}
+        return {"out": out.detach(), "lse": lse.detach().float(), **named}
 
     def computed_by(self, memory_attention: Callable[..., Any], **how: Any) -> dict[str, Tensor]:
         """The same of a backend's own `memory_attention`, unchecked; `how` is what that one takes beyond the others."""

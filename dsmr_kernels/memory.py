@@ -57,21 +57,34 @@ class MemorySnapshot(Ring):
         """Itself: it does not change."""
         return self
 
+    held = snapshot
+
+    def let_go(self) -> None:
+        """Keep the memory from copying for this snapshot's sake: for a holder who will hardly look again."""
+        self._lease = None
+
     def appended(self, k: Tensor, v: Tensor, piece_start: Tensor | None = None) -> "KVMemory":
         """A new memory that holds this and the new tokens; arguments as of `KVMemory.append`."""
         memory = _copied(self)
-        memory.append(k, v, piece_start)
+        memory._take(k, v, piece_start, None)  # which nobody else sees, a recomputation may do as well
         return memory
 
 
 class KVMemory(Ring):
     """Ring of detached keys and values, one row of the batch independent of the other. Attributes as of `Ring`.
 
-    Example: a step of training under activation checkpointing.
+    Examples:
+        A step of training under activation checkpointing::
 
-        past = memory.snapshot()
-        y, k, v = checkpoint(layer.attend, x, past, place, use_reentrant=False)
-        memory.append(k, v)  # `past` stays what it was, also when the backward computes `attend` once more
+            past = memory.snapshot()
+            y, k, v = checkpoint(layer.attend, x, past, place, use_reentrant=False)
+            memory.append(k, v)  # `past` stays what it was, also when the backward computes `attend` once more
+
+        Several continuations of each row, of which one goes on, and a draft of which two tokens are taken back::
+
+            tries = memory.repeat(4)
+            memory = tries.select([2])
+            memory.crop(2)
     """
 
     def __init__(
@@ -120,7 +133,7 @@ class KVMemory(Ring):
         ):
             if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        if torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with _ordinary():
                 return cls.empty(batch, kv_heads, capacity, head_dim, v_head_dim=v_head_dim, dtype=dtype, device=device)
         shape = (batch, kv_heads, capacity)
@@ -153,7 +166,18 @@ class KVMemory(Ring):
 
     def snapshot(self) -> MemorySnapshot:
         """An immutable view of the present contents, true for as long as it lives. Nothing is copied now; the memory
-        copies itself before it next writes, if the snapshot is still there."""
+        copies itself before it next writes, if the snapshot is still there.
+
+        Raises:
+            RuntimeError: inside a recomputation, if the memory has moved on since the first computation: take the
+                snapshot outside of what is recomputed.
+        """
+        if not torch.compiler.is_compiling():
+            self.note_read(recorded=torch.is_grad_enabled())
+        return self.held()
+
+    def held(self) -> MemorySnapshot:
+        """`snapshot` for who has noted the read already."""
         seen = self.seen.clone() if isinstance(self.seen, Tensor) else self.seen
         view = MemorySnapshot(**self.tensors(), seen=seen)
         view._lease = self.lease()
@@ -207,6 +231,11 @@ class KVMemory(Ring):
             TypeError: if the dtypes do not.
             RuntimeError: inside a backward pass, where a recomputation would append a second time.
         """
+        if not torch.compiler.is_compiling() and in_backward():
+            raise RuntimeError(MOVED)
+        self._take(k, v, piece_start, counts)
+
+    def _take(self, k: Tensor, v: Tensor, piece_start: Tensor | None, counts: Tensor | None) -> None:
         self._check_new(k, v, piece_start, counts)
         tokens = k.shape[2]
         if tokens == 0:
@@ -216,8 +245,6 @@ class KVMemory(Ring):
                 self._own_copies()
             store: Callable[..., None] = append_operator
         else:
-            if in_backward():
-                raise RuntimeError(MOVED)
             self.unshare()
             store = append
         with torch.no_grad():

@@ -9,10 +9,19 @@ from torch import Tensor
 
 from dsmr_kernels.api import memory_attention
 from dsmr_kernels.backends import reference
-from dsmr_kernels.cases import Case, random_case
+from dsmr_kernels.cases import Case, filled_memory, random_case
 from dsmr_kernels.tolerance import allowed_error, assert_within_rule, error
 
-__all__ = ["Case", "allowed_error", "assert_agrees_with_oracle", "error", "random_case", "run", "run_plain"]
+__all__ = [
+    "Case",
+    "allowed_error",
+    "assert_agrees_with_oracle",
+    "error",
+    "filled_memory",
+    "random_case",
+    "run",
+    "run_plain",
+]
 
 
 def run(case: Case, backend: str) -> dict[str, Tensor]:

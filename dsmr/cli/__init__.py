@@ -6,6 +6,12 @@ May import every other room, and imports those that compute inside the commands,
 
 def main() -> None:
     """The console script."""
+    import io
+    import sys
+
     from dsmr.cli.app import app  # here, so that importing the room costs nothing
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot print must not end the program
     app()

@@ -10,6 +10,7 @@ import typer
 from dsmr.cli.budget import budget
 from dsmr.cli.demo import demo
 from dsmr.cli.evaluate import evaluate
+from dsmr.cli.experiments import group as experiments
 from dsmr.cli.generate import generate
 from dsmr.cli.options import HELP
 from dsmr.cli.pack import pack
@@ -35,3 +36,4 @@ app.command()(play)
 app.command()(budget)
 app.command()(profile)
 app.command()(demo)
+app.add_typer(experiments, name="experiments")

@@ -27,11 +27,29 @@ def evaluate(
         str, typer.Option(help="Of the memory: float32, bfloat16, int8, or auto: as computed in.")
     ] = "auto",
     device: Device = "auto",
+    krcu: Annotated[
+        bool, typer.Option("--krcu", help="What a reset of all memory costs from there on, in bins of tokens.")
+    ] = False,
+    retain: Annotated[
+        str | None,
+        typer.Option(help="What it costs to keep only the last tokens, such as 1k,4k,8k,16k.", show_default="no"),
+    ] = None,
+    reset: Annotated[int, typer.Option(min=1, help="Of --krcu: the token of each piece at which to reset.")] = 8192,
+    bin_tokens: Annotated[int, typer.Option("--bin", min=1, help="Of --krcu: tokens of a bin.")] = 1024,
+    bins: Annotated[int, typer.Option(min=1, help="Of --krcu: how many bins.")] = 22,
+    returns: Annotated[
+        bool, typer.Option("--returns", help="Plant returns of earlier passages and tell the loss there (tsd only).")
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for eval-SPLIT.json and .png.", show_default="the run")
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for eval-SPLIT.json and .png.", show_default="the run"),
     ] = None,
 ) -> None:
-    """Stream every piece of a split whole and report nats a note, nats a second, perplexity, loss by position."""
+    """Stream every piece of a split whole and report nats a note, nats a second, perplexity, loss by position.
+
+    --krcu and --retain also tell what the model remembers (memory-SPLIT.json and .png), --returns how far back it finds
+    a passage that comes again (returns-SPLIT.json and .png).
+    """
     from dsmr.console.progress import ProgressLine, duration
     from dsmr.evaluation.losses import evaluate_run
 
@@ -49,18 +67,30 @@ def evaluate(
                 f"{duration(elapsed / max(done, 1) * (total - done))} to go"
             )
 
-        report = evaluate_run(
-            run,
-            data,
-            split,
-            out=out,
-            batch_size=batch_size,
-            dtype=dtype,
-            memory_dtype=memory_dtype,
-            device=device,
-            progress=progress,
-        )
-    console().print(report.table())
+        how: dict[str, Any] = {
+            "out": out,
+            "batch_size": batch_size,
+            "dtype": dtype,
+            "memory_dtype": memory_dtype,
+            "device": device,
+            "progress": progress,
+        }
+        if krcu or retain is not None:
+            from dsmr.evaluation.memory_use import Bins, parse_tokens, run_memory_use
+
+            where = Bins(reset, bin_tokens, bins) if krcu else None
+            kept = () if retain is None else parse_tokens(retain)
+            report, use = run_memory_use(run, data, split, bins=where, retain=kept, **how)
+            tables = [report.table(), use.table()]
+        else:
+            report = evaluate_run(run, data, split, **how)
+            tables = [report.table()]
+        if returns:
+            from dsmr.evaluation.returns import run_returns
+
+            tables.append(run_returns(run, data, split, **how).table())
+    for table in tables:
+        console().print(table)
     if baseline:
         compare_with_trigram(report, run, data, split)
 

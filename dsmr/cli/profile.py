@@ -75,13 +75,14 @@ def profile(
     Predictions use the machine's ceilings, measured once (see python -m dsmr_kernels.costing.ceilings). With --budget
     and no --schedule nothing is measured.
     """
-    from dsmr.console.files import check_writable
+    from dsmr.console.files import check_apart, check_writable
 
     schedules = [parse_schedule(text) for text in schedule or ()]
     kinds = [kind.strip() for kind in measure.split(",") if kind.strip()]
     for path in (out / "profile.json", trace):
         if path is not None:
             check_writable(path)
+    check_apart([out / "profile.json", trace], {})
     sizes, defaults = _sizes(locals(), dtype, device, thorough)
     if not schedules and budget is None:
         schedules = [parse_schedule(text) for text in defaults["schedules"]]

@@ -36,6 +36,9 @@ TRAIN_DEFAULTS = {
     "batch_size": "4",
     "segments_per_step": "1",
     "augment": "augment",
+    "returns": "0.0",
+    "returns_nearest": "1000",
+    "returns_farthest": "16000",
     "seed": "0",
     "steps": "no limit",
     "epochs": "10, if no length is given",
@@ -47,6 +50,7 @@ TRAIN_DEFAULTS = {
     "device": "auto",
     "dtype": "auto",
     "threads": "all cores",
+    "checkpoint_layers": "no",
     "eval_every": "20 times a run",
     "save_minutes": "5.0",
 }
@@ -78,6 +82,13 @@ def train(
     batch_size: Annotated[Whole, setting("Pieces read side by side.", "batch_size")] = None,
     segments_per_step: Annotated[Whole, setting("Segments of each piece in a step.", "segments_per_step")] = None,
     augment: Annotated[bool | None, setting("Transpose and stretch the training pieces on the fly.", "augment")] = None,
+    returns: Annotated[
+        Number, setting("Share of tokens in planted returns of earlier passages (tsd only); ours.", "returns")
+    ] = None,
+    returns_nearest: Annotated[Whole, setting("Least distance of a planted return, tokens.", "returns_nearest")] = None,
+    returns_farthest: Annotated[
+        Whole, setting("Greatest distance of a planted return, tokens.", "returns_farthest")
+    ] = None,
     seed: Annotated[Whole, setting("The same seed trains the same model.", "seed")] = None,
     steps: Annotated[Whole, setting("Length in steps.", "steps")] = None,
     epochs: Annotated[Number, setting("Length in passes over the training split.", "epochs")] = None,
@@ -91,6 +102,10 @@ def train(
         str | None, setting("float32, bfloat16, or auto (bfloat16 where the hardware has it).", "dtype")
     ] = None,
     threads: Annotated[Whole, setting("CPU threads.", "threads")] = None,
+    checkpoint_layers: Annotated[
+        bool | None,
+        setting("Compute each layer again in the backward: less memory, more time, same result.", "checkpoint_layers"),
+    ] = None,
     eval_every: Annotated[Whole, setting("Steps between validations.", "eval_every")] = None,
     save_minutes: Annotated[Number, setting("Minutes between checkpoints.", "save_minutes")] = None,
 ) -> None:

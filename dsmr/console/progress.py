@@ -13,9 +13,9 @@ class ProgressLine:
     """A context manager that shows the latest `update` in place on a terminal, or every `every` seconds in a log."""
 
     def __init__(self, console: "Console | None" = None, *, every: float = 10.0) -> None:
-        from rich.console import Console
+        from dsmr.console.screen import Screen
 
-        self.console = console or Console(stderr=True)
+        self.console = console or Screen(stderr=True)
         self.every = every
         self._live: Live | None = None
         self._said_at = -float("inf")

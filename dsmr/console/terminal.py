@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn, ParamSpec, TypeVar
 
 from dsmr.console.errors import UserError
+from dsmr.console.shown import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +24,7 @@ R = TypeVar("R")
 
 def fail(sentence: str, code: int = 1) -> NoReturn:
     """Say one sentence on stderr and leave."""
-    print(f"dsmr: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"dsmr: {shown(' '.join(sentence.split()))}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -65,6 +66,6 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
 def console() -> "Console":
     """Where results go: stdout, wide enough for the tables also when it is not a terminal."""
-    from rich.console import Console
+    from dsmr.console.screen import Screen
 
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    return Screen(width=None if sys.stdout.isatty() else 120)

@@ -116,11 +116,12 @@ class _Bar:
     """A progress bar in bytes on stderr: a context manager that yields `show(done, total)`."""
 
     def __init__(self, name: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True))
+        from dsmr.console.screen import Screen, described
+
+        columns = (described(), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Screen(stderr=True))
         self._task = self._progress.add_task(f"fetching {name}", total=None)
 
     def __enter__(self) -> Any:

@@ -10,7 +10,10 @@ manifest.json    counts, sizes and digests of all of these; written last, so tha
 
 import numpy as np
 
+from dsmr.console.schema import Each, Natural, Real
+
 FORMAT = 1
+WORK = ".prepare"  # the hidden folder of a `prepare` that is not finished
 SPLITS = ("train", "validation", "test")
 MANIFEST, TOKENS, LABELS, INDEX, SOURCES, TOKENIZER = (
     "manifest.json",
@@ -20,6 +23,20 @@ MANIFEST, TOKENS, LABELS, INDEX, SOURCES, TOKENIZER = (
     "sources.json",
     "tokenizer.json",
 )
+SHAPE = {
+    "name": str,
+    "digest": str,
+    "vocabulary": str,
+    "pieces": Natural,
+    "tokens": Natural,
+    "notes": Natural,
+    "seconds": Real,
+    "report?": dict,
+    "files": Each({"bytes": Natural, "sha256": str}),
+}
+"""What a manifest holds (see `dsmr.console.schema`)."""
 FILES = (MANIFEST, TOKENS, LABELS, INDEX, SOURCES, TOKENIZER)
 ARRAYS = {TOKENS: np.uint16, LABELS: np.uint8}
 """The files that are one long array, and of what."""
+INDEXES = {"offsets": np.int64, "n_notes": np.int64, "seconds": np.float64, "split": np.uint8}
+"""The arrays of the index, and of what."""

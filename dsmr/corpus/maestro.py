@@ -7,29 +7,26 @@ ICLR 2019) is licensed CC BY-NC-SA 4.0: it is read where it lies and never shipp
 import csv
 import hashlib
 import os
-import re
 import shutil
-import tarfile
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import describe, read_json
+from dsmr.corpus.archive import check_name, unpack
 from dsmr.corpus.download import fetch
 from dsmr.corpus.layout import SPLITS
 from dsmr.corpus.report import PrepareReport
+from dsmr.music.midi_file import NO_END
 
 ARCHIVE_NAME = "maestro-v3.0.0-midi.zip"
 OFFICIAL_URL = f"https://storage.googleapis.com/magentadata/datasets/maestro/v3.0.0/{ARCHIVE_NAME}"
 OFFICIAL_SHA256 = "70470ee253295c8d2c71e6d9d4a815189e35c89624b76d22fce5a019d5dde12c"
 PUBLISHED = {"train": (962, 5_659_328), "validation": (137, 639_425), "test": (177, 741_410)}  # pieces, notes
 LISTINGS = ("maestro-v3.0.0.csv", "maestro-v3.0.0.json")
+LISTING = r"maestro-v.*\.(csv|json)"
 WANTED = (".mid", ".midi", ".csv", ".json")
-LARGEST = 4 * 2**30  # bytes that are unpacked at most; MAESTRO's MIDI takes 84 MB
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def locate(source: Path, unpacked: Path) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
-            unpack(source, partial)
+            unpack(source, partial, WANTED, LISTING, f"MAESTRO: it holds no {LISTINGS[0]}")
             partial.rename(unpacked)
         except OSError as error:
             raise UserError(f"cannot unpack {source} to {unpacked.parent}: {describe(error)}") from error
@@ -116,17 +113,35 @@ def read_listing(root: Path) -> Listing:
     for entry in entries:
         if entry.split not in SPLITS:
             raise UserError(f"{path}: {entry.filename} has split {entry.split!r}, which is none of {', '.join(SPLITS)}")
-        _check_name(entry.filename, path)
+        check_name(entry.filename, path)
     if not entries:
         raise UserError(f"{path} names no performance")
     return Listing(path.name, entries)
 
 
+def provenance(source: Path) -> list[str]:
+    """In words: is this archive the published one, byte for byte? Nothing of a folder, which has no sum."""
+    if not source.is_file():
+        return []
+    with open(source, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() == OFFICIAL_SHA256:
+            return ["The archive is byte for byte the published one (SHA-256)."]
+        file.seek(0)
+        plain = file.read(512)[257:262] == b"ustar"
+    unseen = ", and a plain tar has no sums of what it holds: damage in it would not be seen" if plain else ""
+    return [f"The archive is not byte for byte the published one{unseen}."]
+
+
 def compare(listing: Listing, report: PrepareReport) -> list[str]:
     """In words: are these the pieces and notes of the published data set, and if not, what differs?"""
     found = {split: (counts.pieces, counts.notes) for split, counts in report.splits.items()}
+    same = "Pieces and notes of every split are exactly those of the published data set."
     if found == PUBLISHED:
-        return ["Pieces and notes of every split are exactly those of the published data set."]
+        return [same]
+    more = [notes - PUBLISHED[split][1] for split, (_, notes) in found.items()]
+    whole = all(pieces == PUBLISHED[split][0] for split, (pieces, _) in found.items())
+    if whole and min(more) >= 0 and sum(more) == report.changed.get(NO_END, 0):
+        return [f"{same[:-1]}, but for {sum(more):,} that never end, which the published counts leave out."]
     if len(listing.entries) != sum(pieces for pieces, _ in PUBLISHED.values()):
         return [f"{listing.name} names {len(listing.entries):,} performances, so this is not the whole of MAESTRO v3."]
     return [
@@ -135,95 +150,3 @@ def compare(listing: Listing, report: PrepareReport) -> list[str]:
         for split, (pieces, notes) in PUBLISHED.items()
         if found[split] != (pieces, notes)
     ]
-
-
-# Archives.
-
-
-def _check_name(name: str, archive: Path) -> PurePosixPath:
-    """The path of a member below the archive's root; `UserError` if it would lead out of it."""
-    path = PurePosixPath(name)
-    if (
-        not name
-        or path.is_absolute()
-        or ".." in path.parts
-        or "\\" in name
-        or "\0" in name
-        or re.match("^[A-Za-z]:", name)
-    ):
-        raise UserError(f"{archive} is refused: it names the unsafe path {name!r}")
-    return path
-
-
-@contextmanager
-def _members(archive: Path) -> Iterator[Iterator[tuple[str, int, Any]]]:
-    """The regular files of a zip or tar archive: name, size, and a function that opens it. Links are refused."""
-
-    def of_zip(opened: zipfile.ZipFile) -> Iterator[tuple[str, int, Any]]:
-        for info in opened.infolist():
-            mode = info.external_attr >> 16
-            if mode and (mode & 0o170000) not in (0, 0o100000, 0o040000):
-                raise UserError(f"{archive} is refused: {info.filename!r} is a link or a device")
-            _check_name(info.filename, archive)
-            if not info.is_dir():
-                yield info.filename, info.file_size, lambda info=info: opened.open(info)
-
-    def of_tar(opened: tarfile.TarFile) -> Iterator[tuple[str, int, Any]]:
-        for info in opened:
-            if not info.isreg() and not info.isdir():
-                raise UserError(f"{archive} is refused: {info.name!r} is a link or a device")
-            _check_name(info.name, archive)
-            if info.isreg():
-                yield info.name, info.size, lambda info=info: opened.extractfile(info)
-
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as opened:
-            yield of_zip(opened)
-    elif tarfile.is_tarfile(archive):
-        with tarfile.open(archive) as opened_tar:
-            yield of_tar(opened_tar)
-    else:
-        raise UserError(f"{archive} is neither a folder nor a zip or tar archive")
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack the MIDI files and listings of an archive below `folder`.
-
-    Every name in the archive is checked before anything of it is written: absolute paths, paths with "..", links and
-    devices are refused with a `UserError`, and so is an archive that is damaged or larger than `LARGEST`.
-    """
-    try:
-        with _members(archive) as members:
-            chosen = [name for name, _, _ in members if PurePosixPath(name).suffix.lower() in WANTED]
-        if not any(re.fullmatch(r"maestro-v.*\.(csv|json)", PurePosixPath(name).name) for name in chosen):
-            raise UserError(f"{archive} is not MAESTRO: it holds no {LISTINGS[0]}")
-        left = LARGEST
-        with _members(archive) as members:
-            for name, size, opener in members:
-                if PurePosixPath(name).suffix.lower() not in WANTED:
-                    continue
-                left -= size
-                if left < 0:
-                    raise UserError(f"{archive} is refused: it unpacks to more than {LARGEST // 2**30} GiB")
-                target = folder / _check_name(name, archive)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with opener() as packed, open(target, "wb") as file:
-                    _copy(packed, file, size)
-    except UserError:
-        raise
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise UserError(f"{archive} is damaged: {error}") from error
-    except Exception as error:  # the archive modules raise many kinds: zlib.error, LZMAError, EOFError, BadZipFile, …
-        raise UserError(f"{archive} is damaged: {str(error) or type(error).__name__}") from error
-
-
-def _copy(packed: IO[bytes], file: IO[bytes], size: int) -> None:
-    """Copy exactly `size` bytes."""
-    while size > 0:
-        chunk = packed.read(min(size, 1 << 20))
-        if not chunk:
-            raise EOFError("a file in it is cut short")
-        file.write(chunk)
-        size -= len(chunk)

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from dsmr.console.errors import UserError
-from dsmr.console.files import atomic_path
-from dsmr.corpus.layout import ARRAYS, MANIFEST
+from dsmr.console.files import atomic_path, check_apart
+from dsmr.corpus.layout import ARRAYS, FILES, MANIFEST
 from dsmr.corpus.pool import cores
 from dsmr.corpus.store import Corpus
 
@@ -35,6 +35,7 @@ def pack(corpus_dir: str | os.PathLike[str], out_file: str | os.PathLike[str]) -
         raise UserError(f"there is no corpus directory at {source}")
     if out.is_dir():
         raise UserError(f"cannot pack into {out}: it is a directory, name a file (such as {out}{SUFFIX})")
+    check_apart([out], {f"the corpus's {name}": source / name for name in FILES})
     members = [MANIFEST, *Corpus.open(source).manifest["files"]]
     with atomic_path(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name in members:

@@ -107,7 +107,6 @@ def progress_bar(title: str, total: int, done: int = 0, show: bool = True) -> It
     if not show:
         yield lambda: None
         return
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -117,14 +116,16 @@ def progress_bar(title: str, total: int, done: int = 0, show: bool = True) -> It
         TimeRemainingColumn,
     )
 
+    from dsmr.console.screen import Screen, described
+
     columns = (
-        TextColumn("{task.description}"),
+        described(),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Screen(stderr=True)) as bar:
         task = bar.add_task(title, total=total, completed=done)
         yield lambda: bar.advance(task)

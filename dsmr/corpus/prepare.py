@@ -23,16 +23,19 @@ from dsmr.composer.compose import compose
 from dsmr.console.errors import UserError
 from dsmr.console.files import atomic_path, describe
 from dsmr.corpus import maestro
-from dsmr.corpus.layout import FILES, MANIFEST, SPLITS
+from dsmr.corpus.copies import fingerprint, groups_of
+from dsmr.corpus.folder import SUFFIXES, find_midi, name_below
+from dsmr.corpus.layout import FILES, MANIFEST, SPLITS, WORK
 from dsmr.corpus.pool import cores, progress_bar, run_all
 from dsmr.corpus.report import PrepareReport, SplitCounts
+from dsmr.corpus.splits import assign_splits
 from dsmr.corpus.store import Corpus, PieceRecord, write_corpus
-from dsmr.music.tokenizer import EmptyScoreError, build_tokenizer, encode_score, vocabulary_of
+from dsmr.music.midi_file import count_begun
+from dsmr.music.tokenizer import build_tokenizer, encode_score, reason_of, vocabulary_of
 from dsmr.music.vocabulary import Vocabulary
 
-WORK = ".prepare"
-MIDI_SUFFIXES = (".mid", ".midi")
 MAESTRO = "MAESTRO"
+KEPT = 2  # the form in which results are kept: those of another version are made again
 FRACTIONS = (0.9, 0.05, 0.05)
 COMPOSED_FRACTIONS = (0.8, 0.1, 0.1)
 
@@ -50,7 +53,7 @@ class Task:
 
     def key(self, vocabulary: Vocabulary) -> str:
         """The name of this task's result: the same only if the result would be the same."""
-        content = json.dumps([vocabulary.hash, self.source, self.seed, self.minutes, self.stamp])
+        content = json.dumps([KEPT, vocabulary.hash, self.source, self.seed, self.minutes, self.stamp])
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -58,6 +61,7 @@ class Task:
 class Result:
     """What is kept of a task until the corpus is written; `reason` says why there is no piece."""
 
+    n_begun: int
     n_notes: int
     seconds: float
     n_tokens: int
@@ -80,22 +84,23 @@ def prepare_midi(
 
     A piece's split follows from a hash of its path below `folder`, so that it stays where it is when other files come
     or go; `fractions` are those of train, validation and test. At least one piece is for training, and where there
-    are two or more at least one for validation. Raises `UserError` if there is nothing to prepare, or if `out` holds
-    anything else (unless `overwrite`).
+    are two or more at least one for validation. Copies of a piece (`dsmr.corpus.copies`) go where it goes. Raises
+    `UserError` if there is nothing to prepare, or if `out` holds anything else (unless `overwrite`).
     """
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"there is no folder {root}" if not root.exists() else f"{root} is not a folder")
-    output = Path(out).resolve()
-    found = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in MIDI_SUFFIXES and path.is_file() and not path.resolve().is_relative_to(output / WORK)
-    )
+    found, passed = find_midi(root)
     if not found:
-        raise UserError(f"{root} holds no MIDI file (*.mid, *.midi)")
-    tasks = [midi_task(path, path.relative_to(root).as_posix(), None) for path in found]
-    return run(tasks, Path(out), tokenizer, jobs, root.resolve().name, fractions, overwrite, progress)
+        kinds = ", ".join(f"*{suffix}" for suffix in SUFFIXES)
+        first = f"; {passed[0][0]}: {passed[0][1]}" if passed else ""
+        raise UserError(f"{root} holds no MIDI file ({kinds}){first}")
+    tasks = [midi_task(path, name_below(path, root), None) for path in found]
+    return run(tasks, Path(out), tokenizer, jobs, _name_of(root), fractions, overwrite, progress, passed)
+
+
+def _name_of(folder: Path) -> str:
+    return os.fsencode(folder.resolve().name).decode("utf-8", "backslashreplace")
 
 
 def prepare_maestro(
@@ -137,7 +142,10 @@ def prepare_maestro(
             missing.append((entry.filename, f"named in {listing.name} but not there"))
     if not tasks:
         raise UserError(f"{source} holds none of the {len(listing.entries):,} files that its {listing.name} names")
-    judge = partial(maestro.compare, listing)
+
+    def judge(report: PrepareReport) -> list[str]:
+        return maestro.compare(listing, report) + maestro.provenance(Path(source))
+
     return run(tasks, output, tokenizer, jobs, MAESTRO, FRACTIONS, overwrite, progress, missing, judge)
 
 
@@ -178,6 +186,8 @@ def midi_task(path: Path, source: str, split: str | None) -> Task:
         stamp = f"{status.st_size} {status.st_mtime_ns}"
     except OSError:
         stamp = ""  # the worker will say what is wrong with it
+    if not str(path).isascii():  # two names that are not UTF-8 may be written alike
+        stamp += f" {os.fsencode(path.name).hex()}"
     return Task(source, split, path=str(path.resolve()), stamp=stamp)
 
 
@@ -244,28 +254,47 @@ def run(
     report = PrepareReport(
         name, str(out), f"{vocabulary.scheme} {vocabulary.hash[:16]}", {split: SplitCounts() for split in SPLITS}
     )
+    if tasks[0].path is None:
+        report.counted = "by the composer"
     report.skipped += skipped
     kept: list[tuple[Task, Path, Result]] = []
     for task, key in zip(tasks, keys, strict=True):
         result = _read(results / f"{key}.npz")
-        assert result is not None
-        report.dropped.update(result.dropped)
+        if result is None:  # something else than this program deletes files here
+            raise UserError(f"{results} was changed by something else: start again")
         if result.reason is None:
             kept.append((task, results / f"{key}.npz", result))
+            report.n_begun += result.n_begun
+            report.dropped.update(result.dropped)
             report.changed.update(result.changed)
         else:
+            report.n_skipped += result.n_begun
             report.skipped.append((task.source, result.reason))
     if not kept:
         clear_work(out)
         first = f"the first is {report.skipped[0][0]}: {report.skipped[0][1]}"
         raise UserError(f"none of the {len(report.skipped):,} files can be used; {first}")
-    splits = assign_splits([(task.source, task.split) for task, _, _ in kept], fractions)
+    groups = _groups(kept)
+    splits = assign_splits([(task.source, task.split) for task, _, _ in kept], fractions, groups)
     for (_, _, result), split in zip(kept, splits, strict=True):
         report.splits[split] += SplitCounts(1, result.n_notes, result.n_tokens + 2, result.seconds)
+    report.count_copies(groups, splits)
+    report.check()
     report.remarks += judge(report) if judge else []
     write_corpus(out, _records(kept, splits), vocabulary, name, report.to_json())
     shutil.rmtree(out / WORK, ignore_errors=True)
     return report
+
+
+def _groups(kept: Sequence[tuple[Task, Path, Result]]) -> list[int]:
+    """Which pieces are copies of one another (see `dsmr.corpus.copies`); composed ones never are."""
+    if kept[0][0].path is None:
+        return list(range(len(kept)))
+    prints = []
+    for _, path, _ in kept:
+        with np.load(path, allow_pickle=False) as archive:
+            prints.append(archive["fingerprint"])
+    return groups_of(prints)
 
 
 def clear_work(out: Path) -> None:
@@ -282,52 +311,30 @@ def _records(kept: Sequence[tuple[Task, Path, Result]], splits: Sequence[str]) -
             yield PieceRecord(archive["tokens"], split, task.source, result.n_notes, result.seconds, labels)
 
 
-def assign_splits(pieces: Sequence[tuple[str, str | None]], fractions: Sequence[float]) -> list[str]:
-    """The split of each (source, split or None): given ones stay, the others follow from a hash of the source.
-
-    If none would be for training, or of two or more none for validation, the piece next to the border is moved.
-    """
-    if len(fractions) != 3 or min(fractions) < 0 or not 0.999 < sum(fractions) < 1.001:
-        raise UserError(f"the fractions of train, validation and test must add up to 1, got {tuple(fractions)}")
-    draws = [int.from_bytes(hashlib.sha256(source.encode()).digest()[:7], "big") / 2**56 for source, _ in pieces]
-    borders = np.cumsum(fractions)[:2]
-    splits = [
-        given or SPLITS[int(np.searchsorted(borders, draw, side="right"))]
-        for (_, given), draw in zip(pieces, draws, strict=True)
-    ]
-    free = sorted((i for i, (_, given) in enumerate(pieces) if given is None), key=draws.__getitem__)
-    if free and "train" not in splits:
-        splits[free[0]] = "train"
-    if len(free) > 1 and "validation" not in splits:
-        donor = "train" if splits.count("train") > 1 else "test"
-        givers = [i for i in free if splits[i] == donor]
-        if givers:
-            splits[givers[-1]] = "validation"
-    return splits
-
-
 # Work on one task, in a worker process.
 
 
 def encode_task(task: Task, *, tokenizer: str, folder: str) -> None:
     """Make one piece and keep its result; a file that cannot be used becomes a result with a reason."""
     vocabulary = vocabulary_of(tokenizer)
-    labels: npt.NDArray[np.uint8] | None = None
-    tokens = np.zeros(0, np.uint16)
+    content: dict[str, npt.NDArray[Any]] = {"tokens": np.zeros(0, np.uint16)}
     try:
-        if task.seed is not None:
-            piece = compose(task.seed, minutes=task.minutes)
-            tokens, found = encode_score(piece.to_score(), _tokenizer(tokenizer))
-            labels = np.asarray(piece.labels_for(vocabulary.clock(tokens)), dtype=np.uint8)
+        source = compose(task.seed, minutes=task.minutes) if task.seed is not None else None
+        score = Path(str(task.path)) if source is None else source.to_score()
+        tokens, found = encode_score(score, _tokenizer(tokenizer))
+        result = Result(found.n_begun, found.n_notes, found.seconds, len(tokens), found.dropped, found.changed)
+        content = {"tokens": tokens}
+        if source is not None:
+            content["labels"] = np.asarray(source.labels_for(vocabulary.clock(tokens)), dtype=np.uint8)
         else:
-            tokens, found = encode_score(Path(str(task.path)), _tokenizer(tokenizer))
-        result = Result(found.n_notes, found.seconds, len(tokens), found.dropped, found.changed)
-    except (UserError, EmptyScoreError, ValueError) as error:
+            content["fingerprint"] = fingerprint(tokens, vocabulary)
+    except Exception as error:  # whatever it is, memory included: one file must never end the others' work
         if task.path is None:
             raise
         # The file's name stands beside the reason already.
-        result = Result(0, 0.0, 0, {}, {}, reason=str(error).replace(f"{task.path} is ", "").replace(task.path, "it"))
-    _write(Path(folder) / f"{task.key(vocabulary)}.npz", result, tokens, labels)
+        reason = reason_of(error).replace(f"{task.path} is ", "").replace(task.path, "it")
+        result = Result(count_begun(task.path), 0, 0.0, 0, {}, {}, reason)
+    _write(Path(folder) / f"{task.key(vocabulary)}.npz", result, content)
 
 
 _tokenizers: dict[str, Any] = {}
@@ -340,16 +347,13 @@ def _tokenizer(name: str) -> Any:
 
 
 def _note_crash(task: Task, *, vocabulary: Vocabulary, folder: Path) -> None:
-    result = Result(0, 0.0, 0, {}, {}, reason="the MIDI reader crashed on it")
-    _write(folder / f"{task.key(vocabulary)}.npz", result, np.zeros(0, np.uint16), None)
+    result = Result(0, 0, 0.0, 0, {}, {}, "the MIDI reader crashed on it")
+    _write(folder / f"{task.key(vocabulary)}.npz", result, {"tokens": np.zeros(0, np.uint16)})
 
 
-def _write(path: Path, result: Result, tokens: npt.NDArray[np.uint16], labels: npt.NDArray[np.uint8] | None) -> None:
-    content: dict[str, Any] = {"tokens": tokens, "result": np.array(json.dumps(result.__dict__))}
-    if labels is not None:
-        content["labels"] = labels
+def _write(path: Path, result: Result, content: dict[str, npt.NDArray[Any]]) -> None:
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **content)
+        np.savez(file, result=np.array(json.dumps(result.__dict__)), **content)  # type: ignore[arg-type]
 
 
 def _read(path: Path) -> Result | None:

@@ -1,8 +1,11 @@
 """What `prepare` did: how much music there is in each split, what was skipped or altered, and why."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from dsmr.console.shown import shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,6 +47,11 @@ class PrepareReport:
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> notes that are not in the corpus
     changed: Counter[str] = field(default_factory=Counter)  # what -> notes that the tokens tell otherwise
     remarks: list[str] = field(default_factory=list)
+    n_begun: int = 0  # note-ons counted in the bytes of the files that became pieces
+    counted: str = "in the bytes of their files"  # where the note-ons were counted
+    n_skipped: int = 0  # those in skipped files, as far as their bytes can be read
+    n_copies: int = 0  # pieces that play the notes of another one
+    n_apart: int = 0  # pieces whose copies lie in other splits, where a given list puts them
 
     @property
     def total(self) -> SplitCounts:
@@ -64,14 +72,47 @@ class PrepareReport:
             Counter(value["dropped"]),
             Counter(value["changed"]),
             list(value["remarks"]),
+            # Reports of earlier versions did not count these.
+            n_begun=value.get("n_begun", 0),
+            counted=value.get("counted", cls.counted),
+            n_skipped=value.get("n_skipped", 0),
+            n_copies=value.get("n_copies", 0),
+            n_apart=value.get("n_apart", 0),
         )
+
+    def count_copies(self, groups: Sequence[int], splits: Sequence[str]) -> None:
+        """Note how many pieces are copies, given the group and the split of each piece."""
+        where: dict[int, set[str]] = {}
+        for group, split in zip(groups, splits, strict=True):
+            where.setdefault(group, set()).add(split)
+        self.n_copies = len(groups) - len(where)
+        self.n_apart = sum(len(found) > 1 for found in where.values())
+        if len(groups) > 1 and len(set(splits)) == 1:
+            reason = "all pieces are copies of one" if len(where) == 1 else "no other split has a share"
+            self.remarks.append(f"All pieces are in the split '{splits[0]}': {reason}.")
+
+    def check(self) -> None:
+        """`AssertionError` unless every note-on is either in the corpus or left out for a reason."""
+        left_out = sum(self.dropped.values())
+        if self.total.notes + left_out != self.n_begun:
+            raise AssertionError(f"{self.n_begun} notes begun, {self.total.notes} kept, {left_out} left out")
 
     def lines(self) -> list[str]:
         """Everything beside the counts, a sentence each."""
-        lines = [f"{count:,} notes left out: {why}." for why, count in self.dropped.items()]
-        lines += [f"{count:,} notes changed by the tokeniser: {what}." for what, count in self.changed.items()]
-        if not self.dropped:
-            lines.insert(0, "Every note of these pieces is in the corpus.")
+        left_out = sum(self.dropped.values())
+        lines = [
+            f"{self.n_begun:,} notes begin in these pieces, counted {self.counted}: all of them are in the corpus."
+        ]
+        if left_out:
+            kept = f"{self.total.notes:,} are in the corpus, {left_out:,} are left out."
+            lines = [f"{self.n_begun:,} notes begin in these pieces, counted {self.counted}: {kept}"]
+        lines += [f"{count:,} notes left out: {why}." for why, count in self.dropped.items()]
+        lines += [f"{count:,} notes changed: {what}." for what, count in self.changed.items()]
+        if self.n_skipped:
+            lines.append(f"{self.n_skipped:,} notes begin in the skipped files, as far as these can be read.")
+        if self.n_copies:
+            place = f"of {self.n_apart:,} some lie in another split" if self.n_apart else "each lies in its split"
+            lines.append(f"{self.n_copies:,} pieces play the notes of another one (copies, performances): {place}.")
         return lines + self.remarks
 
     def table(self) -> "RenderableType":
@@ -80,7 +121,9 @@ class PrepareReport:
         from rich.table import Table
         from rich.text import Text
 
-        counts = Table(title=f"{self.name}: {self.out} ({self.tokenizer})", title_justify="left")
+        # As `Text`, which is never taken for markup, whoever prints it.
+        title = Text(f"{shown(self.name)}: {shown(self.out)} ({self.tokenizer})")
+        counts = Table(title=title, title_justify="left")
         counts.add_column("split")
         for heading in ("pieces", "notes", "tokens", "hours", "tokens/note"):
             counts.add_column(heading, justify="right")
@@ -94,13 +137,13 @@ class PrepareReport:
             skipped.add_column("file", overflow="fold")
             skipped.add_column("reason", overflow="fold")
             for source, reason in self.skipped[:SHOWN]:
-                skipped.add_row(Text(source), Text(reason))
+                skipped.add_row(Text(shown(source)), Text(shown(reason)))
             if len(self.skipped) > SHOWN:
                 skipped.add_row("…", f"and {len(self.skipped) - SHOWN:,} more: see manifest.json")
             parts.append(skipped)
         else:
             parts.append(Text("No file was skipped."))
-        parts += [Text(line) for line in self.lines()]
+        parts += [Text(shown(line)) for line in self.lines()]
         return Group(*parts)
 
 

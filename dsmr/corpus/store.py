@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,20 @@ import numpy.typing as npt
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import atomic_path, describe, read_json, write_json
-from dsmr.corpus.layout import FILES, FORMAT, INDEX, LABELS, MANIFEST, SOURCES, SPLITS, TOKENIZER, TOKENS
+from dsmr.console.schema import check
+from dsmr.corpus.layout import (
+    FILES,
+    FORMAT,
+    INDEX,
+    INDEXES,
+    LABELS,
+    MANIFEST,
+    SHAPE,
+    SOURCES,
+    SPLITS,
+    TOKENIZER,
+    TOKENS,
+)
 from dsmr.corpus.packed import unpack
 from dsmr.music.vocabulary import Vocabulary
 
@@ -154,15 +168,58 @@ class Corpus:
                 raise UserError(f"{where} is damaged: the contents of {name} were changed")
         try:
             vocabulary = Vocabulary.from_json(json.loads(members[TOKENIZER]))
-            sources = json.loads(members[SOURCES])
-            with np.load(io.BytesIO(members[INDEX]), allow_pickle=False) as archive:
-                index = {key: archive[key] for key in ("offsets", "n_notes", "seconds", "split")}
-        except (UserError, ValueError, KeyError, OSError, EOFError) as error:
-            raise UserError(f"{where} is damaged: {error}") from error
-        corpus = cls(where, manifest, vocabulary, members[TOKENS], members.get(LABELS), index, sources)
-        if vocabulary.hash != manifest["vocabulary"] or len(corpus.tokens) != corpus.offsets[-1]:
-            raise UserError(f"{where} is damaged: its files do not belong together")
-        return corpus
+            sources = check(json.loads(members[SOURCES]), [str], f"{where} ({SOURCES})")
+            index = _read_index(members[INDEX])
+        except UserError as error:
+            raise error if "is damaged" in str(error) else UserError(f"{where} is damaged: {error}") from error
+        except Exception as error:  # whatever the readers of JSON and of arrays raise of bytes that are neither
+            raise UserError(f"{where} is damaged: {type(error).__name__} {error}") from error
+        tokens, labels = members[TOKENS], members.get(LABELS)
+        problem = _contradiction(index, sources, len(tokens), None if labels is None else len(labels))
+        if problem is None and vocabulary.hash != manifest["vocabulary"]:
+            problem = "its tokeniser is another"
+        if problem is None and verify and len(tokens) and int(tokens.max()) >= vocabulary.size:
+            problem = f"it holds the token {int(tokens.max())}, and its tokeniser has {vocabulary.size}"
+        if problem is not None:
+            raise UserError(f"{where} is damaged: its files do not belong together ({problem})")
+        return cls(where, manifest, vocabulary, tokens, labels, index, sources)
+
+
+def _read_index(content: bytes) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an index, as numpy stored them; no more memory is taken than the file has bytes."""
+    index = {}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for name, kind in INDEXES.items():
+            info = archive.getinfo(f"{name}.npy")
+            if info.file_size > len(content):
+                raise ValueError(f"{INDEX} claims {info.file_size:,} bytes for {name}")
+            with archive.open(info) as file:
+                raw = io.BytesIO(file.read(len(content)))
+            if np.lib.format.read_magic(raw) != (1, 0):
+                raise ValueError(f"{INDEX} holds {name} in another form")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(raw)
+            if len(shape) != 1 or dtype != kind:
+                raise ValueError(f"{INDEX} holds {name} as {dtype} {shape}")
+            index[name] = np.frombuffer(raw.read(), dtype=dtype)
+            if index[name].shape != shape:
+                raise ValueError(f"{INDEX} holds {len(index[name])} values of {name}, not {shape[0]}")
+    return index
+
+
+def _contradiction(
+    index: Mapping[str, npt.NDArray[Any]], sources: list[str], tokens: int, labels: int | None
+) -> str | None:
+    """What in a corpus does not fit together, if anything."""
+    offsets, n = index["offsets"], len(sources)
+    if any(len(index[name]) != n for name in ("n_notes", "seconds", "split")) or len(offsets) != n + 1:
+        return f"{n} names of pieces, and an index of {len(index['n_notes'])}"
+    if offsets[0] != 0 or (np.diff(offsets) < 1).any() or offsets[-1] != tokens:
+        return f"the pieces do not fill the {tokens:,} tokens"
+    if n and (int(index["split"].max()) >= len(SPLITS) or int(index["n_notes"].min()) < 0):
+        return "a piece of no split, or of fewer notes than none"
+    if labels not in (None, tokens):
+        return f"{labels:,} labels for {tokens:,} tokens"
+    return None
 
 
 def _view(content: Any) -> Any:
@@ -173,8 +230,9 @@ def _members_of(manifest: Any, where: Path) -> dict[str, Any]:
     """The files that a manifest lists; `UserError` if it is not a manifest that this version reads."""
     if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:  # its fields may be others too
         raise UserError(f"{where} has corpus format {manifest['format']}, this version of dsmr reads {FORMAT}")
-    if not isinstance(manifest, dict) or not {"name", "digest", "vocabulary", "files", "format"} <= manifest.keys():
+    if not isinstance(manifest, dict) or not {"name", "digest", "files", "format"} <= manifest.keys():
         raise UserError(f"{where} is not a prepared corpus: its {MANIFEST} is of another kind")
+    check(manifest, SHAPE, where / MANIFEST if where.is_dir() else f"{where} ({MANIFEST})")
     files: dict[str, Any] = manifest["files"]
     if not {TOKENS, INDEX, SOURCES, TOKENIZER} <= files.keys() <= set(FILES):
         raise UserError(f"{where} is damaged: its {MANIFEST} does not list the files of a corpus")
@@ -257,7 +315,7 @@ def write_corpus(
         "report": dict(report or {}),
         "files": files,
     }
-    write_json(out / MANIFEST, manifest)
+    write_json(out / MANIFEST, manifest, sealed=True)
     return Corpus.open(out, verify=False)
 
 

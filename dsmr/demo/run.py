@@ -19,8 +19,8 @@ import numpy as np
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import write_json, write_text
+from dsmr.corpus.etudes import compose_with_etudes
 from dsmr.corpus.store import Corpus
-from dsmr.demo.corpus import compose_with_etudes
 from dsmr.demo.figures import comparison_figure, refrains
 from dsmr.evaluation.losses import evaluate_run, piece_losses
 from dsmr.evaluation.report import EvaluationReport
@@ -47,7 +47,7 @@ class DemoSize:
 
     pieces: int = 160
     piece_minutes: float = 2.0
-    etude_share: float = 0.5  # of the training tokens; see dsmr/demo/corpus.py
+    etude_share: float = 0.5  # of the training tokens; see dsmr/corpus/etudes.py
     etude_tokens: int = 240
     layers: int = 2
     n_long: int = 1
@@ -117,10 +117,10 @@ def run_demo(
 
     Raises `UserError` if `out` holds anything but a former demo, or cannot be written.
     """
-    from rich.console import Console
+    from dsmr.console.screen import Screen
 
     size = size or DemoSize()
-    console = console or Console()
+    console = console or Screen()
     folder = Path(out)
     clear(folder)
     timer = Timer(console, minutes)

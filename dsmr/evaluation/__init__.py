@@ -1,5 +1,5 @@
-"""How well a model predicts whole pieces, beside a trigram if asked. May import `runs`, `model`, `corpus`, `music` and
-`console`.
+"""How well a model predicts whole pieces, beside a trigram if asked, and what it remembers of them. May import `runs`,
+`model`, `corpus`, `music` and `console`.
 """
 
 from dsmr.doors import door
@@ -10,6 +10,7 @@ __getattr__ = door(
         "EvaluationReport": "dsmr.evaluation.report",
         "evaluate": "dsmr.evaluation.losses",
         "evaluate_run": "dsmr.evaluation.losses",
+        "memory_use": "dsmr.evaluation.memory_use",
         "piece_losses": "dsmr.evaluation.losses",
     },
 )

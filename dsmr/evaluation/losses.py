@@ -6,7 +6,6 @@ that it was computed in nor on its neighbours. What is said of the losses follow
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,16 +13,14 @@ import torch
 from dsmr.console.devices import autocast, resolve_device, resolve_dtype, resolve_memory_dtype
 from dsmr.console.errors import UserError
 from dsmr.console.figures import available
-from dsmr.console.files import check_writable
+from dsmr.console.files import check_apart, check_writable
 from dsmr.corpus.store import Corpus
 from dsmr.corpus.streams import IGNORE
 from dsmr.evaluation.report import EvaluationReport, report_losses
+from dsmr.model.state import DSMRState
 from dsmr.model.transformer import DSMRModel
 from dsmr.music.vocabulary import Vocabulary
 from dsmr.runs.checkpoint import RunDirectory, load_settings
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(
@@ -50,7 +47,7 @@ def evaluate(
             f"{name} knows {model.config.vocab_size} tokens, but the corpus {corpus.name} has "
             f"{corpus.vocabulary.size}: it was prepared with another tokeniser"
         )
-    chosen = _pieces(corpus, split) if pieces is None else np.asarray(pieces, dtype=np.int64)
+    chosen = pieces_of(corpus, split) if pieces is None else np.asarray(pieces, dtype=np.int64)
     losses = piece_losses(
         model,
         corpus,
@@ -85,26 +82,12 @@ def evaluate_run(
     run = Path(run)
     folder = run if out is None else Path(out)
     json_path, png_path = folder / f"eval-{split}.json", folder / f"eval-{split}.png"
-    for needed in ("config.json", "model.safetensors", "tokenizer.json"):
-        if not (run / needed).is_file():
-            raise UserError(f"{run} is not a trained run: it has no {needed}")
     check_writable(json_path)
     check_writable(png_path)
-    if data is None:
-        data = corpus_of_run(run)
-        if not data.exists():  # train.json keeps the path as it was given, so it may be seen from another folder
-            raise UserError(f"{run} was trained on the corpus {data}, which is not there: name it with --data")
-    corpus = Corpus.open(data)
-    own = Vocabulary.load(run / "tokenizer.json")
-    if own.hash != corpus.vocabulary.hash:
-        raise UserError(
-            f"{run} was trained with tokeniser {own.hash[:16]}, but the corpus {data} was prepared with "
-            f"{corpus.vocabulary.hash[:16]}"
-        )
-    where = resolve_device(device)
-    computing = resolve_dtype(dtype, where)
+    model, corpus = open_run(run, data, device)
+    check_apart([json_path, png_path], {"the corpus": corpus.path})
+    computing = resolve_dtype(dtype, next(model.parameters()).device)
     remembering = resolve_memory_dtype(memory_dtype, computing)
-    model = DSMRModel.from_pretrained(run).to(where)
     report = evaluate(
         model,
         corpus,
@@ -120,6 +103,29 @@ def evaluate_run(
     return report
 
 
+def open_run(run: str | Path, data: str | Path | None = None, device: str = "auto") -> tuple[DSMRModel, Corpus]:
+    """The best weights of a run directory, and the corpus `data` (by default the one that it was trained on).
+
+    `UserError` if either is missing, or if the corpus was prepared with a tokeniser other than the run's.
+    """
+    run = Path(run)
+    for needed in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (run / needed).is_file():
+            raise UserError(f"{run} is not a trained run: it has no {needed}")
+    if data is None:
+        data = corpus_of_run(run)
+        if not data.exists():  # train.json keeps the path as it was given, so it may be seen from another folder
+            raise UserError(f"{run} was trained on the corpus {data}, which is not there: name it with --data")
+    corpus = Corpus.open(data)
+    own = Vocabulary.load(run / "tokenizer.json")
+    if own.hash != corpus.vocabulary.hash:
+        raise UserError(
+            f"{run} was trained with tokeniser {own.hash[:16]}, but the corpus {data} was prepared with "
+            f"{corpus.vocabulary.hash[:16]}"
+        )
+    return DSMRModel.from_pretrained(run).to(resolve_device(device)), corpus
+
+
 def corpus_of_run(run: str | Path) -> Path:
     """The corpus that a run directory says it was trained on."""
     return Path(load_settings(RunDirectory(run))["train"]["data"])
@@ -131,6 +137,7 @@ def piece_losses(
     corpus: "Corpus",
     pieces: Sequence[int] | np.ndarray,
     *,
+    begin: int = 0,
     batch_size: int = 4,
     segments_per_call: int = 1,
     dtype: torch.dtype = torch.float32,
@@ -141,19 +148,25 @@ def piece_losses(
 
     Rows take the pieces longest first and pad only the end of a piece's last call; each row starts every piece at the
     beginning of a call, hence of a segment, with an empty memory.
+
+    With `begin`, a whole number of segments, each piece is read from that token on, as if all that was remembered had
+    been forgotten there: its position in the piece stays, and so do the tokens that `recall` looks back on. The losses
+    are those of the tokens predicted from there on, (n - 1 - begin,), none for a piece that is too short.
     """
     if batch_size < 1 or segments_per_call < 1:
         raise ValueError(
             f"batch_size and segments_per_call must be at least 1, but they are {batch_size} and {segments_per_call}"
         )
+    segment = model.config.segment_length
+    if begin < 0 or begin % segment:
+        raise ValueError(f"begin must be a multiple of the segment of {segment} tokens, but it is {begin}")
     texts = [np.asarray(corpus.piece(int(i))) for i in pieces]
-    losses = [np.zeros(max(len(text) - 1, 0), dtype=np.float32) for text in texts]
+    losses = [np.zeros(max(len(text) - 1 - begin, 0), dtype=np.float32) for text in texts]
     waiting = sorted((k for k in range(len(texts)) if len(losses[k])), key=lambda k: len(texts[k]))
     if not waiting:
         return losses
     batch = min(batch_size, len(waiting))
     total, done = sum(map(len, losses)), 0
-    segment = model.config.segment_length
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -161,8 +174,13 @@ def piece_losses(
     rows: list[tuple[int, int] | None] = [None] * batch  # (index into texts, tokens read)
     try:
         while True:
-            rows = [row or ((waiting.pop(), 0) if waiting else None) for row in rows]
-            left = max((len(losses[row[0]]) - row[1] for row in rows if row), default=0)
+            for b in range(batch):
+                if rows[b] is None and waiting:
+                    k = waiting.pop()
+                    rows[b] = (k, begin)
+                    if begin:
+                        _forget(state, b, begin, texts[k])
+            left = max((len(texts[row[0]]) - 1 - row[1] for row in rows if row), default=0)
             if not left:
                 return losses
             width = segment * min(segments_per_call, -(-left // segment))
@@ -180,14 +198,29 @@ def piece_losses(
                 if row is None:
                     continue
                 k, offset = row
-                here = losses[k][offset : offset + width]
+                here = losses[k][offset - begin : offset - begin + width]
                 here[:] = nats[b, : len(here)]
                 done += len(here)
-                rows[b] = (k, offset + width) if offset + width < len(losses[k]) else None
+                rows[b] = (k, offset + width) if offset + width < len(texts[k]) - 1 else None
             if progress is not None:
                 progress(done, total)
     finally:
         model.train(was_training)
+
+
+def _forget(state: DSMRState, row: int, position: int, text: np.ndarray) -> None:
+    """Make `row` a stream that stands at `position` of the piece `text` and remembers nothing of it."""
+    rows = torch.zeros(state.batch, dtype=torch.bool)
+    rows[row] = True
+    for memory in state.memories:
+        memory.reset(rows)
+        memory.position = torch.where(rows.to(memory.position.device), position, memory.position)
+    looked_back = state.recent.shape[1]
+    before = text[max(position - looked_back, 0) : position]
+    state.recent = state.recent.clone()
+    state.recent[row] = 0
+    if len(before):
+        state.recent[row, -len(before) :] = torch.from_numpy(before).to(state.recent.device)
 
 
 def _call(
@@ -207,7 +240,8 @@ def _call(
     return torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(piece_start)
 
 
-def _pieces(corpus: "Corpus", split: str) -> np.ndarray:
+def pieces_of(corpus: "Corpus", split: str) -> np.ndarray:
+    """The pieces of a split; `UserError` where there is none."""
     pieces = np.asarray(corpus.pieces_of(split), dtype=np.int64)
     if not len(pieces):
         raise UserError(f"the corpus {corpus.name} has no pieces in its split '{split}'")

@@ -15,6 +15,7 @@ import numpy as np
 from dsmr.console.errors import UserError
 from dsmr.console.figures import finish, new_figure
 from dsmr.console.files import write_json
+from dsmr.console.shown import shown
 from dsmr.corpus.store import Corpus
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ class EvaluationReport:
     def table(self) -> "Table":
         """The figures for a terminal (rich)."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=f"{self.model} on {self.corpus}, {self.split} split", show_header=False)
-        table.add_row("[bold]nats a note[/bold]", f"[bold]{self.nats_per_note:.4f}[/bold]")
+        table = Table(title=Text(f"{shown(self.model)} on {shown(self.corpus)}, {self.split} split"), show_header=False)
+        table.add_row("nats a note", f"{self.nats_per_note:.4f}", style="bold")
         table.add_row("nats a second", f"{self.nats_per_second:.4f}")
         table.add_row("nats a token", f"{self.nats_per_token:.4f}")
         table.add_row(f"perplexity (tokeniser {self.tokenizer_hash[:16]})", f"{self.perplexity:.3f}")

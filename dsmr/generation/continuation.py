@@ -17,7 +17,7 @@ import torch
 
 from dsmr.console.devices import resolve_device, resolve_memory_dtype
 from dsmr.console.errors import UserError
-from dsmr.console.files import check_writable
+from dsmr.console.files import check_apart, check_writable
 from dsmr.console.stopping import graceful_stop
 from dsmr.generation.player import Limits, Player, Sampling, may_stop
 from dsmr.generation.recorder import Recorder
@@ -29,6 +29,7 @@ from dsmr.music.sounding import Event, Sounding
 from dsmr.music.tokenizer import decode, encode_midi, write_midi
 from dsmr.music.vocabulary import Vocabulary
 
+RUN_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 DEFAULT_SECONDS = 60.0
 RING_ON = 2.0  # seconds for which notes that are still held when the playing breaks off ring on
 
@@ -162,8 +163,10 @@ def continue_variations(
     if save_state is not None and variations > 1 and (seconds is not None or notes is not None or stop_at_end):
         raise UserError("several variations are saved in step: give their length in tokens alone")
     outs = [out] if variations == 1 else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(variations)]
+    written = [path for one in outs for path in output_paths(one)]
+    check_apart([*written, save_state], inputs_of(run_dir, prompt_midi, load_state))
     for one in outs:
-        _check_output(one, None if prompt_midi is None else Path(prompt_midi))
+        _check_output(one)
     if save_state is not None:
         check_writable(save_state)
     model, vocabulary = load_run(run_dir, device)
@@ -258,7 +261,7 @@ def load_run(run_dir: str | os.PathLike[str], device: str = "auto") -> tuple[DSM
     folder = Path(run_dir)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a run directory: there is no such folder")
-    missing = [name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (folder / name).is_file()]
+    missing = [name for name in RUN_FILES if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} is not a run directory: it has no {' and no '.join(missing)}")
     vocabulary = Vocabulary.load(folder / "tokenizer.json")
@@ -361,13 +364,19 @@ def without(whole: Any, beginning: Any, join: int) -> Any:
     return alone
 
 
-def _check_output(out: Path, prompt: Path | None) -> None:
-    """Fail before the work rather than after it: `out` can be written, and nothing overwrites the prompt."""
+def inputs_of(
+    run_dir: str | os.PathLike[str], prompt: str | os.PathLike[str] | None, load_state: str | os.PathLike[str] | None
+) -> dict[str, str | os.PathLike[str] | None]:
+    """What playing on reads, which none of its results may overwrite (see `dsmr.console.files.check_apart`)."""
+    run = {f"the run's {name}": Path(run_dir) / name for name in (*RUN_FILES, "last.pt", "train.json", "metrics.jsonl")}
+    return {"the prompt": prompt, "the saved stream": load_state, **run}
+
+
+def _check_output(out: Path) -> None:
+    """Fail before the work rather than after it: `out` can be written."""
     if out.is_dir():
         raise UserError(f"cannot write {out}: it is a folder, not a file name")
     if out.suffix.lower() not in (".mid", ".midi"):
         raise UserError(f"{out} must end in .mid, as the music is written as MIDI")
     for path in output_paths(out):
         check_writable(path)
-        if prompt is not None and path.exists() and prompt.exists() and path.samefile(prompt):
-            raise UserError(f"{path} is the prompt itself, which would be overwritten: choose another --out")

@@ -16,6 +16,7 @@ import torch
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import save_tensors
+from dsmr.console.schema import Natural, check, check_fields
 from dsmr.generation.player import Player
 from dsmr.generation.sampling import Sampling
 from dsmr.generation.stepping.weights import resolve_precision
@@ -92,7 +93,7 @@ def load_player(
     if streams is not None and state.batch != streams:
         raise UserError(f"{path} holds {state.batch} streams, but {streams} were asked for")
     try:
-        saved = Sampling(**json.loads(about["sampling"]))
+        saved = Sampling(**check_fields(json.loads(about["sampling"]), Sampling, path))
         heard = [array("i", tensors[f"tokens.{row}"].tolist()) for row in range(state.batch)]
         generators = [torch.Generator().set_state(tensors[f"generator.{row}"]) for row in range(state.batch)]
         player = Player(
@@ -104,9 +105,12 @@ def load_player(
             generators=generators,
             dtype=dtype or about["dtype"],
         )
-        player.on_one_instant = json.loads(about["on_one_instant"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        player.on_one_instant = check(json.loads(about["on_one_instant"]), [Natural], path)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is not a saved stream: {error}") from error
+    size = model.config.vocab_size
+    if any(not 0 <= token < size for row in heard for token in row):
+        raise UserError(f"{path} is damaged: it holds tokens outside [0, {size})")
     player.unseen, player.drawn = tensors.get("unseen"), tensors.get("drawn")
     return player
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsmr.console.errors import UserError
-from dsmr.console.files import check_writable
-from dsmr.generation.continuation import check_memory_dtype, load_run, read_prompt
+from dsmr.console.files import check_apart, check_writable
+from dsmr.generation.continuation import check_memory_dtype, inputs_of, load_run, read_prompt
 from dsmr.generation.player import Limits, Player
 from dsmr.generation.recorder import Recorder
 from dsmr.generation.sampling import Sampling
@@ -54,6 +54,7 @@ def play_live(
     for name, value in (("seconds", seconds), ("notes", notes), ("tokens", tokens), ("listen", listen_seconds)):
         if value is not None and not value > 0:
             raise UserError(f"{name} must be more than 0, got {value}")
+    check_apart([out, save_state], inputs_of(run_dir, prompt, load_state))
     for path in (out, save_state):
         if path is not None:
             check_writable(path)
@@ -70,7 +71,9 @@ def play_live(
                 say(f"listening for {listen_seconds:g} s, or until 2 s of silence: play something")
                 heard = prompt_of(listen(input_port, listen_seconds), vocabulary)
             elif prompt is not None:
-                heard, _ = read_prompt(prompt, vocabulary, prompt_seconds)
+                heard, left_out = read_prompt(prompt, vocabulary, prompt_seconds)
+                for reason, count in left_out.items():
+                    say(f"{prompt}: {count:,} notes left out: {reason}")
             else:
                 heard = np.array([vocabulary.bos_id])
             precision = resolve_precision(dtype or "auto", model)

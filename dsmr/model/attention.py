@@ -8,15 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmr.model.positions import POSITIONS, Rotary, alibi_slopes, sinusoids, token_positions
-from dsmr_kernels import KVMemory, memory_attention
+from dsmr_kernels import KVMemory, MemorySnapshot, memory_attention
 from dsmr_kernels.costing.cost import memory_capacity
+from dsmr_kernels.memory import MOVED, in_backward
 from dsmr_kernels.visibility import VISIBILITIES
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype that projections come out in: that of autocast where it is on, else that of the weights."""
     device = parameter.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+    cast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if cast else parameter.dtype
 
 
 class DSMRAttention(nn.Module):
@@ -38,8 +40,6 @@ class DSMRAttention(nn.Module):
     Raises:
         ValueError: if the sizes do not divide or are negative, or `position` or `visibility` is unknown.
     """
-
-    slopes: Tensor | None
 
     def __init__(
         self,
@@ -79,8 +79,18 @@ class DSMRAttention(nn.Module):
         self.detach_segments, self.backend = detach_segments, backend
         self.qkv = nn.Linear(d_model, (n_heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
-        slopes = alibi_slopes(n_heads) if position == "alibi" else None
-        self.register_buffer("slopes", slopes, persistent=False)
+        self._slopes: Tensor | None = None  # made where and when they are needed, so that they are never stale
+
+    @property
+    def slopes(self) -> Tensor | None:
+        """ALiBi slopes (Hq,) float32 on the layer's device, if that is its position scheme. No buffer: a layer built on
+        the meta device would have nothing to fill one with."""
+        if self.position != "alibi":
+            return None
+        device = self.qkv.weight.device
+        if self._slopes is None or self._slopes.device != device:
+            self._slopes = alibi_slopes(self.n_heads).to(device)
+        return self._slopes
 
     def new_memory(
         self,
@@ -122,18 +132,20 @@ class DSMRAttention(nn.Module):
     def attend(
         self,
         x: Tensor,
-        memory: KVMemory,
+        memory: KVMemory | MemorySnapshot,
         place: Rotary | Tensor | None,
         *,
         labels: tuple[Tensor, Tensor] | None = None,
         piece_start: Tensor | None = None,
-        segment_offset: int = 0,
+        segment_offset: int | Tensor = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The layer without the append: x (B, T, d_model) -> y (B, T, d_model) and the new k and v.
 
         `place` is what `self.place` gave for these tokens; a model computes it once for all its layers. `labels`,
-        (B, T, d_model) each, are added to the inputs of the Q and of the K projection.
+        (B, T, d_model) each, are added to the inputs of the Q and of the K projection. Under activation checkpointing
+        give it `memory.snapshot()`, and append k and v outside.
         """
+        self._check_memory(memory, x.shape[0], segment_offset)
         q_size, kv_size = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         if isinstance(place, Tensor) or labels is not None:
             q_input = k_input = x + place.to(x.dtype) if isinstance(place, Tensor) else x
@@ -169,25 +181,73 @@ class DSMRAttention(nn.Module):
         assert isinstance(out, Tensor)
         return self.out(out.transpose(1, 2).flatten(2).to(x.dtype)), k, v
 
+    def _check_memory(self, memory: KVMemory | MemorySnapshot, batch: int, segment_offset: int | Tensor) -> None:
+        """That a memory is of this layer and this batch: another would be taken, and attention be silently other."""
+        if memory.batch != batch:
+            raise ValueError(f"the memory holds {memory.batch} streams, but x has {batch} rows")
+        found, expected = (memory.kv_heads, memory.head_dim), (self.n_kv_heads, self.head_dim)
+        if found != expected:
+            raise ValueError(f"the memory has (kv_heads, head_dim) = {found}, this layer {expected}")
+        begun = 0 if self.visibility == "sliding" or isinstance(segment_offset, Tensor) else segment_offset
+        if memory.capacity < self.horizon + begun:
+            within = f", {begun} tokens into a segment," if begun else ""
+            raise ValueError(
+                f"the memory holds {memory.capacity} tokens, but with a horizon of {self.horizon} a query{within} sees "
+                f"{self.horizon + begun} before its call: make it with new_memory of this layer"
+                + (", which serves calls of any size unless aligned=True" if begun else "")
+            )
+
+    def _offset(self, memory: KVMemory | MemorySnapshot, given: int | None) -> int | Tensor:
+        """How far into its segment a call begins, as the memory knows; what the caller says must agree."""
+        if self.segment_length is None:
+            return given or 0
+        known = memory.seen % self.segment_length
+        if given is not None and not isinstance(known, Tensor) and given != known:
+            raise ValueError(
+                f"segment_offset is {given}, but the memory has seen {memory.seen} tokens, which is {known} into a "
+                f"segment of {self.segment_length}; leave it out, the memory knows"
+            )
+        return known
+
     def forward(
         self,
         x: Tensor,
-        memory: KVMemory | None = None,
+        memory: KVMemory | MemorySnapshot | None = None,
         *,
         piece_start: Tensor | None = None,
-        segment_offset: int = 0,
+        segment_offset: int | None = None,
     ) -> tuple[Tensor, KVMemory]:
         """x (B, T, d_model) -> y (B, T, d_model) and the memory with the new tokens appended.
 
+        Calls may be of any size, a token too: how far into its segment a stream is, the memory knows.
+
         Args:
             memory: from `new_memory` or the last call; None = an empty one. It is appended to in place; a call whose
-                backward has not run yet keeps the old contents.
+                backward has not run yet keeps the old contents. Of a snapshot a new memory is made: that is what a
+                checkpointed call must be given (`checkpoint(layer, x, memory.snapshot())`).
             piece_start: (B, T) int32 as in `memory_attention`.
-            segment_offset: how many tokens before the call its first segment began.
+            segment_offset: how many tokens before the call its first segment began; checked against what the memory
+                has seen.
+
+        Raises:
+            ValueError: if the memory is not of this layer: another horizon, batch, dtype, or place in a segment.
+            RuntimeError: in a recomputation (activation checkpointing) that was given a memory and not a snapshot.
         """
         if memory is None:
             memory = self.new_memory(x.shape[0])
+        elif isinstance(memory, KVMemory) and not torch.compiler.is_compiling() and in_backward():
+            raise RuntimeError(MOVED)
+        dtype = compute_dtype(self.qkv.weight)
+        if dtype != self.qkv.weight.dtype and memory.dtype.itemsize > dtype.itemsize:
+            raise ValueError(
+                f"the memory is in {memory.dtype}, but under this autocast keys and values come out in {dtype}: make "
+                "it inside, or with new_memory(..., dtype=...)"
+            )
+        offset = self._offset(memory, segment_offset)
         place = self.place(token_positions(memory.position, x.shape[1], piece_start))
-        y, k, v = self.attend(x, memory, place, piece_start=piece_start, segment_offset=segment_offset)
+        y, k, v = self.attend(x, memory, place, piece_start=piece_start, segment_offset=offset)
+        k, v = (new.to(memory.dtype) if memory.dtype != torch.int8 else new for new in (k, v))
+        if isinstance(memory, MemorySnapshot):
+            return y, memory.appended(k, v, piece_start)
         memory.append(k, v, piece_start)
         return y, memory

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import save_tensors
+from dsmr.console.seal import check_seal
 from dsmr_kernels import KVMemory
 
 _FIELDS = ("k", "v", "length", "position")  # what every layer has; where keys and values are int8, also their scales
@@ -124,10 +125,11 @@ class DSMRState:
                 f"this one {tuple(self.recent.shape)}"
             )
         self.recent = state["recent"].to(self.recent.device, copy=True)
+        self.offset, self.aligned = int(state["offset"]), bool(state["aligned"])
         for saved, memory in zip(layers, memories, strict=True):
             for name, current in memory.tensors().items():
                 setattr(memory, name, saved[name].to(current.device, copy=True))
-        self.offset, self.aligned = int(state["offset"]), bool(state["aligned"])
+            memory.seen = self.offset
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save` writes: tensors by name, and the numbers beside them."""
@@ -150,6 +152,7 @@ class DSMRState:
         from safetensors import SafetensorError, safe_open
 
         try:
+            check_seal(path)
             with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
                 memories = []
@@ -157,18 +160,22 @@ class DSMRState:
                     tensors = {name: file.get_tensor(f"{layer}.{name}") for name in _FIELDS}
                     if tensors["k"].dtype == torch.int8:
                         tensors |= {name: file.get_tensor(f"{layer}.{name}") for name in _SCALES}
-                    memories.append(KVMemory(**tensors))
+                    memories.append(KVMemory(**tensors, seen=int(metadata["offset"])))
                 if not memories:
                     raise ValueError("it has no layers")
                 for layer, memory in enumerate(memories):
                     rows = {x.shape for x in (memory.length, memory.position)} | {memory.k.shape[:1]}
                     scaled = all(x is None or x.shape == memory.k.shape[:3] for x in (memory.k_scale, memory.v_scale))
                     fits = memory.k.dim() == 4 and memory.v.shape == memory.k.shape and scaled
+                    for numbers, most in ((memory.length, memory.k.shape[2]), (memory.position, 2**62)):
+                        fits = fits and numbers.numel() > 0 and 0 <= int(numbers.min()) <= int(numbers.max()) <= most
                     if not fits or rows != {memories[0].k.shape[:1]}:
                         raise ValueError(f"the tensors of layer {layer} do not fit together")
                 recent = file.get_tensor("recent")
                 if recent.dim() != 2 or recent.shape[0] != memories[0].batch or recent.dtype != torch.int64:
                     raise ValueError("its recent tokens do not fit its memories")
                 return cls(memories, recent, offset=int(metadata["offset"]), aligned=metadata["aligned"] == "1")
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{path} is not a saved state: {error}") from error

@@ -5,7 +5,6 @@ notes a minute with the seconds of its notes kept, because MidiTok without tempo
 get every duration wrong. MidiTok and symusic are imported only inside the functions that need them.
 """
 
-import importlib
 import importlib.metadata
 import json
 import os
@@ -20,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dsmr.console.errors import UserError
-from dsmr.console.files import atomic_path, describe
+from dsmr.console.files import atomic_path
+from dsmr.music.midi_file import MidiFile, read_file, require
 from dsmr.music.vocabulary import BEATS_PER_SECOND, Vocabulary
 
 QUARTERS_PER_MINUTE = 60 * BEATS_PER_SECOND
@@ -32,30 +32,28 @@ SCHEMES = {"tsd": "TSD", "midilike": "MIDILike", "remi": "REMI", "tsd_pedal": "T
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """What became of one score: what it held, and what the tokens hold of it."""
+    """What became of one score: what it held, and what the tokens hold of it.
+
+    The numbers add up: of `n_begun` note-ons (of a file, counted in its bytes) `n_notes` are in the tokens, and the
+    others are in `dropped`.
+    """
 
     n_notes: int  # notes of the score that are in the tokens
     seconds: float  # until the last note ends
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> number of notes that are not in the tokens
     changed: dict[str, int] = field(default_factory=dict)  # what tokenisation altered -> number of notes
+    n_begun: int = 0
 
 
 class EmptyScoreError(ValueError):
     """A score without a single note that a piano model can read."""
 
 
-def _require(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(f"reading or writing MIDI needs {module}, which is not installed: {error}") from error
-
-
 def build_tokenizer(name: str = "tsd") -> Any:
     """A fresh MidiTok tokeniser: "tsd" (the default), "midilike", "remi" or "tsd_pedal"."""
     if name not in SCHEMES:
         raise UserError(f"unknown tokeniser {name!r}: choose one of {', '.join(SCHEMES)}")
-    miditok = _require("miditok")
+    miditok = require("miditok")
     # MIDILike would lose notes that generation leaves open; with this they end after 60 beats, which is 30 s.
     extra = {"max_duration": [60, 0, 10]} if name == "midilike" else {}
     config = miditok.TokenizerConfig(
@@ -89,7 +87,7 @@ def rebuild(vocabulary: Vocabulary) -> Any:
 
     Raises `UserError` if the installed MidiTok makes other tokens from the same parameters.
     """
-    miditok = _require("miditok")
+    miditok = require("miditok")
     params = vocabulary.tokenizer_params
     kind = getattr(miditok, str(params.get("tokenization")), None)
     if kind is None:
@@ -108,17 +106,8 @@ def rebuild(vocabulary: Vocabulary) -> Any:
 
 
 def load_midi(path: str | os.PathLike[str]) -> Any:
-    """A MIDI file as it is; `UserError` naming the file and the reason if it cannot be read."""
-    symusic = _require("symusic")
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {describe(error)}") from error
-    try:
-        return symusic.Score.from_midi(data)
-    except (RuntimeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).removeprefix("MiniMidi: ").removesuffix(": iostream error").split())
-        raise UserError(f"{path} is not a readable MIDI file: {reason}") from error
+    """A MIDI file as it is (see `dsmr.music.midi_file`); `UserError` naming the file and the reason if it cannot be."""
+    return read_file(path).score
 
 
 def read_midi(path: str | os.PathLike[str]) -> Any:
@@ -132,7 +121,7 @@ def rewrite(score: Any, ticks_per_quarter: int = FINE_TICKS_PER_QUARTER) -> tupl
     Notes are sorted by their (rounded) onset, then pitch: the order in which the notes of one moment are written must
     not depend on less than a tick. Durations are at least one tick.
     """
-    symusic = _require("symusic")
+    symusic = require("symusic")
     rate = ticks_per_quarter * BEATS_PER_SECOND
     seconds_at = _tempo_map(score)
     notes: list[npt.NDArray[np.int64]] = []  # per track (4, n): onset, duration, pitch, velocity
@@ -206,8 +195,12 @@ def encode_score(source: Any, tokenizer: Any) -> tuple[npt.NDArray[np.uint16], S
     Any tempo map and any tracks will do: `rewrite` is applied here. Raises `EmptyScoreError` if there is no note to
     encode, `UserError` if a file cannot be read.
     """
-    score = load_midi(source) if isinstance(source, str | os.PathLike) else source
-    score, dropped = rewrite(score, tokenizer.time_division)
+    if isinstance(source, str | os.PathLike):
+        file = read_file(source)
+    else:
+        file = MidiFile(source, sum(len(track.notes) for track in source.tracks))
+    score, on_the_way = rewrite(file.score, tokenizer.time_division)
+    dropped = {**file.dropped, **on_the_way}
     notes = score.tracks[0].notes.numpy()
     pitch = notes["pitch"].astype(np.int64)
     low, high = tokenizer.config.pitch_range
@@ -228,7 +221,10 @@ def encode_score(source: Any, tokenizer: Any) -> tuple[npt.NDArray[np.uint16], S
         dropped["lost by the tokeniser"] = expected - written
     end = (notes["time"].astype(np.int64) + notes["duration"])[~outside].max()
     seconds = float(end) / (tokenizer.time_division * BEATS_PER_SECOND)
-    return tokens, ScoreReport(written, seconds, dropped, _changes(notes, ~outside, tokenizer))
+    if written + sum(dropped.values()) != file.n_begun:
+        raise ValueError(f"of its {file.n_begun:,} notes {written:,} are in the tokens and {dropped} were left out")
+    changed = {**file.changed, **_changes(notes, ~outside, tokenizer)}
+    return tokens, ScoreReport(written, seconds, dropped, changed, file.n_begun)
 
 
 def _changes(notes: dict[str, npt.NDArray[Any]], kept: npt.NDArray[np.bool_], tokenizer: Any) -> dict[str, int]:
@@ -255,8 +251,21 @@ def encode_midi(path: str | os.PathLike[str], vocabulary: Vocabulary) -> tuple[n
     """
     try:
         return encode_score(path, rebuild(vocabulary))
-    except ValueError as error:
-        raise UserError(f"{path} has {error}" if isinstance(error, EmptyScoreError) else f"{path}: {error}") from error
+    except EmptyScoreError as error:
+        raise UserError(f"{path} has {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file could not be encoded, as words behind its name, whatever went wrong in whichever library."""
+    if isinstance(error, UserError | ValueError) and str(error):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "reading it takes more memory than there is"
+    return " ".join(f"reading it fails ({type(error).__name__}: {error})".split())
 
 
 def write_midi(path: str | os.PathLike[str], score: Any) -> None:
@@ -280,7 +289,7 @@ def decode(tokens: npt.ArrayLike, vocabulary: Vocabulary) -> Any:
     # A list of one sequence: a bare list of ids would be taken for one sequence per id.
     score = rebuild(vocabulary).decode([ids[~special].tolist()])
     if len(score.tracks) == 0:
-        symusic = _require("symusic")
+        symusic = require("symusic")
         score.tracks.append(symusic.Track(program=0, is_drum=False, name="Piano"))
     score.tracks[0].name = "Piano"
     return score

@@ -18,9 +18,12 @@ import numpy.typing as npt
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, write_json
+from dsmr.console.schema import Natural, check
 from dsmr.music import grammar
 
 FORMAT = 1
+SHAPE = {"format": int, "scheme": str, "tokens": [str], "ticks_per_second": Natural, "tokenizer_params": dict}
+"""What a `tokenizer.json` holds (see `dsmr.console.schema`)."""
 TICK_TYPES = ("TimeShift", "Duration", "Position")
 TIME_TYPES = ("TimeShift", "Bar", "Position")  # what moves time on
 NOTE_TYPES = ("Pitch", "NoteOn")
@@ -204,6 +207,7 @@ class Vocabulary:
     def from_json(cls, value: Any) -> "Vocabulary":
         """The inverse of `to_json`; `UserError` if `value` is something else, or was changed since."""
         try:
+            check(value, SHAPE, "the vocabulary")
             if value["format"] != FORMAT:
                 raise UserError(f"this vocabulary has format {value['format']}, this version of dsmr reads {FORMAT}")
             found = cls(
@@ -212,7 +216,8 @@ class Vocabulary:
                 int(value["ticks_per_second"]),
                 dict(value["tokenizer_params"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+            _ = found.types, found.pitch, found.ticks  # what its tokens mean can be told
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise UserError(f"this is not a dsmr vocabulary: {type(error).__name__} {error}") from error
         if value.get("hash") != found.hash:
             raise UserError(f"the vocabulary was changed: its hash is {found.hash[:16]}, not the stated one")

@@ -7,8 +7,8 @@ metrics is replaced atomically; the metrics are cut back to the checkpoint when 
 """
 
 import json
-import pickle
 import random
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,22 @@ import torch
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import atomic_path, describe, read_json, write_text
+from dsmr.console.schema import Natural, Real, check
+from dsmr.console.seal import check_seal, seal_zip
 
 FORMAT = 1
 SETTINGS = ("train", "model", "dtype", "corpus", "tokenizer_hash")
 """What `train.json` holds, besides versions (see `dsmr.runs.settings.run_settings`)."""
+
+
+LINE = {"kind": str, "step": Natural, "loss?": Real}
+SHAPE = {
+    "train": {"data": str, "out": str},
+    "model": dict,
+    "dtype": str,
+    "corpus": {"name": str, "digest": str},
+    "tokenizer_hash": str,
+}
 
 
 def one_line(error: Exception) -> str:
@@ -91,7 +103,7 @@ class Metrics:
             raise UserError(f"cannot write {self.path}: {describe(error)}") from error
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines; a last line that a killed process left unfinished is ignored."""
+        """All whole lines, without a last one that a killed process left unfinished; `UserError` for other damage."""
         records = []
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
@@ -99,11 +111,16 @@ class Metrics:
             return []
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {describe(error)}") from error
-        for line in lines:
+        except ValueError as error:
+            raise UserError(f"{self.path} is damaged: {error}") from error
+        for number, line in enumerate(lines, 1):
             try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if number == len(lines):
+                    break
+                raise UserError(f"{self.path} is damaged: line {number} is not JSON ({error})") from error
+            records.append(check(record, LINE, f"line {number} of {self.path}"))
         return records
 
     def cut(self, step: int, validated: int) -> None:
@@ -119,23 +136,46 @@ def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
         try:
             with open(temporary, "wb") as file:
                 torch.save({"format": FORMAT, **checkpoint}, file)
+            seal_zip(temporary)
         except RuntimeError as error:
             # PyTorch's writer hides the reason, a full disk for instance, behind an error of its own.
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, onto the CPU, running no code from the file."""
+    """Read what `save_checkpoint` wrote, onto the CPU, running no code from the file.
+
+    Its seal is checked, or the sums of the archive that it is where an earlier version did not seal it.
+    """
     try:
+        if not check_seal(path) and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"the sum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError as error:
+        raise UserError(f"{error}; {_what_is_left(path)}") from error
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {describe(error)}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a checkpoint of dsmr, or it is damaged") from error
+    except Exception as error:  # what unpickling raises of damaged bytes is of any kind
+        raise UserError(f"{path} is not a checkpoint of dsmr, or it is damaged; {_what_is_left(path)}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
         raise UserError(f"{path} is a checkpoint of format {found}, but this version of dsmr reads format {FORMAT}")
     return checkpoint
+
+
+def _what_is_left(path: Path) -> str:
+    """What can be done about a checkpoint that is damaged, as the end of a sentence."""
+    weights = RunDirectory(path.parent).weights
+    begin = "begin anew with --overwrite"
+    try:
+        whole = check_seal(weights)
+    except (OSError, UserError):
+        whole = False
+    if not whole:
+        return begin
+    return f"the best weights until then, {weights}, are whole and can be evaluated and played; to train, {begin}"
 
 
 def load_settings(run: RunDirectory) -> dict[str, Any]:
@@ -147,6 +187,7 @@ def load_settings(run: RunDirectory) -> dict[str, Any]:
         raise UserError(f"{run.settings} was not written by this version of dsmr")
     if missing := [name for name in SETTINGS if name not in settings]:
         raise UserError(f"{run.settings} is damaged: it lacks {', '.join(missing)}")
+    check(settings, SHAPE, run.settings)
     return settings
 
 
@@ -168,14 +209,20 @@ def check_same_run(run: RunDirectory, then: Mapping[str, Any], now: Mapping[str,
             f"({now['corpus']['digest'][:16]})"
         )
     pairs = [(key, then["model"].get(key), now["model"].get(key)) for key in {**then["model"], **now["model"]}]
-    pairs += [(key, then["train"].get(key), now["train"].get(key)) for key in FIXED]
+    pairs += [(key, then["train"].get(key, was), now["train"].get(key, was)) for key, was in FIXED.items()]
     for key, old, new in [*pairs, ("dtype", then["dtype"], now["dtype"])]:
         if old != new:
             raise UserError(f"cannot resume {run.path}: its {key} is {old}, but {new} was asked for")
 
 
-FIXED = ("batch_size", "segments_per_step", "seed", "augment")
-"""Training settings that a resumed run cannot change, besides the model's: they decide what the stream holds."""
+FIXED: dict[str, Any] = {
+    **dict.fromkeys(("batch_size", "segments_per_step", "seed", "augment")),
+    "returns": 0.0,
+    "returns_nearest": 1000,
+    "returns_farthest": 16000,
+}
+"""Training settings that a resumed run cannot change, besides the model's: they decide what the stream holds. Beside
+each is what it was in runs of before there was such a setting."""
 
 
 def rng_state() -> dict[str, Any]:

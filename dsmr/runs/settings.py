@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dsmr.console.errors import UserError
+from dsmr.console.schema import check_fields
 from dsmr.corpus.store import Corpus
 from dsmr.model.transformer import DSMRConfig
 from dsmr.runs.checkpoint import FORMAT, RunDirectory, load_settings
@@ -54,6 +55,10 @@ class TrainConfig:
     batch_size: int = 4
     segments_per_step: int = 1
     augment: bool = True
+    # Planted returns (dsmr.corpus.returns): their share of the tokens (0: none), and how far back, in tokens.
+    returns: float = 0.0
+    returns_nearest: int = 1000
+    returns_farthest: int = 16000
     seed: int = 0
     # How long; all None means 10 epochs.
     steps: int | None = None
@@ -70,6 +75,9 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
+    checkpoint_layers: bool = (
+        False  # memory for time: each layer is computed again in the backward, to the same gradients
+    )
     # Measuring and saving. `eval_every` and `save_every` are in steps (None: up to
     # 20 times a run, taking a tenth of its time at most; only by the clock).
     eval_every: int | None = None
@@ -90,6 +98,13 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} must not be negative, but it is {value}")
+        if not 0 <= self.returns <= 0.5:
+            raise UserError(f"returns must be at least 0 and at most 0.5, but it is {self.returns}")
+        if not 1 <= self.returns_nearest <= self.returns_farthest:
+            raise UserError(
+                f"returns_nearest must be at least 1 and at most returns_farthest, but they are "
+                f"{self.returns_nearest} and {self.returns_farthest}"
+            )
         if self.seed >= 2**63:
             raise UserError(f"seed must be below 2**63, but it is {self.seed}")
         if not 0 <= self.dropout < 1:
@@ -107,6 +122,7 @@ class TrainConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"unknown training setting '{unknown[0]}'")
+        check_fields(values, cls, "the settings of the run")
         return cls(**{**values, "betas": tuple(values.get("betas", cls.betas))})
 
     @classmethod

@@ -21,6 +21,7 @@ from dsmr.console.figures import available
 from dsmr.console.files import write_json
 from dsmr.console.progress import ProgressLine, duration
 from dsmr.console.stopping import Stop, StoppedError, graceful_stop
+from dsmr.corpus.returns import Planter
 from dsmr.corpus.store import Corpus
 from dsmr.corpus.streams import Augment, Batch, StreamLoader
 from dsmr.evaluation.losses import evaluate
@@ -126,9 +127,9 @@ class _Training:
             config.batch_size,
             config.segments_per_step * config.segment_length,
             config.seed,
-            _augmenter(corpus) if config.augment else None,
+            _augmenter(config, corpus),
         )
-        self.model: DSMRModel = DSMRModel(model_config).to(self.device)
+        self.model = DSMRModel(model_config, checkpoint_layers=config.checkpoint_layers).to(self.device)
         self.optimizer = _optimizer(self.model, config)
         self.state = self.model.new_state(config.batch_size, device=self.device, dtype=self.dtype, aligned=True)
         self.validation = validation_pieces(corpus, config.eval_tokens)
@@ -147,7 +148,7 @@ class _Training:
         if not resume:
             run.clear()
         run.sweep()
-        write_json(run.settings, settings)
+        write_json(run.settings, settings, sealed=True)
         corpus.vocabulary.save(run.tokenizer)
         self.metrics.cut(self.pace.step, self.pace.validated)
         self.pace.start()
@@ -303,7 +304,7 @@ class _Training:
             self.pace.load_state_dict(checkpoint["pace"])
             self.saved_step = self.pace.step
             restore_rng(checkpoint["rng"])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"the checkpoint {self.directory.last} does not fit its run: {one_line(error)}") from error
 
     def _draw(self, line: ProgressLine) -> None:
@@ -365,5 +366,11 @@ def _optimizer(model: "DSMRModel", config: TrainConfig) -> torch.optim.Optimizer
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
 
 
-def _augmenter(corpus: "Corpus") -> Augment:
-    return Augmenter(corpus.vocabulary)
+def _augmenter(config: TrainConfig, corpus: "Corpus") -> Augment | None:
+    """What happens to each piece when it is opened: returns are planted, then the whole is moved and stretched."""
+    vary = Augmenter(corpus.vocabulary) if config.augment else None
+    if not config.returns:
+        return vary
+    distance = (config.returns_nearest, config.returns_farthest)
+    plant = Planter(corpus.vocabulary, share=config.returns, distance=distance)
+    return plant if vary is None else lambda tokens, rng: vary(plant(tokens, rng), rng)

@@ -100,25 +100,25 @@ def steps_a_second(config: TrainConfig, corpus: Corpus, seconds: float = 4.0) ->
 
 def train_one(config: TrainConfig) -> None:
     """One worker: train, with everything that is said written to the run's train.log."""
-    from rich.console import Console
+    from dsmr.console.screen import Screen
 
     if hasattr(os, "setpgrp"):
         # A terminal sends Ctrl-C to its whole group: it would reach the run beside the parent's SIGTERM, and the second
         # of two signals ends a run at once, unsaved.
         os.setpgrp()
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    threading.Thread(target=stop_with_parent, daemon=True).start()
     log = Path(config.out) / "train.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as file:
         try:
-            result = train(config, console=Console(file=file, width=160))
+            result = train(config, console=Screen(file=file, width=160))
         except UserError as error:
             print(error, file=file)
             raise SystemExit(1) from error
     raise SystemExit(result.exit_code)
 
 
-def _stop_with_parent() -> None:
+def stop_with_parent() -> None:
     """Ask this process to save and end when its parent is gone."""
     parent = multiprocessing.parent_process()
     if parent is not None:

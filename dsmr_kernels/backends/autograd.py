@@ -39,24 +39,39 @@ _AS_IT_IS = contextlib.nullcontext()
 
 @contextlib.contextmanager
 def _switched_off(device: str) -> Iterator[None]:
-    with torch.autocast(device, enabled=False), torch.no_grad():
+    plain = contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    with plain, torch.no_grad():
         yield
 
 
 def _plainly(device: str) -> contextlib.AbstractContextManager[None]:
     """Without autocast and without gradients; switching off what is off already would cost time."""
-    if torch.is_autocast_enabled(device) or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or (device != "meta" and torch.is_autocast_enabled(device)):
         return _switched_off(device)
     return _AS_IT_IS
 
 
-class _Once(torch.autograd.Function):
-    """Passes gradients through, and lets a second differentiation fail with a sentence."""
+class _Backward(torch.autograd.Function):
+    """The backward as a function of tensors, so that transforms see it whole (`torch.func`) and a second
+    differentiation fails with a sentence. Gradients that nobody asks for are left out."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, count: int, *grads_and_sources: Tensor) -> tuple[Tensor, ...]:
-        ctx.name = name
-        return tuple(grad.view_as(grad) for grad in grads_and_sources[:count])
+    def forward(
+        method: Method, plan: Any, rest: Inputs, needs: Needs, results: int, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        q, k, v, bias, grad, grad_lse, *result = tensors
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        assert grad is not None
+        inputs = rest._replace(q=q, k=k, v=v, bias=bias)
+        with _plainly(q.device.type):
+            found = method.backward(inputs, plan, (result[0], result[1]) if results else None, grad, grad_lse, needs)  # type: ignore[arg-type]
+        return tuple(x for x in found if x is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.name = inputs[0].name
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -70,7 +85,7 @@ class _Memory:
     """The memory that a recorded call has read, as it was, and the promise that nobody has written to it since."""
 
     def __init__(self, memory: KVMemory | MemorySnapshot) -> None:
-        self.view = memory.snapshot()
+        self.view = memory.held()
         self.versions = self._versions()
 
     def _versions(self) -> list[int]:
@@ -86,46 +101,59 @@ class _Memory:
 
 
 class _Node(torch.autograd.Function):
-    """The node of a recorded call. `inputs` holds what takes no gradient; `kept` carries the plan to the backward."""
+    """The node of a recorded call: of (method, q, k, v, bias, inputs), where `inputs` holds what takes no gradient."""
 
     @staticmethod
-    def forward(
-        method: Method, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, inputs: Inputs, kept: list[Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        out, lse, plan = _forward(method, inputs._replace(q=q, k=k, v=v, bias=bias))
-        kept.append(plan)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        out, lse, plan = _computed(arguments)
+        _keep(ctx, arguments, (out, lse))
+        ctx.plan = plan
         return out, lse
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        method, q, k, v, bias, rest, kept = inputs
-        ctx.set_materialize_grads(False)
-        ctx.result = method.keeps_result(rest)
-        ctx.save_for_backward(q, k, v, bias, *(output if ctx.result else ()))
-        ctx.memory = None if rest.memory is None else _Memory(rest.memory)
-        ctx.rest = rest._replace(q=None, k=None, v=None, bias=None, memory=None)
-        ctx.method, ctx.kept = method, kept
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
         q, k, v, bias, *result = ctx.saved_tensors
         memory = None if ctx.memory is None else ctx.memory.unchanged()
         needs = Needs(*ctx.needs_input_grad[1:5])
-        inputs = ctx.rest._replace(q=q, k=k, v=v, bias=bias, memory=memory)
         if grad is None:
             if grad_lse is None:
-                return (None,) * 7
+                return (None,) * 6
             grad = q.new_zeros((*q.shape[:3], v.shape[3]))
-        plan = ctx.kept[0] if ctx.kept else None
-        with _plainly(q.device.type):
-            grads = ctx.method.backward(inputs, plan, tuple(result) if ctx.result else None, grad, grad_lse, needs)
-        ctx.memory = None  # it may be overwritten from here on
-        if torch.is_grad_enabled():
-            given = [x for x in grads if x is not None]
-            sources = [x for x in (q, k, v, bias, grad, grad_lse) if x is not None]
-            once = iter(_Once.apply(ctx.method.name, len(given), *given, *sources))
-            grads = Gradients(*(None if x is None else next(once) for x in grads))
-        return None, *grads, None, None
+        rest, tensors = ctx.rest._replace(memory=memory), (q, k, v, bias, grad, grad_lse, *result)
+        run = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
+        found = iter(run(ctx.method, ctx.plan, rest, needs, len(result), *tensors))
+        if ctx.memory is not None:  # it may be overwritten from here on; a second backward would notice
+            ctx.memory.view.let_go()
+        return None, *(next(found) if need else None for need in needs), None
+
+
+class _NodeOfTransforms(torch.autograd.Function):
+    """The same, as `torch.func` wants it; PyTorch then takes several times as long to call it."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+        return _computed(arguments)[:2]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        _keep(ctx, inputs, output)
+
+    backward = _Node.backward
+
+
+def _computed(arguments: Any) -> tuple[Tensor, Tensor | None, Any]:
+    method, q, k, v, bias, inputs = arguments
+    return _forward(method, inputs._replace(q=q, k=k, v=v, bias=bias))
+
+
+def _keep(ctx: Any, arguments: Any, output: tuple[Tensor, Tensor | None]) -> None:
+    """What a backward needs."""
+    method, q, k, v, bias, inputs = arguments
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, bias, *(output if method.keeps_result(inputs) else ()))
+    ctx.memory = None if inputs.memory is None else _Memory(inputs.memory)
+    ctx.rest = inputs._replace(q=None, k=None, v=None, bias=None, memory=None)
+    ctx.method, ctx.plan = method, None
 
 
 def _forward(method: Method, inputs: Inputs) -> tuple[Tensor, Tensor | None, Any]:
@@ -230,7 +258,8 @@ def attention_by(method: Method) -> Callable[[Inputs], tuple[Tensor, Tensor | No
             return result[0], result[1] if inputs.spec.return_lse else None
         differentiable = (inputs.q, inputs.k, inputs.v, inputs.bias)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
-            out, lse = _Node.apply(method, *differentiable, inputs._replace(recorded=True), [])
+            node = _NodeOfTransforms if torch._C._are_functorch_transforms_active() else _Node
+            out, lse = node.apply(method, *differentiable, inputs._replace(recorded=True))
         else:
             out, lse, _ = _forward(method, inputs)
         return out, lse if inputs.spec.return_lse else None

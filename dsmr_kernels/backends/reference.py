@@ -81,7 +81,7 @@ def memory_attention(inputs: Inputs, work: torch.dtype | None = None) -> tuple[T
         out = (weights * own) @ vw + (weights * ~own) @ vw.detach()
     else:
         out = weights @ vw
-    lse = scores.logsumexp(-1).to(torch.float32) if spec.return_lse else None
+    lse = scores.logsumexp(-1).to(torch.promote_types(work, torch.float32)) if spec.return_lse else None
     return out.to(q.dtype), lse
 
 

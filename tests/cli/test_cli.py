@@ -43,6 +43,9 @@ COMMANDS = [
     "prepare midi",
     "prepare maestro",
     "prepare composed",
+    "experiments list",
+    "experiments run",
+    "experiments report",
 ]
 
 
@@ -177,7 +180,17 @@ def test_the_defaults_shown_for_train_are_those_of_its_settings():
 
     from dsmr.runs.settings import TrainConfig
 
-    shown_in_words = {"d_ff", "augment", "steps", "epochs", "minutes", "warmup", "threads", "eval_every"}
+    shown_in_words = {
+        "d_ff",
+        "augment",
+        "steps",
+        "epochs",
+        "minutes",
+        "warmup",
+        "threads",
+        "eval_every",
+        "checkpoint_layers",
+    }
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     assert set(TRAIN_DEFAULTS) <= set(defaults)
     for name, shown in TRAIN_DEFAULTS.items():

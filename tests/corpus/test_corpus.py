@@ -198,6 +198,9 @@ def test_what_is_no_pack_is_named(tmp_path: Path) -> None:
         pack(tmp_path / "c", tmp_path)
     with pytest.raises(UserError, match="cannot write"):
         pack(tmp_path / "c", text / "c.dsmr")
+    with pytest.raises(UserError, match=r"is the corpus's tokens\.bin itself"):
+        pack(tmp_path / "c", tmp_path / "c" / "tokens.bin")
+    Corpus.open(tmp_path / "c")
 
 
 def test_an_archive_that_another_program_damaged_or_locked_is_named(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ import pytest
 from small_scores import random_score
 
 from dsmr.console.errors import UserError
+from dsmr.corpus import archive as archive_room
 from dsmr.corpus import download, maestro
 from dsmr.corpus.prepare import prepare_maestro
 from dsmr.corpus.store import Corpus
+from dsmr.music.midi_file import NO_END
 from dsmr.music.tokenizer import build_tokenizer, encode_score, load_midi
 
 quietly = {"progress": False, "jobs": 1}
@@ -74,6 +76,20 @@ def test_every_form_gives_the_same_corpus_with_the_official_split(tmp_path: Path
     assert not [path for path in (tmp_path / "c").iterdir() if path.name.startswith(".")]
 
 
+def test_an_archive_is_held_against_the_published_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make(tmp_path / "m")
+    archive = zipped(root, tmp_path / "m.zip")
+    assert prepare_maestro(archive, tmp_path / "c", **quietly).remarks[1:] == [
+        "The archive is not byte for byte the published one."
+    ]
+    monkeypatch.setattr(maestro, "OFFICIAL_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+    assert maestro.provenance(archive) == ["The archive is byte for byte the published one (SHA-256)."]
+    assert maestro.provenance(root) == []
+    with tarfile.open(tmp_path / "m.tar", "w") as file:
+        file.add(root, "maestro")
+    assert "damage in it would not be seen" in maestro.provenance(tmp_path / "m.tar")[0]
+
+
 def test_files_that_the_listing_names_but_are_not_there_are_reported(tmp_path: Path) -> None:
     root = make(tmp_path / "m")
     (root / "2004/a.midi").unlink()
@@ -90,7 +106,11 @@ def test_the_published_counts_are_recognised_and_differences_told() -> None:
     splits = {split: SplitCounts(pieces, notes) for split, (pieces, notes) in maestro.PUBLISHED.items()}
     report = PrepareReport("MAESTRO", "out", "TSD", splits)
     assert "exactly those of the published" in maestro.compare(listing, report)[0]
-    splits["test"].notes -= 1
+    report.changed[NO_END] = 1
+    splits["test"].notes += 1
+    assert "exactly those of the published data set, but for 1 that never end" in maestro.compare(listing, report)[0]
+    report.changed.clear()
+    splits["test"].notes -= 2
     (said,) = maestro.compare(listing, report)
     assert said.startswith("test: 177 pieces and 741,409 notes, published are 177 and 741,410")
 
@@ -186,7 +206,7 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: Any) -> None:
 
 def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = zipped(make(tmp_path / "m"), tmp_path / "m.zip")
-    monkeypatch.setattr(maestro, "LARGEST", 1000)
+    monkeypatch.setattr(archive_room, "LARGEST", 1000)
     with pytest.raises(UserError, match="refused: it unpacks to more than"):
         prepare_maestro(archive, tmp_path / "c", **quietly)
 
@@ -355,6 +375,11 @@ def test_notes_of_maestro_are_counted_and_kept() -> None:
 def test_the_whole_of_maestro_has_its_published_counts(tmp_path: Path) -> None:
     """Slow: it tokenises seven million notes."""
     report = prepare_maestro(os.environ["DSMR_MAESTRO_DIR"], tmp_path / "c", progress=False)
-    assert {s: (c.pieces, c.notes) for s, c in report.splits.items()} == maestro.PUBLISHED
+    found = {s: (c.pieces, c.notes) for s, c in report.splits.items()}
+    # One note of 2009/…03_R1_2009_08_WAV.midi never ends: the published count, and symusic, leave it out.
+    assert found == {**maestro.PUBLISHED, "train": (962, 5_659_329)}
+    assert report.n_begun == 7_040_164
+    assert report.changed[NO_END] == 1
+    assert "exactly those of the published data set, but for 1 that never end" in report.remarks[0]
     assert not report.skipped
     assert not report.dropped

@@ -330,3 +330,27 @@ def test_memory_does_not_grow_with_the_music():
     for _ in range(4000):
         next(playing)
     assert resident_bytes() < 1.01 * before
+
+
+def test_nothing_that_is_read_is_written_over(run_directory, piece, tmp_path):
+    """Nor is one result by another, whatever their names; said before anything is played."""
+    from dsmr.live.performance import play_live
+
+    whole, again = piece.read_bytes(), tmp_path / "again.mid"
+    again.symlink_to(piece)
+    for options, said in (
+        ({"out": tmp_path / "a.mid", "save_state": again}, "again.mid is the prompt itself"),
+        ({"out": tmp_path / "a.mid", "save_state": tmp_path / "a.png"}, "is named for two results"),
+        ({"out": tmp_path / "a.mid", "save_state": run_directory / "model.safetensors"}, "the run's model.safetensors"),
+    ):
+        with pytest.raises(UserError, match=said):
+            continue_variations(run_directory, piece, tokens=5, **options)
+    for options, said in (
+        ({"out": piece}, "is the prompt itself"),
+        ({"save_state": again}, "again.mid is the prompt itself"),
+        ({"out": tmp_path / "b.mid", "save_state": tmp_path / "b.mid"}, "is named for two results"),
+    ):
+        with pytest.raises(UserError, match=said):
+            play_live(run_directory, prompt=piece, tokens=5, **options)
+    assert piece.read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.mid"]

@@ -1,6 +1,9 @@
 """Every backend agrees with the oracle, forward and backward; the oracle agrees with the definition, pair by pair."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from attention_cases import CASES, pieces
 from attention_strategy import attention_calls
 from hypothesis import given, settings
 
-from dsmr_kernels import KVMemory, available_backends, memory_attention
+from dsmr_kernels import KVMemory, append_rotated, available_backends, decode_attention, memory_attention
 from dsmr_kernels.cases import Case, random_case
 from dsmr_kernels.testing import assert_agrees_with_oracle, run, run_plain
 from dsmr_kernels.tolerance import allowed_error, error
@@ -32,21 +35,80 @@ def _only(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("BLOCK_QUERIES", "BLOCK_KEYS"):
         monkeypatch.setattr(f"{sdpa}.blocks.{name}", 5)
     if way == "products":
-        monkeypatch.setattr(f"{sdpa}.blocks.serves", lambda inputs: False)
+        monkeypatch.setattr(f"{sdpa}.blocks.serves", lambda inputs, dtype=None: False)
     if way == "blocks":
         monkeypatch.setattr(f"{sdpa}.flash.AVAILABLE", False)
+    if way == "masked":
+        monkeypatch.setattr(f"{sdpa}._may_look", lambda inputs: False)
+        monkeypatch.setattr(f"{sdpa}.masked.TILE_SCORES", 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("way", ["flash", "blocks", "products"])
+@pytest.mark.parametrize("way", ["flash", "blocks", "products", "masked"])
 def test_each_way_of_sdpa_agrees_with_oracle(
     way: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which way serves depends on the call's size and on what PyTorch offers: each must serve every call."""
     _only(way, monkeypatch)
     assert_agrees_with_oracle(random_case(dtype=dtype, **CASES[name]), "sdpa")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["memory wrapped", "rows differ", "segments", "pieces, sliding"])
+@pytest.mark.parametrize("way", ["flash", "blocks", "products", "masked"])
+def test_each_way_reads_eight_bit_memories(
+    way: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _only(way, monkeypatch)
+    case = random_case(dtype=dtype, **CASES[name])
+    assert case.memory is not None
+    case.memory = case.memory.to(dtype=torch.int8)
+    assert_agrees_with_oracle(case, "sdpa")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_without_products_of_a_dtype_it_computes_in_float32_and_rounds(
+    dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsmr_kernels.backends.sdpa.processor.instruction_sets", lambda: frozenset({"avx2"}))
+    case = random_case(dtype=dtype, **CASES[name])
+    assert_agrees_with_oracle(case, "sdpa")
+    wide = run(case.to(torch.float32), "sdpa")["out"]
+    assert torch.equal(run(case, "sdpa")["out"], wide.to(dtype))  # rounded once, at the end
+
+
+def test_an_instruction_set_that_pytorch_may_not_use_does_not_count() -> None:
+    """On a processor of any kind: with AVX2 forced, bfloat16 is computed in float32."""
+    code = (
+        "import torch; from dsmr_kernels.backends.sdpa.processor import work_dtype;"
+        "print(torch.backends.cpu.get_cpu_capability(), work_dtype(torch.bfloat16))"
+    )
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    capability, dtype = done.stdout.split()
+    assert capability != "AVX2" or dtype == "torch.float32"
+
+
+def test_nothing_is_looked_at_on_other_devices() -> None:
+    """On the meta device there is nothing to look at: a call that waited for a length or a position would fail."""
+    case = random_case(seen=[57, 30], horizon=17, segment_length=7, visibility="sliding").to(device="meta")
+    q, k, v = (x.requires_grad_() for x in (case.q, case.k, case.v))
+    pieces = torch.empty(2, 33, dtype=torch.int32, device="meta")
+    offsets = torch.empty(2, dtype=torch.int64, device="meta")
+    memory, options = case.memory, {**case.options, "piece_start": pieces, "segment_offset": offsets}
+    assert memory is not None
+    out, lse = memory_attention(q, k, v, memory, **options, return_lse=True, backend="sdpa")
+    (out.sum() + lse.sum()).backward()
+    assert q.grad is not None
+    with torch.no_grad():
+        memory.append(k, v, pieces)
+        memory.append(k, v, counts=offsets)
+        turned = append_rotated(q[:, :, :2], k[:, :, :2], v[:, :, :2], memory, backend="sdpa")
+        assert decode_attention(turned, memory, backend="sdpa").shape == turned.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

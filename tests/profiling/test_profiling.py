@@ -14,7 +14,7 @@ from dsmr.cli.app import app
 from dsmr.cli.profile import DEFAULTS
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json
-from dsmr.model.schedule import MemorySchedule
+from dsmr.model.schedule import CONSTRUCTORS, MemorySchedule
 from dsmr.model.transformer import DSMRConfig, DSMRModel
 from dsmr.profiling import profile as profile_module
 from dsmr.profiling import row as row_module
@@ -356,3 +356,7 @@ def test_the_defaults_go_together(device: str) -> None:
     chosen = {name: value for name, value in DEFAULTS[device].items() if name != "schedules"}
     for text in DEFAULTS[device]["schedules"]:
         Sizes(**chosen).config(MemorySchedule.parse(text))
+
+
+def test_a_budget_is_proposed_to_every_schedule_that_there_is() -> None:
+    assert set(families(8, 8)) | {"explicit"} == set(CONSTRUCTORS)

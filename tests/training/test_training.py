@@ -343,6 +343,13 @@ def test_an_output_that_is_a_file_is_refused_in_a_sentence(data: Path, tmp_path:
     assert (tmp_path / "run").read_text() == "not a folder"
 
 
+def test_layers_computed_again_give_the_same_losses(data: Path, tmp_path: Path) -> None:
+    for name, again in (("kept", False), ("again", True)):
+        quiet(tiny_config(data, tmp_path / name, steps=4, checkpoint_layers=again))
+    assert losses(tmp_path / "again") == losses(tmp_path / "kept")
+    quiet(tiny_config(data, tmp_path / "again", steps=6), resume=True)  # either way goes on with the other
+
+
 def test_only_matrices_decay(data: Path, tmp_path: Path) -> None:
     quiet(tiny_config(data, tmp_path / "run", steps=1, weight_decay=0.3))
     groups = load_checkpoint(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]

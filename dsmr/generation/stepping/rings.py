@@ -85,12 +85,14 @@ class HostRings:
         growing = self.lengths[index] < memory.capacity
         self.lengths[index] += growing
         if memory.k_scale is None:
+            memory.unshare()
             slot = self.position % memory.capacity
             memory.k[:, :, slot] = k
             memory.v[:, :, slot] = v
-            memory.position = memory.position + 1  # not in place: another memory may share the tensor
+            memory.position.add_(1)
+            memory.seen = memory.seen + 1
             if growing:
-                memory.length = memory.length + 1
+                memory.length.add_(1)
         else:
             memory.append(k[:, :, None], v[:, :, None])
         grouped = q.reshape(-1, q.shape[1] // memory.kv_heads, q.shape[2])
@@ -110,7 +112,7 @@ class DeviceRings:
         self.layers, self.state, self.memories = layers, state, state.memories
         device = self.memories[0].k.device
         for memory in self.memories:  # a captured step writes to these very tensors
-            memory.position, memory.length = memory.position.clone(), memory.length.clone()
+            memory.unshare()
         # Of its own: in the first layer the memory's position moves on before the later layers read theirs.
         self.positions = self.memories[0].position.clone()
         self._offset = torch.tensor(state.offset, dtype=torch.int32, device=device)

@@ -130,7 +130,8 @@ class Step:
             return None
         recent = torch.cat([self.state.recent, tokens[:, None]], 1)
         self.state.recent.copy_(recent[:, 1:])
-        q_label, k_label = self.recall(F.embedding(recent, self.embedding), positions)
+        heard = F.embedding(recent, self.embedding).to(self.recall.project.weight.dtype)
+        q_label, k_label = self.recall(heard, positions)
         return q_label[:, 0].float(), k_label[:, 0].float()
 
     def _project(

@@ -25,11 +25,12 @@ LOG2E = math.log2(math.e)  # base-2 exponentials are three times as fast as natu
 LIMIT = 2.0**64  # of a row's sum, above which a score may be out of range against its pivot
 
 
-def serves(inputs: Inputs) -> bool:
-    """Whether this way can serve the call; where it can, it is the faster one, and its backward wants out and lse."""
+def serves(inputs: Inputs, dtype: torch.dtype | None = None) -> bool:
+    """Whether this way can serve the call, computed in `dtype` if that is another than q's; where it can, it is the
+    faster one, and its backward wants out and lse."""
     return (
         inputs.q.device.type == "cpu"
-        and inputs.q.dtype in TILE  # both have the range of exponents that a pivot needs
+        and (dtype or inputs.q.dtype) in TILE  # both have the range of exponents that a pivot needs
         and inputs.alibi is None
         and inputs.bias is None
         and inputs.spec.visibility == "segment"
@@ -108,7 +109,7 @@ class _Call:
         """The tile's keys (0) or values (1), in q's dtype: eight-bit ones are made so here, a tile at a time."""
         x = self.sides[tile.memory][which][tile.heads, tile.keys]
         if not tile.memory or self.scales is None:
-            return x
+            return x.to(self.q.dtype)
         return dequantise(x, self.scales[which][tile.heads, tile.keys], self.q.dtype)
 
     def scratch(self, which: str, block: Tensor, keys: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def _sides(inputs: Inputs, rows: slice, source: Source) -> list[Tensor]:
         return [_stretch(x, rows, source.start, source.stop) for x in (inputs.k, inputs.v)]
     found = [_stretch(x, rows, source.start, source.stop) for x in (memory.k, memory.v)]
     if memory.k_scale is None or memory.v_scale is None:
-        return found
+        return [x.to(inputs.q.dtype) for x in found]
     scales = [_stretch(x, rows, source.start, source.stop) for x in (memory.k_scale, memory.v_scale)]
     return [dequantise(x, scale, inputs.q.dtype) for x, scale in zip(found, scales, strict=True)]
 

@@ -1,4 +1,4 @@
-"""The demo's corpus: composed pieces, and among those for training also études, fragments repeated at once.
+"""Composed pieces, and among those for training also études, fragments repeated at once: what the demo trains on.
 
 To foretell a refrain's return a model must remember the refrain and must know how to copy. Copying is slow to learn
 from returns alone, as each comes once, thousands of tokens after what it repeats. Études teach it in minutes, to both

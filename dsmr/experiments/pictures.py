@@ -1,0 +1,127 @@
+"""The pictures of a report: the paper's bars, dNLL after a reset, Pareto fronts against bytes, learning curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsmr.console.figures import finish, new_figure, save
+from dsmr.experiments.rows import Line
+
+COLOURS = tuple(f"C{n}" for n in range(10))
+MARKERS = "osD^v"
+
+
+def draw(rows: Sequence[dict[str, Any]], lines: Sequence[Line], folder: Path) -> list[Path]:
+    """Draw what was measured; returns the pictures."""
+    drawn = [bars(lines, folder / "bars.png")]
+    if any(row["krcu"] for row in rows):
+        drawn.append(curves(rows, folder / "krcu.png"))
+    drawn.append(fronts(lines, folder / "fronts.png"))
+    if any(row["returns"] for row in rows):
+        drawn.append(returns(rows, folder / "returns.png"))
+    if any(row["learning"] for row in rows):
+        drawn.append(learning(rows, folder / "learning.png"))
+    return drawn
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % 10], "marker": MARKERS[number // 10 % len(MARKERS)], "markersize": 4}
+
+
+def _models(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {name: [r for r in rows if r["model"] == name] for name in dict.fromkeys(row["model"] for row in rows)}
+
+
+def bars(lines: Sequence[Line], path: Path) -> Path:
+    """The paper's bars: loss, KRCU, bytes, one below the other's models."""
+    shown = [name for name in ("nats a note", "KRCU-AUC", "KRCU tail") if any(line.figures[name] for line in lines)]
+    figure, axes = new_figure(1, len(shown) + 1, (3.4 * (len(shown) + 1), 0.36 * len(lines) + 1.4), sharey=True)
+    places = np.arange(len(lines))[::-1]
+    for axis, name in zip(axes, shown, strict=False):
+        found = [line.figures[name] for line in lines]
+        means = [0.0 if f is None else f.mean for f in found]
+        spreads = [0.0 if f is None else f.spread for f in found]
+        axis.barh(places, means, xerr=spreads, color="C0", error_kw={"capsize": 2, "ecolor": "0.3"})
+        axis.set_xlabel(name)
+        if name == "nats a note":  # differences are small beside the loss itself
+            low, high = min(means), max(means)
+            axis.set_xlim(low - 0.3 * (high - low) - 1e-3, high + 0.1 * (high - low) + 1e-3)
+    axes[-1].barh(places, [line.kv_bytes / 2**20 for line in lines], color="C2")
+    axes[-1].set_xlabel("KV memory (MiB a stream)")
+    axes[0].set_yticks(places, [line.model for line in lines])
+    for axis in axes:
+        axis.grid(axis="x", alpha=0.3)
+    save(figure, path)
+    return path
+
+
+def curves(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """What a reset costs, bin by bin, the mean over seeds."""
+    figure, axes = new_figure(size=(8.5, 5))
+    for number, (name, own) in enumerate(_models(rows).items()):
+        bins = [b for b in own[0]["krcu"]["bins"] if b["tokens"]]
+        at = [(b["start"] + b["end"]) / 2 - own[0]["krcu"]["reset"] for b in bins]
+        values = np.mean([[b["delta"]["mean"] for b in row["krcu"]["bins"][: len(bins)]] for row in own], axis=0)
+        axes.plot(at, values, label=name, linewidth=1.2, **_style(number))
+    axes.set_yscale("symlog", linthresh=0.005)
+    axes.set_xlabel("tokens since all memory was reset")
+    axes.set_ylabel("loss more than without the reset (nats a token)")
+    finish(figure, axes, path, "")
+    return path
+
+
+def fronts(lines: Sequence[Line], path: Path) -> Path:
+    """Nats a note and, where it was measured, KRCU's tail against the bytes of memory; the front is drawn through."""
+    shown = [("nats a note", 1)] + [("KRCU tail", -1)] * any(line.figures["KRCU tail"] for line in lines)
+    figure, axes = new_figure(1, len(shown), (6.2 * len(shown), 4.6), squeeze=False)
+    for axis, (name, sign) in zip(axes[0], shown, strict=True):
+        points = [(line, line.kv_bytes / 2**20, figure_.mean) for line in lines if (figure_ := line.figures[name])]
+        for line, x, y in points:
+            axis.plot([x], [y], linestyle="", **_style(list(lines).index(line)))
+            axis.annotate(line.model, (x, y), (5, 3), textcoords="offset points", fontsize=8)
+        front = [(x, y) for _, x, y in points if not any(_beats((v, sign * w), (x, sign * y)) for _, v, w in points)]
+        axis.plot(*zip(*sorted(front), strict=True), color="0.6", linewidth=0.9, drawstyle="steps-post", zorder=0)
+        axis.margins(0.12)
+        axis.set_xlabel("KV memory (MiB a stream)")
+        axis.set_ylabel(name if sign > 0 else f"{name} (nats a token)")
+        axis.grid(alpha=0.3)
+    save(figure, path)
+    return path
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether `one` is at most as large as `other` in both, and smaller in one."""
+    return one[0] <= other[0] and one[1] <= other[1] and one != other
+
+
+def returns(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """What is saved at planted returns by distance, the mean over seeds."""
+    figure, axes = new_figure(size=(8.5, 5))
+    for number, (name, own) in enumerate(_models(rows).items()):
+        found = [[b for b in row["returns"]["by_distance"] if b["returns"]] for row in own]
+        at = [(b["start"] * b["end"]) ** 0.5 for b in found[0]]
+        saved = np.mean([[b["saved"] for b in bins] for bins in found], axis=0)
+        axes.plot(at, saved, label=name, linewidth=1.2, **_style(number))
+    axes.set_xscale("log", base=2)
+    axes.axhline(0, color="0.5", linewidth=0.8)
+    axes.set_xlabel("distance of the return (tokens)")
+    axes.set_ylabel("saved at the return (nats a token)")
+    finish(figure, axes, path, "")
+    return path
+
+
+def learning(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Validation loss over the tokens read, a line for each cell."""
+    figure, axes = new_figure(size=(8.5, 5))
+    for number, (name, own) in enumerate(_models(rows).items()):
+        for seed, row in enumerate(own):
+            if row["learning"]:
+                tokens, losses = zip(*row["learning"], strict=True)
+                label = name if seed == 0 else None
+                axes.plot([n / 1e6 for n in tokens], losses, label=label, linewidth=1.0, **_style(number))
+    axes.set_xlabel("tokens of training (millions)")
+    axes.set_ylabel("validation loss (nats a note)")
+    finish(figure, axes, path, "")
+    return path

@@ -1,0 +1,136 @@
+"""Rows of finished cells, and what they say together: seeds put together as a mean and a spread."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsmr.console.errors import UserError
+from dsmr.console.files import read_json
+from dsmr.experiments.presets import CONTROLS, PRESETS
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure over seeds: mean, standard deviation (0 for one seed), and how many."""
+
+    mean: float
+    spread: float
+    seeds: int
+
+    def text(self, digits: int) -> str:
+        return f"{self.mean:.{digits}f}" + (f" ± {self.spread:.{digits}f}" if self.seeds > 1 else "")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model of the report; a figure that was not measured is None."""
+
+    model: str
+    title: str
+    schedule: str
+    seeds: tuple[int, ...]
+    our_reading: str
+    kv_bytes: int
+    figures: dict[str, Figure | None]
+    retain: dict[int, Figure]
+    returns: dict[str, Figure]
+
+
+FIGURES = {
+    "nats a note": lambda row: row["nats_per_note"],
+    "perplexity": lambda row: row["perplexity"],
+    "KRCU-AUC": lambda row: row["krcu"]["auc"]["mean"],
+    "KRCU reset bin": lambda row: row["krcu"]["reset_bin"]["mean"],
+    "KRCU tail": lambda row: row["krcu"]["tail"]["mean"],
+    "peak memory": lambda row: row["measured"]["peak_bytes"],
+    "tokens/s": lambda row: row["measured"]["tokens_per_second"],
+}
+"""What is said of each row, by name."""
+
+
+def read_rows(results: str | Path) -> list[dict[str, Any]]:
+    """The rows of finished cells, of a folder that `run` wrote or of a file of rows; in the order of the presets."""
+    path = Path(results)
+    if path.is_dir():
+        rows = [read_json(row) for row in sorted(path.glob("cells/*/row.json"))]
+        if not rows:
+            raise UserError(f"{path} has no finished cell to report")
+    elif path.exists():
+        rows = read_json(path)
+        if not isinstance(rows, list):
+            raise UserError(f"{path} is not a file of rows")
+    else:
+        raise UserError(f"there are no results at {path}")
+    for row in rows:
+        if not isinstance(row, dict) or row.get("format") != FORMAT:
+            raise UserError(f"{path} has a row of another version of dsmr")
+    known = [*PRESETS, *CONTROLS]
+    order = {name: place for place, name in enumerate(known)}
+    return sorted(rows, key=lambda row: (order.get(row["model"], len(known)), row["model"], row["seed"]))
+
+
+def lines_of(rows: Sequence[dict[str, Any]]) -> list[Line]:
+    """A line a model, in the order of the rows."""
+    found = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == model]
+        first = own[0]
+        ks = [kept["k"] for kept in first["retain"]]
+        bins = first["returns"]["by_distance"] if first["returns"] else []
+        found.append(
+            Line(
+                model,
+                first["title"],
+                first["schedule"],
+                tuple(row["seed"] for row in own),
+                first["our_reading"],
+                first["kv_bytes"],
+                {name: _over(own, ask) for name, ask in FIGURES.items()},
+                {k: _figure([row["retain"][n]["delta"]["mean"] for row in own]) for n, k in enumerate(ks)},
+                {
+                    f"{bins[n]['start']:,} to {bins[n]['end'] - 1:,}": _figure(
+                        [row["returns"]["by_distance"][n]["saved"] for row in own]
+                    )
+                    for n in range(len(bins))
+                    if bins[n]["returns"]
+                },
+            )
+        )
+    return found
+
+
+def _over(rows: Sequence[dict[str, Any]], ask: Any) -> Figure | None:
+    try:
+        return _figure([ask(row) for row in rows])
+    except TypeError:  # not measured: there is a null on the way
+        return None
+
+
+def _figure(values: Sequence[float]) -> Figure:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return Figure(statistics.fmean(values), spread, len(values))
+
+
+def rank_correlation(lines: Sequence[Line], ours: str, theirs: str) -> tuple[float, int] | None:
+    """Spearman's rank correlation of our figure `ours` with the paper's `theirs` over the models that both have, and
+    how many those are; None for fewer than three, or where all are equal."""
+    pairs = []
+    for line in lines:
+        preset, figure = PRESETS.get(line.model), line.figures[ours]
+        if preset is not None and preset.paper is not None and figure is not None:
+            pairs.append((figure.mean, float(getattr(preset.paper, theirs))))
+    if len(pairs) < 3:
+        return None
+    ranks = [_ranks([pair[side] for pair in pairs]) for side in (0, 1)]
+    if any(len(set(side)) == 1 for side in ranks):
+        return None
+    return statistics.correlation(*ranks), len(pairs)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 0 on; equal values share the mean of theirs."""
+    return [sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 for v in values]

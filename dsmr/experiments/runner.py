@@ -1,0 +1,243 @@
+"""Runs a table's cells, so that it can be stopped, killed and started again at any moment.
+
+Each cell is a process of its own, niced and on one core; as many run at once as are asked for. What is finished stays
+finished, what was begun goes on from its checkpoint, and two runners cannot work in one folder. A cell that fails does
+not stop the others.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsmr.console.errors import UserError
+from dsmr.console.files import read_json, write_json
+from dsmr.console.progress import ProgressLine, duration
+from dsmr.console.stopping import graceful_stop
+from dsmr.corpus.etudes import compose_with_etudes
+from dsmr.corpus.layout import MANIFEST
+from dsmr.corpus.store import Corpus
+from dsmr.experiments.cell import CellFolder, check_measurable, locked, settings_of, work
+from dsmr.experiments.table import Cell, Table
+from dsmr.training.side_by_side import last_record
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TABLE = "table.json"
+TRAINING_SHARE = 0.8  # of a cell's time, before one has shown what it is
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run of a table ended: cells by key, and the signal that stopped it, if any."""
+
+    finished: list[str]
+    failed: dict[str, str]
+    waiting: dict[str, str]
+    left: list[str]
+    signal: int | None
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1 where a cell failed, or 128 + the number of the signal that ended it early."""
+        return 128 + self.signal if self.signal is not None else int(bool(self.failed))
+
+
+def run_table(
+    table: Table,
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    data: str | Path | None = None,
+    console: "Console | None" = None,
+) -> RunResult:
+    """Run all cells of `table` that are not finished into the folder `out`; `data` names the corpus elsewhere.
+
+    Raises `UserError`, before any work, for a folder that another runner works in or that holds another table, and for
+    measurements that the corpus cannot serve.
+    """
+    if jobs < 1:
+        raise UserError(f"the number of jobs must be at least 1, got {jobs}")
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"cannot write the results to {folder}: it is a file")
+    with locked(folder / ".lock", wait=False) as alone:
+        if not alone:
+            holder = (folder / ".lock").read_text(encoding="ascii").strip()
+            raise UserError(f"another runner (process {holder}) works in {folder}: wait, or choose another --out")
+        with ProgressLine(console) as line:
+            former = folder / TABLE
+            if former.exists():
+                _check_same(folder, table.settings(), read_json(former))
+            corpus = _corpus(table, folder, data, line)
+            check_measurable(table, corpus)
+            settings = settings_of(table, corpus)
+            if former.exists():
+                _check_same(folder, settings, read_json(former))
+            write_json(former, settings)
+            return _Runner(table, folder, str(corpus.path), settings, jobs, line).run()
+
+
+def _corpus(table: Table, folder: Path, data: str | Path | None, line: ProgressLine) -> Corpus:
+    """The table's corpus; composed first where it says so and that was not done."""
+    if data is not None or table.composed is None:
+        return Corpus.open(data or str(table.data))
+    composed = table.composed
+    where = folder / "corpus"
+    finished = where / "with-etudes" if composed.etudes else where
+    if not (finished / MANIFEST).exists():
+        line.say(f"composing {composed.pieces} pieces of about {composed.minutes:g} minutes")
+        compose_with_etudes(
+            where,
+            pieces=composed.pieces,
+            piece_minutes=composed.minutes,
+            etude_share=composed.etudes,
+            etude_tokens=composed.etude_tokens,
+            seed=composed.seed,
+        )
+    return Corpus.open(finished)
+
+
+def _check_same(folder: Path, now: Any, then: Any, path: str = "") -> None:
+    """`UserError` that names the first setting in which two tables differ; what only `then` has does not count."""
+    if isinstance(now, dict) and isinstance(then, dict):
+        for key, value in now.items():
+            _check_same(folder, value, then.get(key), f"{path} {key}".strip())
+    elif now != then:
+        raise UserError(
+            f"{folder} holds results of another table: its {path} is {then}, but {now} was asked for; "
+            "choose another --out (cells may be added, all else must stay)"
+        )
+
+
+class _Runner:
+    """The cells in progress."""
+
+    def __init__(
+        self, table: Table, folder: Path, data: str, settings: dict[str, Any], jobs: int, line: ProgressLine
+    ) -> None:
+        self.table, self.folder, self.data, self.jobs, self.line = table, folder, data, jobs, line
+        self.context = multiprocessing.get_context("spawn")
+        self.failed: dict[str, str] = {}
+        self.waiting: dict[str, str] = {}
+        self.todo: list[Cell] = []
+        self.running: dict[str, tuple[Cell, BaseProcess]] = {}
+        self.finished: list[str] = []
+        for cell in table.cells:
+            if self.of(cell).row.exists():
+                self.finished.append(cell.key)
+            elif cell.model.waits is not None:
+                self.waiting[cell.key] = cell.model.waits
+            else:
+                self.todo.append(cell)
+        self.began = time.monotonic()
+        self.work_at_start = sum(self._done(cell) for cell in self.todo)
+
+    def of(self, cell: Cell) -> CellFolder:
+        return CellFolder(self.folder, cell.key)
+
+    def run(self) -> RunResult:
+        for sentence in sorted(set(self.waiting.values())):
+            self.line.say(f"{sentence}: its cells are left out")
+        if self.finished:
+            self.line.say(f"{len(self.finished)} cells were finished before: {', '.join(self.finished)}")
+        unfinished = list(self.todo)
+        with graceful_stop() as stop:
+            try:
+                while self.todo or self.running:
+                    if stop.signal is not None:
+                        break
+                    while self.todo and len(self.running) < self.jobs:
+                        self._start(self.todo.pop(0))
+                    time.sleep(0.5)
+                    self._collect()
+                    self.line.update(self._status(unfinished))
+            finally:
+                for _, process in self.running.values():
+                    process.terminate()  # training saves and ends
+                for _, process in self.running.values():
+                    process.join()
+            left = [cell.key for cell in unfinished if cell.key not in self.finished and cell.key not in self.failed]
+            self._conclude(left, stop.name if stop.signal is not None else None)
+            return RunResult(self.finished, self.failed, self.waiting, left, stop.signal if left else None)
+
+    def _start(self, cell: Cell) -> None:
+        process = self.context.Process(target=work, args=(self.table.written, cell.key, self.data, self.folder))
+        process.start()
+        self.running[cell.key] = (cell, process)
+
+    def _collect(self) -> None:
+        for key, (cell, process) in list(self.running.items()):
+            if process.is_alive():
+                continue
+            process.join()
+            del self.running[key]
+            if self.of(cell).row.exists():
+                row = read_json(self.of(cell).row)
+                self.finished.append(key)
+                self.line.say(f"{key}: {row['nats_per_note']:.4f} nats a note{_remembers(row)}")
+            else:
+                self.failed[key] = _why(self.of(cell), process.exitcode)
+                self.line.say(f"{key} failed: {self.failed[key]}")
+
+    def _conclude(self, left: Sequence[str], stopped_by: str | None) -> None:
+        said = [f"{len(self.finished)} of {len(self.table.cells)} cells are finished"]
+        if stopped_by is not None:
+            said.append(f"stopped by {stopped_by}; the same command goes on")
+        if self.waiting:
+            said.append(f"{len(self.waiting)} wait")
+        if self.failed:
+            said.append(f"{len(self.failed)} failed")
+        self.line.say("; ".join(said))
+
+    # Progress -----------------------------------------------------------------------------------------------------
+
+    def _done(self, cell: Cell) -> float:
+        """The part of a cell's work that is done, 0 to 1, about."""
+        folder = self.of(cell)
+        if folder.row.exists():
+            return 1.0
+        record = last_record(folder.run / "metrics.jsonl", "train")
+        steps = self.table.config(cell, "", "").steps
+        if record is None or steps is None:
+            return 0.0
+        measured = sum(folder.measured(what).exists() for what in ("evaluation", "memory", "returns"))
+        return TRAINING_SHARE * min(1.0, record["step"] / steps) + (1 - TRAINING_SHARE) * measured / 3
+
+    def _status(self, unfinished: Sequence[Cell]) -> str:
+        done = sum(self._done(cell) for cell in unfinished)
+        spent, gained = time.monotonic() - self.began, done - self.work_at_start
+        left = duration(spent * (len(unfinished) - done) / gained) if gained > 0.01 else "?"
+        phrases = [self._phrase(cell) for cell, _ in self.running.values()]
+        count = f"{len(self.finished)} of {len(self.finished) + len(self.todo) + len(self.running)} cells"
+        return " · ".join([f"{count}, {left} to go", *phrases])
+
+    def _phrase(self, cell: Cell) -> str:
+        record = last_record(self.of(cell).run / "metrics.jsonl", "train")
+        steps = self.table.config(cell, "", "").steps
+        if record is None:
+            return f"{cell.key}: starting"
+        if steps is not None and record["step"] >= steps:
+            return f"{cell.key}: measuring"
+        of_all = f"/{steps:,}" if steps is not None else ""
+        return f"{cell.key}: step {record['step']:,}{of_all}, loss {record['loss']:.2f}"
+
+
+def _remembers(row: dict[str, Any]) -> str:
+    krcu = row.get("krcu")
+    return "" if not krcu else f", KRCU-AUC {krcu['auc']['mean']:.4f}"
+
+
+def _why(folder: CellFolder, exit_code: int | None) -> str:
+    """Why a cell's process ended without a row: the last line of its log, or how it died."""
+    if exit_code is not None and exit_code < 0:
+        return f"its process was killed by signal {-exit_code}; the same command goes on with it"
+    try:
+        lines = folder.log.read_text(encoding="utf-8").strip().splitlines()
+    except OSError:
+        lines = []
+    return lines[-1] if lines else f"exit code {exit_code}"

@@ -1,0 +1,73 @@
+"""The presets: ten models of one size, equal budgets where the paper's memory figures say so, and honest labels."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dsmr.cli.app import app
+from dsmr.console.errors import UserError
+from dsmr.experiments.listing import listing
+from dsmr.experiments.presets import CONTROLS, PRESETS, Size, check, preset
+from dsmr.model.schedule import MemorySchedule
+
+SIZES = (Size(), Size(6, 4, 64, 4096, 512, 1), Size(2, 2, 16, 64, 8, 1), Size(1, 2, 8, 32, 4, 1))
+
+
+def test_the_ten_models_of_the_papers_table_are_there() -> None:
+    assert len(PRESETS) == 10
+    assert [p.paper.perplexity for p in PRESETS.values() if p.paper] == [
+        5.98, 6.54, 6.51, 6.52, 6.53, 6.15, 6.33, 6.01, 5.96, 6.01,
+    ]  # fmt: skip
+    for name, found in PRESETS.items():
+        assert found.name == name
+        assert found.origin.endswith(".")
+        assert bool(found.ours) == (name not in ("full", "fhcr"))  # only these two are documented
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_partial_models_share_two_scales_budget(size: Size) -> None:
+    two_scale = PRESETS["two_scale"].schedule(size)
+    for name, found in {**PRESETS, **CONTROLS}.items():
+        schedule = found.schedule(size)
+        assert schedule.layers == size.layers
+        assert MemorySchedule.parse(str(schedule)) == schedule
+        check(schedule, size)
+        if name not in ("full", "fhcr", "none"):
+            # Even spreads round down, by less than a token a layer.
+            assert 0 <= sum(two_scale.horizons) - sum(schedule.horizons) < size.layers
+    assert size.bytes(CONTROLS["none"].schedule(size)) == 0
+    full, few = (size.bytes(PRESETS[name].schedule(size)) for name in ("full", "fhcr"))
+    assert few * size.n_heads == full * size.few_heads
+
+
+def test_what_waits_says_for_what() -> None:
+    waiting = [name for name, found in PRESETS.items() if found.missing]
+    assert waiting == ["retain_uniform", "retain_random"]
+    assert "waits for a retention policy" in preset("retain_random").waits()
+
+
+def test_bad_names_and_sizes_are_sentences() -> None:
+    with pytest.raises(UserError, match="unknown preset 'two_scales': did you mean 'two_scale'"):
+        preset("two_scales")
+    with pytest.raises(UserError, match="use one of full, "):
+        preset("xyzzy")
+    with pytest.raises(UserError, match="smaller than a token a layer"):
+        listing(Size(12, 8, 64, 4, 0, 1))
+    with pytest.raises(UserError, match="n_long must lie between 0 and the 4 layers"):
+        Size(layers=4, n_long=5)
+    with pytest.raises(UserError, match="multiple of few_heads"):
+        Size(n_heads=3)
+
+
+def test_list_prints_every_preset_with_its_budget(tmp_path: Path) -> None:
+    path = tmp_path / "presets.json"
+    result = CliRunner().invoke(app, ["experiments", "list", "--json", str(path)])
+    assert result.exit_code == 0
+    for name in PRESETS:
+        assert f"{name} (" in result.stdout
+    assert "Our reading" in result.stdout
+    rows = {row["name"]: row for row in json.loads(path.read_text())}
+    assert rows["full"]["budget_bytes"] == 2 * 2 * 64 * 8 * 8192 * 12
+    assert rows["full"]["of_full"] == 1

@@ -1,0 +1,137 @@
+"""The report: one table of all rows, seeds put together, and pictures of what was measured."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dsmr.cli.app import app
+from dsmr.console.errors import UserError
+from dsmr.experiments.report import write_report
+from dsmr.experiments.rows import lines_of, rank_correlation, read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def made_up(model: str, seed: int, nats: float, **more: Any) -> dict[str, Any]:
+    interval = {"mean": 0.01 * nats, "low": 0.0, "high": 0.2}
+    return {
+        "format": 1,
+        "table": "made-up",
+        "model": model,
+        "title": model,
+        "preset": model,
+        "our_reading": "",
+        "seed": seed,
+        "schedule": "none(layers=2)",
+        "settings": {},
+        "kv_bytes": 1024 * len(model),
+        "parameters": 1_500_000,
+        "steps": 10,
+        "trained_tokens": 1000,
+        "corpus": "made up",
+        "split": "validation",
+        "pieces": 2,
+        "tokens": 100,
+        "tokenizer_hash": "0" * 64,
+        "nats_per_note": nats,
+        "perplexity": 2 * nats,
+        "krcu": {
+            "reset": 8,
+            "auc": interval,
+            "reset_bin": interval,
+            "tail": interval,
+            "bins": [
+                {"start": 8 + 4 * b, "end": 12 + 4 * b, "pieces": 2, "tokens": 8, "delta": interval} for b in range(3)
+            ],
+        },
+        "retain": [{"k": 1024, "delta": interval, "beyond": interval, "tokens_beyond": 5}],
+        "returns": {"by_distance": [{"start": 10, "end": 20, "returns": 3, "saved": 0.5 * nats}]},
+        "learning": [[500, nats + 1], [1000, nats]],
+        "measured": {"tokens_per_second": 100.0, "peak_bytes": 2**20, "device": "a CPU", "dtype": "float32"},
+        **more,
+    }
+
+
+ROWS = [made_up("none", 0, 12.0), made_up("two_scale", 1, 10.0), made_up("two_scale", 0, 11.0), made_up("mine", 0, 9.0)]
+
+
+def test_seeds_become_a_mean_and_a_spread(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    rows = read_rows(tmp_path / "rows.json")
+    assert [(row["model"], row["seed"]) for row in rows] == [
+        ("two_scale", 0),
+        ("two_scale", 1),
+        ("none", 0),
+        ("mine", 0),
+    ]
+    two_scale, none, _ = lines_of(rows)
+    nats = two_scale.figures["nats a note"]
+    assert nats is not None
+    assert (nats.mean, nats.seeds) == (10.5, 2)
+    assert nats.spread == pytest.approx(0.5**0.5)
+    assert none.figures["perplexity"].text(1) == "24.0"  # type: ignore[union-attr]
+    assert nats.text(2) == "10.50 ± 0.71"
+    assert two_scale.retain[1024].mean == pytest.approx(0.105)
+
+
+def test_rank_order_is_held_against_the_papers() -> None:
+    def order(**nats: float) -> tuple[float, int] | None:
+        return rank_correlation(
+            lines_of([made_up(name, 0, n) for name, n in nats.items()]), "nats a note", "perplexity"
+        )
+
+    assert order(full=2.0, two_scale=1.0, fhcr=3.0, none=0.0) == (pytest.approx(1.0), 3)  # 5.98, 5.96, 6.01
+    assert order(full=2.0, two_scale=3.0, fhcr=1.0) == (pytest.approx(-1.0), 3)
+    assert order(full=2.0, two_scale=3.0) is None
+    assert order(full=2.0, two_scale=2.0, fhcr=2.0) is None
+    found = order(reverse_two_scale=1.0, fhcr=2.0, full=0.0)  # two of the paper are equal
+    assert found is not None
+    assert found[0] == pytest.approx(0.75**0.5)
+
+
+def test_the_report_has_a_table_and_pictures(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    arguments = [str(tmp_path / "rows.json"), "--out", str(tmp_path / "out"), "--rows", str(tmp_path / "kept.json")]
+    result = CliRunner().invoke(app, ["experiments", "report", *arguments])
+    assert result.exit_code == 0, result.stderr
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| two_scale | 2 | 10.500 ± 0.707 |" in text
+    assert "Retain-1,024" in text
+    assert "5.96" in text  # the paper's figure stands beside ours
+    for picture in ("bars", "krcu", "fronts", "returns", "learning"):
+        assert (tmp_path / "out" / f"{picture}.png").stat().st_size > 1000
+        assert f"![{picture}]({picture}.png)" in text
+    assert "![bars](bars.png)" in result.stdout
+    assert read_rows(tmp_path / "kept.json") == read_rows(tmp_path / "rows.json")
+    assert len(json.loads((tmp_path / "out" / "report.json").read_text())) == 3
+
+
+def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
+    rows = copy.deepcopy(ROWS[:1])
+    rows[0].update(krcu=None, retain=[], returns=None, learning=[])
+    write_report(rows, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.json", "bars.png", "fronts.png"}
+    assert lines_of(rows)[0].figures["KRCU tail"] is None
+
+
+def test_what_is_no_result_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished cell"):
+        read_rows(tmp_path)
+    with pytest.raises(UserError, match="there are no results at"):
+        read_rows(tmp_path / "nowhere")
+    (tmp_path / "rows.json").write_text('{"a": 1}')
+    with pytest.raises(UserError, match="is not a file of rows"):
+        read_rows(tmp_path / "rows.json")
+    (tmp_path / "rows.json").write_text('[{"format": 99}]')
+    with pytest.raises(UserError, match="another version"):
+        read_rows(tmp_path / "rows.json")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_kept_results_can_be_reported(path: Path, tmp_path: Path) -> None:
+    lines = write_report(read_rows(path), tmp_path)
+    assert f"# {path.stem}" in lines[0]

@@ -1,0 +1,203 @@
+"""Runs of tables end with the same rows however often they are killed, and two runners never share a folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from small_table import small_corpus, small_table, toml
+from tiny_corpus import tiny_corpus
+from typer.testing import CliRunner
+
+from dsmr.cli.app import app
+from dsmr.console.errors import UserError
+from dsmr.experiments.cell import CellFolder, locked, measured_pieces, run_cell
+from dsmr.experiments.runner import run_table
+from dsmr.experiments.table import Measure, Table
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "corpus"
+    small_corpus(path)
+    return path
+
+
+def quiet() -> Console:
+    return Console(file=StringIO())
+
+
+def row_of(table: Table, out: Path, place: int = 0) -> dict[str, Any]:
+    """The row of a cell, run in this process."""
+    cell = table.cells[place]
+    folder = CellFolder(out, cell.key)
+    assert run_cell(table, cell, str(table.data), folder, quiet()) == 0
+    return json.loads(folder.row.read_text())
+
+
+def same(row: dict[str, Any]) -> dict[str, Any]:
+    """What of a row does not depend on the machine."""
+    return {name: value for name, value in row.items() if name != "measured"}
+
+
+def test_a_cell_becomes_a_row_of_all_that_was_measured(data: Path, tmp_path: Path) -> None:
+    table = Table.parse(small_table(data))
+    row = row_of(table, tmp_path / "out")
+    assert (row["table"], row["model"], row["seed"], row["steps"]) == ("small", "two_scale", 0, 24)
+    assert row["trained_tokens"] == 24 * 3 * 8
+    assert row["kv_bytes"] == 2 * 2 * 8 * 2 * (64 + 8)
+    assert row["nats_per_note"] > 0
+    assert row["krcu"]["pieces"] + row["krcu"]["too_short"] == row["pieces"] == 4
+    assert [kept["k"] for kept in row["retain"]] == [16, 32]
+    assert [tokens for tokens, _ in row["learning"]] == [240, 480, 576]
+    assert row["measured"]["tokens_per_second"] > 0
+    assert row["measured"]["peak_bytes"] >= 0
+    again = row_of(table, tmp_path / "out")  # all is done: nothing but the row is made anew
+    assert same(again) == same(row)
+    assert same(row_of(table, tmp_path / "other")) == same(row)
+
+
+def test_pieces_to_measure_on_are_the_same_for_all(data: Path) -> None:
+    from dsmr.corpus.store import Corpus
+
+    corpus = Corpus.open(data)
+    some = measured_pieces(corpus, Measure(tokens=700))
+    assert 0 < len(some) < len(measured_pieces(corpus, Measure())) == 4
+    assert (some == measured_pieces(corpus, Measure(tokens=700))).all()
+    assert len(measured_pieces(corpus, Measure(tokens=1))) == 1
+
+
+def test_what_the_corpus_cannot_serve_is_said_before_any_work(data: Path, tmp_path: Path) -> None:
+    def refused(sentence: str, out: str = "out", **more: Any) -> None:
+        with pytest.raises(UserError, match=sentence):
+            run_table(Table.parse({**small_table(data), **more}), tmp_path / out, console=quiet())
+
+    refused("too short for a reset at token 8,192", measure={"krcu": {}})
+    refused("middle of a segment of 8 tokens", measure={"krcu": {"reset": 12}})
+    refused("long enough for a return after 10,000", measure={"returns": {"nearest": 10000}})
+    refused("there is no corpus at", data={"path": str(tmp_path / "nowhere")})
+    assert not (tmp_path / "out" / "cells").exists()
+    (tmp_path / "file").write_text("mine")
+    refused("it is a file", out="file")
+
+
+def test_a_folder_of_another_table_or_corpus_is_left_alone(data: Path, tmp_path: Path) -> None:
+    waiting = {"retain_random": [0]}  # nothing is run: it waits
+    result = run_table(Table.parse(small_table(data, cells=waiting)), tmp_path / "out", console=quiet())
+    assert list(result.waiting) == ["retain_random-s0"]
+    assert (result.exit_code, result.finished, result.left) == (0, [], [])
+    changed = {**small_table()["train"], "lr": 0.5}
+    with pytest.raises(UserError, match=r"another table: its train lr is 0\.01, but 0\.5 was asked for"):
+        run_table(Table.parse(small_table(data, train=changed, cells=waiting)), tmp_path / "out", console=quiet())
+    tiny_corpus(tmp_path / "tiny", beat_res=12)
+    plain = {"retain": [16]}
+    out = tmp_path / "plain"
+    run_table(Table.parse(small_table(data, measure=plain, cells=waiting)), out, console=quiet())
+    table = Table.parse(small_table(data, measure=plain, cells=waiting))
+    with pytest.raises(UserError, match="its corpus name is small, but tiny was asked for"):
+        run_table(table, out, data=tmp_path / "tiny", console=quiet())
+
+
+def test_two_runners_do_not_share_a_folder(data: Path, tmp_path: Path) -> None:
+    table = Table.parse(small_table(data))
+    with locked(tmp_path / ".lock", wait=False) as alone:
+        assert alone
+        with pytest.raises(UserError, match=f"another runner .process {os.getpid()}. works in"):
+            run_table(table, tmp_path, console=quiet())
+    with locked(tmp_path / ".lock", wait=False) as free:
+        assert free
+
+
+def test_a_checkpoint_of_another_tokeniser_is_a_sentence(data: Path, tmp_path: Path) -> None:
+    table = Table.parse(small_table(data, measure={}))
+    row_of(table, tmp_path / "out")
+    folder = CellFolder(tmp_path / "out", table.cells[0].key)
+    tiny_corpus(tmp_path / "tiny", beat_res=12)
+    with pytest.raises(UserError, match="it was trained with tokeniser"):
+        run_cell(table, table.cells[0], str(tmp_path / "tiny"), folder, quiet())
+
+
+CHILD = """
+import json, os, signal, sys
+from pathlib import Path
+from dsmr.experiments.cell import work
+
+name, count = sys.argv[4].split(":")
+replace, seen = os.replace, []
+def deadly(source, target):
+    seen.append(Path(target).name)
+    if seen.count(name) == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = deadly
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[5]))
+"""
+
+
+@pytest.mark.slow
+def test_a_cell_killed_anywhere_ends_with_the_same_row(data: Path, tmp_path: Path) -> None:
+    """Slow for its processes: killed while each kind of file is written, before it is in its place."""
+    written = small_table(data)
+    table = Table.parse(written)
+    expected = same(row_of(table, tmp_path / "whole"))
+    out, key = tmp_path / "out", table.cells[0].key
+
+    def attempt(die_at: str) -> int:
+        arguments = [json.dumps(written), key, str(data), die_at, str(out)]
+        return subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False).returncode
+
+    for die_at in ("train.json:1", "last.pt:2", "memory.json:1", "row.json:1"):
+        assert attempt(die_at) == -signal.SIGKILL
+        assert not CellFolder(out, key).row.exists()
+    assert attempt("nothing:1") == 0
+    assert same(json.loads(CellFolder(out, key).row.read_text())) == expected
+    assert attempt("row.json:1") == 0  # a row is final
+
+
+@pytest.mark.slow
+def test_a_run_killed_several_times_ends_with_the_same_rows(data: Path, tmp_path: Path) -> None:
+    """Slow for its processes: the runner is killed, its cells save and end by themselves, and it is begun again."""
+    longer = {**small_table()["train"], "steps": 200}
+    written = small_table(data, cells={"two_scale": [0], "none": [3]}, train=longer)
+    (tmp_path / "small.toml").write_text(toml(written))
+    table = Table.parse(written)
+    expected = [same(row_of(table, tmp_path / "whole", place)) for place in range(2)]
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "dsmr", "experiments", "run", str(tmp_path / "small.toml"), "--out", str(out)]
+    for seconds in (4.0, 6.0):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL if seconds == 4.0 else signal.SIGINT)
+        process.wait()
+    done = subprocess.run([*command, "--jobs", "2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 cells are finished" in done.stderr
+    for cell, row in zip(table.cells, expected, strict=True):
+        assert same(json.loads(CellFolder(out, cell.key).row.read_text())) == row
+    began = time.monotonic()
+    assert run_table(table, out, console=quiet()).finished == ["two_scale-s0", "none-s3"]
+    assert time.monotonic() - began < 2  # nothing is done twice
+    report = CliRunner().invoke(app, ["experiments", "report", str(out), "--rows", str(tmp_path / "rows.json")])
+    assert report.exit_code == 0
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 2
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
+    models = {"wild": {"preset": "none", "lr": 1e30, "warmup": 0}}
+    table = Table.parse(small_table(data, models=models, cells={"wild": [0], "none": [0]}))
+    result = run_table(table, tmp_path / "out", jobs=2, console=quiet())
+    assert result.finished == ["none-s0"]
+    assert list(result.failed) == ["wild-s0"]
+    assert "at step" in result.failed["wild-s0"]
+    assert result.exit_code == 1
