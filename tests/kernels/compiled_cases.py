@@ -112,5 +112,5 @@ def test_storing_and_decoding(new: int, group: int, dtype: torch.dtype, stored: 
 def test_the_trial_of_a_gpu_passes() -> None:
     before = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert disagreement(torch.device("cpu")) is None
+        assert disagreement(torch.device("cpu"), 64, BF16) is None
     assert torch.equal(torch.get_rng_state(), before)  # or a resumed run would not be the one that was killed
