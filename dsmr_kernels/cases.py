@@ -1,7 +1,7 @@
 """The inputs of one attention call, at random: for tests, benchmarks, tuning and the trial of a GPU."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from dsmr_kernels.spec import AttentionSpec, Inputs
 
 @dataclass
 class Case:
-    """The inputs of one `memory_attention` call and the gradient that comes from above."""
+    """The inputs of one `memory_attention` call and the gradients that come from above, of out and perhaps of lse;
+    `learning` names those of q, k and v whose gradients are asked for."""
 
     q: Tensor
     k: Tensor
@@ -21,20 +22,28 @@ class Case:
     memory: KVMemory | None
     grad: Tensor
     options: dict[str, Any] = field(default_factory=dict)
+    grad_lse: Tensor | None = None
+    learning: str = "qkv"
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Case":
         """The same case in another dtype or on another device."""
         memory = None if self.memory is None else self.memory.to(device=device, dtype=dtype)
         q, k, v, grad = (x.to(device=device, dtype=dtype) for x in (self.q, self.k, self.v, self.grad))
         options = {name: x.to(device=device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
-        return Case(q, k, v, memory, grad, options)
+        grad_lse = None if self.grad_lse is None else self.grad_lse.to(device=device)
+        return replace(self, q=q, k=k, v=v, memory=memory, grad=grad, options=options, grad_lse=grad_lse)
 
-    def differentiated(self, call: Callable[[Tensor, Tensor, Tensor], Any]) -> dict[str, Tensor]:
-        """out and lse of `call(q, k, v)`, and the gradients of q, k and v."""
-        q, k, v = (x.detach().requires_grad_() for x in (self.q, self.k, self.v))
-        out, lse = call(q, k, v)
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), self.grad)
-        return {"out": out.detach(), "lse": lse.detach().float(), "dq": dq, "dk": dk, "dv": dv}
+    def differentiated(self, call: Callable[..., Any]) -> dict[str, Tensor]:
+        """out and lse of `call(q, k, v)`, and the gradients that are asked for: dq, dk, dv."""
+        inputs = {name: getattr(self, name).detach() for name in "qkv"}
+        leaves = [inputs[name].requires_grad_() for name in self.learning]
+        out, lse = call(**inputs)
+        results, grads = [out], [self.grad]
+        if self.grad_lse is not None:
+            results, grads = [out, lse], [self.grad, self.grad_lse]
+        found = torch.autograd.grad(results, leaves, grads)
+        named = {f"d{name}": x for name, x in zip(self.learning, found, strict=True)}
+        return {"out": out.detach(), "lse": lse.detach().float(), **named}
 
     def computed_by(self, memory_attention: Callable[..., Any], **how: Any) -> dict[str, Tensor]:
         """The same of a backend's own `memory_attention`, unchecked; `how` is what that one takes beyond the others."""
@@ -68,17 +77,19 @@ def filled_memory(
     head_dim: int,
     seen: list[int],
     *,
+    v_head_dim: int | None = None,
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
 ) -> KVMemory:
     """A memory whose row b has seen `seen[b]` tokens of its piece: empty, part full, full or wrapped."""
-    memory = KVMemory.empty(batch, kv_heads, capacity, head_dim, dtype=dtype, device="cpu")
+    dims = head_dim, v_head_dim or head_dim
+    memory = KVMemory.empty(batch, kv_heads, capacity, head_dim, v_head_dim=dims[1], dtype=dtype, device="cpu")
     most = max(seen, default=0)
     if most:
         start = torch.tensor([[most - count] * most for count in seen], dtype=torch.int32, device="cpu")
         # Before its piece, a token of another one.
         start = torch.minimum(start, torch.arange(most, dtype=torch.int32, device="cpu"))
-        k, v = (_normal((batch, kv_heads, most, head_dim), dtype, generator) for _ in range(2))
+        k, v = (_normal((batch, kv_heads, most, dim), dtype, generator) for dim in dims)
         memory.append(k, v, start)
         for row, count in enumerate(seen):
             if count == 0:
@@ -94,21 +105,31 @@ def random_case(
     queries: int = 33,
     tokens: int | None = None,
     head_dim: int = 16,
+    v_head_dim: int | None = None,
     capacity: int = 40,
     seen: list[int] | None = None,
     dtype: torch.dtype = torch.float32,
+    stored: torch.dtype | None = None,
     seed: int = 0,
+    lse_gradient: bool = False,
+    learning: str = "qkv",
     **options: Any,
 ) -> Case:
-    """A case with normal inputs; `seen` as in `filled_memory`, None for no memory at all."""
+    """A case with normal inputs; `seen` as in `filled_memory`, None for no memory at all; `stored`: the memory's dtype,
+    if not the others'; `lse_gradient`: whether a gradient comes from lse, too."""
     generator = torch.Generator("cpu").manual_seed(seed)
     tokens = queries if tokens is None else tokens
 
-    def normal(h: int, t: int) -> Tensor:
-        return _normal((batch, h, t, head_dim), dtype, generator)
+    def normal(h: int, t: int, dim: int = head_dim) -> Tensor:
+        return _normal((batch, h, t, dim), dtype, generator)
 
     memory = None
     if seen is not None:
-        memory = filled_memory(batch, kv_heads, capacity, head_dim, seen, dtype=dtype, generator=generator)
-    q, k, v, grad = normal(heads, queries), normal(kv_heads, tokens), normal(kv_heads, tokens), normal(heads, queries)
-    return Case(q, k, v, memory, grad, options)
+        memory = filled_memory(
+            batch, kv_heads, capacity, head_dim, seen, v_head_dim=v_head_dim, dtype=dtype, generator=generator
+        ).to(dtype=stored)
+    values = v_head_dim or head_dim
+    q, k = normal(heads, queries), normal(kv_heads, tokens)
+    v, grad = normal(kv_heads, tokens, values), normal(heads, queries, values)
+    grad_lse = _normal((batch, heads, queries), torch.float32, generator) if lse_gradient else None
+    return Case(q, k, v, memory, grad, options, grad_lse, learning)

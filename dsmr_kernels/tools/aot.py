@@ -45,13 +45,17 @@ DECODING = {
 }
 KERNELS = TRAINING | DECODING
 WITHOUT_PRODUCTS = ("combine", "step")
-# What is compiled in: the least that a call may need, the usual training call, and all options at once.
+# What is compiled in: the least that a call may need, the usual training call, and all options at once, without and
+# with a memory in int8 (which dK and dV have no part in).
 _NONE = {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": False, "HAS_ALIBI": False, "DETACH": True}
-_NONE |= {"HAS_VISIBLE": False, "ROTATE": False, "DIRECT": False, "QUANTISED": False}
+_NONE |= {"HAS_OFFSETS": False, "HAS_LSE_GRAD": False, "NEEDS_Q": True, "NEEDS_K": True, "NEEDS_V": True}
+_NONE |= {"HAS_VISIBLE": False, "HAS_SINKS": False, "ROTATE": False, "DIRECT": False, "QUANTISED": False}
+_ALL = dict.fromkeys(_NONE, True) | {"DETACH": False, "DIRECT": False}
 VARIANTS = {
     "bare": _NONE,
     "pieces": _NONE | {"HAS_PIECES": True, "HAS_VISIBLE": True, "ROTATE": True},
-    "all": dict.fromkeys(_NONE, True) | {"DETACH": False, "DIRECT": False},
+    "all": _ALL | {"QUANTISED": False},
+    "int8": _ALL,
 }
 DIMS = (64, 128, 256)  # a table's entries; compiled with every variant
 OTHER_DIMS = (16, 32, 80, 192)  # those that share an entry, narrower or padded; compiled with one variant
@@ -110,16 +114,16 @@ class Compiled:
         return row | {"occupancy": round(occupancy, 3), "seconds": round(self.seconds, 2), "faults": self.faults}
 
 
-_POINTERS = {"Length": "*i32", "Visible": "*i32", "Position": "*i64", "PieceStart": "*i32", "Slopes": "*fp32"}
-_FLOATS = dict.fromkeys(("Lse", "Delta", "KScale", "VScale", "Cos", "Sin", "Parts"), "*fp32")
+_POINTERS = {"Length": "*i32", "Visible": "*i32", "Position": "*i64", "PieceStart": "*i32", "Offsets": "*i64"}
+_FLOATS = ("Slopes", "Sinks", "Lse", "GradLse", "Delta", "KScale", "VScale", "Cos", "Sin", "Parts")
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 def _stored(case: Case) -> dict[str, str]:
     """Types of the tensors that are not in the dtype of q: partial sums, and memory in int8."""
-    types = {"Out": "*fp32"} if case.kernel.startswith("decode") else {}
-    if VARIANTS[case.variant]["QUANTISED"] and case.kernel in DECODING:
-        types |= dict.fromkeys(("MemoryK", "MemoryV") if case.kernel == "step" else ("K", "V"), "*i8")
+    types = dict.fromkeys(_FLOATS, "*fp32") | ({"Out": "*fp32"} if case.kernel.startswith("decode") else {})
+    if VARIANTS[case.variant]["QUANTISED"]:
+        types |= dict.fromkeys(("K", "V") if case.kernel.startswith("decode") else ("MemoryK", "MemoryV"), "*i8")
     return types
 
 
@@ -141,10 +145,14 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
     target, head_dim = TARGETS[case.target], case.head_dim
     module, name = KERNELS[case.kernel]
     function = getattr(importlib.import_module(f"dsmr_kernels.backends.triton.{module}"), name)
-    config = config or configs.from_table(case.kernel, target.name, head_dim, getattr(torch, case.dtype))
+    int8 = case.kernel + "_int8" if VARIANTS[case.variant]["QUANTISED"] else ""
+    entry = int8 if int8 in configs.INT8 else case.kernel
+    config = config or configs.from_table(entry, target.name, head_dim, getattr(torch, case.dtype))
     dim = configs.padded(head_dim)
     constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "HEAD_DIM": head_dim}
-    constants |= {"WHOLE_DIM": dim == head_dim, "BS": config.bm, "BR": config.bm, "BH": dim // 2}
+    constants |= {"BV": dim, "V_DIM": head_dim, "WHOLE_DIM": dim == head_dim, "WHOLE_V": dim == head_dim}
+    constants |= {"BS": config.bm, "BR": config.bm, "BH": dim // 2, "BHV": dim // 2}
+    constants["UNROLLED"] = configs.unrolled(target.name)
     constants["UNIT"] = math.gcd(16, head_dim)  # the strides' unit for contiguous tensors
     constants |= {"PRECISION": "ieee" if case.dtype == "float32" else "tf32", **VARIANTS[case.variant]}
     stored = _stored(case)
@@ -153,7 +161,7 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
         if name.isupper() and name not in ("Q", "K", "V", "DQ", "DK", "DV"):
             signature[name] = "constexpr"
         elif name[0].isupper():
-            signature[name] = stored.get(name) or _POINTERS.get(name) or _FLOATS.get(name) or f"*{ELEMENTS[case.dtype]}"
+            signature[name] = stored.get(name) or _POINTERS.get(name) or f"*{ELEMENTS[case.dtype]}"
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name.startswith("scale"):
             signature[name] = "fp32"
@@ -221,7 +229,8 @@ def every_case() -> Iterator[Case]:
             yield from (Case(kernel, target, head_dim, dtype, "bare") for head_dim in DIMS)
             continue
         for head_dim, variant in itertools.product(DIMS, VARIANTS):
-            yield Case(kernel, target, head_dim, dtype, variant)
+            if (kernel, variant) != ("dkv", "int8"):  # nothing is computed for memory
+                yield Case(kernel, target, head_dim, dtype, variant)
         for head_dim in OTHER_DIMS:
             yield Case(kernel, target, head_dim, dtype, "pieces")
 
@@ -233,8 +242,8 @@ def sample() -> Iterator[Case]:
         yield Case(kernels[index % len(kernels)], target, (128, 64, 80)[index // 2 % 3], "bfloat16", "pieces")
     yield from (Case(kernel, "sm_90", 64, "bfloat16", "bare") for kernel in kernels)
     yield from (Case(kernel, "sm_90", 128, "bfloat16", "bare") for kernel in DECODING)
-    yield Case("decode", "gfx942", 80, "bfloat16", "all")
-    yield Case("step", "sm_90", 64, "bfloat16", "all")
+    yield Case("decode", "gfx942", 80, "bfloat16", "int8")
+    yield Case("step", "sm_90", 64, "bfloat16", "int8")
     yield Case("forward", "sm_89", 256, "float32", "bare")
 
 

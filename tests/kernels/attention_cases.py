@@ -7,6 +7,7 @@ def pieces(*rows: list[int]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32)
 
 
+_HUGE = 1 << 40
 CASES = {
     "memory full": {"seen": [40, 40], "horizon": 40},
     "memory wrapped": {"seen": [57, 57], "horizon": 40},
@@ -86,5 +87,49 @@ CASES = {
         "segment_length": 7,
         "segment_offset": 2,
         "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]),
+    },
+}
+
+# What else a call may be told, and what else is asked of its backward.
+MORE = {
+    "gradient of lse": {"seen": [57, 30], "horizon": 17, "segment_length": 7, "lse_gradient": True},
+    "gradient of lse, for keys": {"seen": [57, 30], "horizon": 17, "lse_gradient": True, "learning": "k"},
+    "queries learn": {"seen": [57, 30], "horizon": 17, "segment_length": 7, "learning": "q"},
+    "keys learn": {"seen": [57, 30], "horizon": 17, "segment_length": 7, "learning": "k"},
+    "values learn": {"seen": [57, 30], "horizon": 17, "segment_length": 7, "learning": "v"},
+    "keys and values learn": {"seen": [57, 30], "horizon": 17, "segment_length": 7, "learning": "kv"},
+    "rows at their own offsets": {
+        "seen": [57, 30],
+        "horizon": 17,
+        "segment_length": 7,
+        "segment_offset": torch.tensor([5, 2]),
+    },
+    "rows at their own offsets, sliding": {
+        "seen": [57, 30],
+        "horizon": 9,
+        "visibility": "sliding",
+        "segment_length": 7,
+        "segment_offset": torch.tensor([0, 3]),
+    },
+    "rows at their own offsets in an endless segment": {
+        "seen": [57, 30],
+        "horizon": 17,
+        "segment_offset": torch.tensor([4, _HUGE]),
+    },
+    "rows at their own offsets in huge segments": {
+        "seen": [57, 30],
+        "horizon": 17,
+        "segment_length": _HUGE,
+        "segment_offset": torch.tensor([_HUGE - 5, 3]),
+    },
+    "values narrower": {"seen": [57, 30], "horizon": 40, "segment_length": 20, "head_dim": 40, "v_head_dim": 17},
+    "values wider": {"seen": [57, 30], "horizon": 17, "segment_length": 7, "v_head_dim": 70},
+    "memory in int8": {"seen": [57, 30], "horizon": 40, "segment_length": 20, "stored": torch.int8},
+    "memory in int8, sliding, ALiBi": {
+        "seen": [57, 7],
+        "horizon": 30,
+        "visibility": "sliding",
+        "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]),
+        "stored": torch.int8,
     },
 }

@@ -30,6 +30,20 @@ def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
     yield from guarded(monkeypatch)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stored": torch.int8, "lse_gradient": True, "v_head_dim": 32, "segment_offset": torch.tensor([9, 3])},
+        {"learning": "k", "v_head_dim": 70},
+        {"learning": "v"},
+    ],
+    ids=["int8, gradient of lse, values narrower, offsets", "keys alone, values wider", "values alone"],
+)
+def test_what_else_a_call_may_be_told(options: dict) -> None:
+    sizes = {"head_dim": 64, "heads": 2, "kv_heads": 1, "queries": 40, "seen": [57, 30], "capacity": 40, "horizon": 30}
+    assert_agrees_with_oracle(random_case(**sizes, segment_length=16, dtype=BF16, **options), "triton")
+
+
 EVERYTHING = {
     "heads": 2,
     "kv_heads": 1,
@@ -88,7 +102,8 @@ def test_storing_and_decoding(new: int, group: int, dtype: torch.dtype, stored: 
         assert torch.equal(x, getattr(other, name)), name
     visible = torch.tensor([200, 40], dtype=torch.int32)
     held = KVMemory(*memory.values(torch.float32), memory.length, memory.position).to(dtype=torch.float64)
-    for options in ({}, {"visible": visible, "alibi_slopes": torch.rand(2 * group)}):
+    more = {"alibi_slopes": torch.rand(2 * group), "sinks": torch.rand(2 * group)}
+    for options in ({}, {"visible": visible, **more}):
         out = decode_attention(turned, memory, backend="triton", **options)
         exact = decode_attention(turned.double(), held, backend="reference", **options)
         assert error(out, exact) <= 8 * torch.finfo(dtype).eps * float(held.v.abs().max())
@@ -97,5 +112,5 @@ def test_storing_and_decoding(new: int, group: int, dtype: torch.dtype, stored: 
 def test_the_trial_of_a_gpu_passes() -> None:
     before = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert disagreement(torch.device("cpu")) is None
+        assert disagreement(torch.device("cpu"), 64, BF16) is None
     assert torch.equal(torch.get_rng_state(), before)  # or a resumed run would not be the one that was killed

@@ -1,6 +1,7 @@
 """Guard bands: tensors inside larger storage, so that a stray read shows up as NaN and a stray write is found."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ _MARK = 12345.0
 
 def surrounded(x: torch.Tensor) -> torch.Tensor:
     """The same values with NaN around them on every side: rows, columns, heads and batch entries."""
-    outer = torch.full([size + 2 * (1 if i < 2 else BAND) for i, size in enumerate(x.shape)], float("nan")).to(x)
+    nothing = float("nan") if x.is_floating_point() else 127
+    outer = torch.full([size + 2 * (1 if i < 2 else BAND) for i, size in enumerate(x.shape)], nothing).to(x)
     inner = outer[1:-1, 1:-1, BAND:-BAND, BAND:-BAND]
     inner.copy_(x)
     return inner
@@ -26,14 +28,15 @@ def surrounded_case(case: Case) -> Case:
     memory = None
     if case.memory is not None:
         old = case.memory
-        memory = KVMemory(surrounded(old.k), surrounded(old.v), old.length, old.position)
+        scales = [x.clone() for x in (old.k_scale, old.v_scale) if x is not None]
+        memory = KVMemory(surrounded(old.k), surrounded(old.v), old.length, old.position, *scales)
         slots = torch.arange(old.capacity, device=old.k.device)
         back = (old.position[:, None] - 1 - slots) % max(old.capacity, 1)  # how many tokens before the newest
         empty = (back >= old.length[:, None])[:, None, :, None]
-        memory.k.masked_fill_(empty, float("nan"))
-        memory.v.masked_fill_(empty, float("nan"))
+        for x in scales or (memory.k, memory.v):
+            x.masked_fill_(empty if x.dim() == 4 else empty[..., 0], float("nan"))
     q, k, v, grad = (surrounded(x) for x in (case.q, case.k, case.v, case.grad))
-    return Case(q, k, v, memory, grad, case.options)
+    return replace(case, q=q, k=k, v=v, memory=memory, grad=grad)
 
 
 class Buffers:

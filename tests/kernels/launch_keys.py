@@ -60,9 +60,9 @@ def _record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> _C
 def _launch(case: Case, slopes: torch.Tensor | None, **options: Any) -> None:
     spec = AttentionSpec(**options, visibility="segment", detach_segments=True, scale=0.25, return_lse=True)
     starts = torch.full((case.k.shape[0], case.k.shape[2] + 1), -1, dtype=torch.int32)[:, 1:]
-    call = training.Call(Inputs(case.q, case.k, case.v, case.memory, starts, slopes, None, None, None, spec))
-    out, lse = call.forward()
-    call.backward(out, lse, case.grad, None, Needs())
+    inputs = Inputs(case.q, case.k, case.v, case.memory, starts, slopes, None, None, None, spec)
+    out, lse = training.forward(inputs)
+    training.backward(inputs, out, lse, case.grad, None, Needs())
 
 
 def count(head_dim: int) -> dict[str, int]:
@@ -103,7 +103,7 @@ def decode() -> dict[str, int]:
         turned = append_rotated(q, k, v, memory, *((angles[0], angles[1]) if step % 4 < 2 else (None, None)))
         start = step % 5 % 2
         alibi = None if step % 5 < 2 else slopes[start : start + heads] if heads <= 4 else torch.rand(heads)
-        decode_attention(turned, memory, None if step % 3 else memory.length.clone(), alibi, 0.25)
+        decode_attention(turned, memory, None if step % 3 else memory.length.clone(), alibi, None, None, None, 0.25)
     return {name: len(keys) for name, keys in KEYS.items()}
 
 

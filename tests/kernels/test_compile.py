@@ -168,4 +168,5 @@ def test_operators_pass_opcheck(backend: str, name: str) -> None:
     forward, backward = (getattr(torch.ops.dsmr_kernels, f"{backend}_{way}") for way in ("forward", "backward"))
     torch.library.opcheck(forward, arguments)
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    torch.library.opcheck(backward, (case.grad, *forward(*plain), *plain))
+    for needs in ([True, True, True, False], [False, True, False, False]):
+        torch.library.opcheck(backward, (case.grad, case.grad[..., 0].float(), *forward(*plain), needs, *plain))

@@ -1,5 +1,6 @@
 """Who serves a call: what is missing is said in a sentence, before any work; nothing of it needs a GPU."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -14,6 +15,7 @@ import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsmr_kernels import KVMemory, available_backends, dispatch, memory_attention, trial
+from dsmr_kernels.cases import Case, random_case
 from dsmr_kernels.dispatch import choose
 
 needs_triton = pytest.mark.skipif(
@@ -98,13 +100,17 @@ def test_a_backend_that_was_asked_for_is_never_replaced(asked: str, monkeypatch:
         call(backend="triton" if asked == "argument" else None)
 
 
-@pytest.fixture
-def as_gpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """Takes CPU tensors for a GPU's, and the interpreter for its kernels; returns the devices that were tried out."""
-    tried: list[torch.device] = []
+Tried = tuple[torch.device, int, torch.dtype]
+CPU16 = (torch.device("cpu"), 16, torch.float16)
 
-    def disagreement(device: torch.device) -> None:
-        tried.append(device)
+
+@pytest.fixture
+def as_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Tried]:
+    """Takes CPU tensors for a GPU's, and the interpreter for its kernels; returns what was tried out."""
+    tried: list[Tried] = []
+
+    def disagreement(*what: Any) -> None:
+        tried.append(what)
 
     monkeypatch.setattr(dispatch, "GPU", "cpu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -117,20 +123,64 @@ def half(head_dim: int) -> torch.Tensor:
 
 
 @needs_triton
-def test_on_a_gpu_the_kernels_serve_unasked_once_they_have_been_tried_out(as_gpu: list[torch.device]) -> None:
+def test_on_a_gpu_the_kernels_serve_unasked_once_they_have_been_tried_out(as_gpu: list[Tried]) -> None:
     for _ in range(3):
         assert choose(half(16), None).__name__ == "dsmr_kernels.backends.triton"
-    assert as_gpu == [torch.device("cpu")]
+    assert as_gpu == [CPU16]
     assert choose(half(8), None).__name__ == "dsmr_kernels.backends.sdpa"  # no head_dim of theirs
     assert choose(half(16).float(), None).__name__ == "dsmr_kernels.backends.sdpa"  # faster there
 
 
 @needs_triton
+def test_each_class_of_head_dim_and_each_dtype_is_tried_out_once(as_gpu: list[Tried]) -> None:
+    for head_dim in (16, 17, 32, 96, 128, 100, 256, 16):
+        choose(half(head_dim), None)
+        choose(half(head_dim).to(torch.float16), None, v_head_dim=16)
+    assert as_gpu == [(CPU16[0], width, torch.float16) for width in (16, 32, 128, 256)]
+    from dsmr_kernels.backends.triton.configs import padded
+
+    assert all(trial.class_of(head_dim) == padded(head_dim) for head_dim in range(1, 257))
+    choose(half(16), None, v_head_dim=64)
+    assert as_gpu[4:] == [(CPU16[0], 64, torch.float16)]
+
+
+def _in_the_trial(monkeypatch: pytest.MonkeyPatch) -> Case:
+    """A case of the trial, small enough for the interpreter."""
+    from dsmr_kernels.backends.triton import decode
+
+    monkeypatch.setattr(decode, "_processors", lambda device: 1)
+    return random_case(queries=3, capacity=20, seen=[30, 7], horizon=20, head_dim=20, dtype=torch.float16)
+
+
+@needs_triton
+def test_one_unit_in_the_last_place_of_a_rotation_passes_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsmr_kernels.backends import triton
+
+    stores = triton.append_rotated
+
+    def differently(*arguments: Any, units: int) -> torch.Tensor:
+        turned = stores(*arguments)
+        memory = arguments[3]
+        newest = (memory.position - 1).remainder(memory.capacity)
+        for row, slot in enumerate(newest.tolist()):
+            memory.k[row, :, slot].view(torch.int16).add_(units)
+        return turned
+
+    trial._compare_a_step(_in_the_trial(monkeypatch))
+    monkeypatch.setattr(triton, "append_rotated", functools.partial(differently, units=1))
+    trial._compare_a_step(_in_the_trial(monkeypatch))
+    monkeypatch.setattr(triton, "append_rotated", functools.partial(differently, units=20))
+    with pytest.raises(AssertionError, match="append_rotated: turned k errs by"):
+        trial._compare_a_step(_in_the_trial(monkeypatch))
+
+
+@needs_triton
 def test_kernels_that_disagree_with_the_oracle_are_replaced_with_a_warning(
-    as_gpu: list[torch.device], monkeypatch: pytest.MonkeyPatch
+    as_gpu: list[Tried], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "disagreement", lambda device: "AssertionError: out errs by 1, allowed 0.1")
-    with pytest.warns(UserWarning, match=r"fail on cpu and backend 'sdpa' serves .* \(AssertionError: out errs by 1"):
+    monkeypatch.setattr(trial, "disagreement", lambda *what: "AssertionError: out errs by 1, allowed 0.1")
+    said = r"fail on cpu at a head_dim of 16 in float16 and backend 'sdpa' serves .* \(AssertionError: out errs by 1"
+    with pytest.warns(UserWarning, match=said):
         assert choose(half(16), None).__name__ == "dsmr_kernels.backends.sdpa"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -139,7 +189,7 @@ def test_kernels_that_disagree_with_the_oracle_are_replaced_with_a_warning(
 
 
 @needs_triton
-def test_a_graph_has_them_tried_out_too_and_is_not_compiled_anew_for_it(as_gpu: list[torch.device]) -> None:
+def test_a_graph_has_them_tried_out_too_and_is_not_compiled_anew_for_it(as_gpu: list[Tried]) -> None:
     torch._dynamo.reset()
     q = torch.randn(1, 2, 5, 16).half()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -147,14 +197,14 @@ def test_a_graph_has_them_tried_out_too_and_is_not_compiled_anew_for_it(as_gpu: 
     expected = memory_attention(q, q, q, horizon=0, backend="triton")
     for _ in range(3):
         assert torch.equal(compiled(q, q, q, horizon=0), expected)
-        assert as_gpu == [torch.device("cpu")]
+        assert as_gpu == [CPU16]
     memory_attention(q, q, q, horizon=0)
     compiled(q, q, q, horizon=0)
     assert counter.frame_count == 1
 
 
 @needs_triton
-def test_nothing_is_tried_out_in_a_capture(as_gpu: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_tried_out_in_a_capture(as_gpu: list[Tried], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choose(half(16), None).__name__ == "dsmr_kernels.backends.triton"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -166,7 +216,7 @@ def test_nothing_is_tried_out_in_a_capture(as_gpu: list[torch.device], monkeypat
 @needs_triton
 @pytest.mark.parametrize("backend", [None, "triton"])
 def test_a_tuned_file_that_is_missing_is_no_fault_of_the_kernels(
-    backend: str | None, as_gpu: list[torch.device], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str | None, as_gpu: list[Tried], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dsmr_kernels.backends.triton import launch
 
@@ -187,11 +237,11 @@ def test_a_tuned_file_that_is_missing_is_no_fault_of_the_kernels(
 def test_whatever_goes_wrong_in_the_trial_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter has no bfloat16, in which the trial computes.
     with torch.inference_mode():
-        reason = trial.disagreement(torch.device("cpu"))
+        reason = trial.disagreement(torch.device("cpu"), 64, torch.bfloat16)
     assert reason is not None
     assert re.fullmatch(r"ValueError: backend 'triton' cannot serve these inputs: .*not bfloat16.*", reason)
-    monkeypatch.setattr(trial, "_compare", lambda device: None)
-    assert trial.disagreement(torch.device("cpu")) is None
+    monkeypatch.setattr(trial, "_compare", lambda *what: None)
+    assert trial.disagreement(torch.device("cpu"), 64, torch.bfloat16) is None
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from attention_cases import CASES, pieces
+from attention_cases import CASES, MORE, pieces
 from attention_strategy import LAYOUTS, attention_calls, laid_out
 from guard import Buffers, guarded, surrounded_case
 from hypothesis import given, settings
@@ -32,11 +32,12 @@ def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
 
 def small(name: str) -> dict:
     """A shared case with as few rows and heads as its promise needs: the interpreter is slow."""
-    case = {"batch": 1, "heads": 2, "kv_heads": 1, **CASES[name]}
+    given = (CASES | MORE)[name]
+    case = {"batch": 1, "heads": 2, "kv_heads": 1, **given}
     if not {"queries", "piece_start"} & case.keys():
         case["queries"] = 18
     rows = case["piece_start"].shape[0] if "piece_start" in case else len(set(case.get("seen") or [0]))
-    if "batch" not in CASES[name]:
+    if "batch" not in given:
         case["batch"] = rows
         if case.get("seen"):
             case["seen"] = case["seen"][-rows:]
@@ -46,7 +47,7 @@ def small(name: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].get("head_dim", 16) >= 16])
+@pytest.mark.parametrize("name", [*(name for name in CASES if CASES[name].get("head_dim", 16) >= 16), *MORE])
 def test_kernels_agree_with_oracle(name: str) -> None:
     assert_agrees_with_oracle(random_case(**small(name)), "triton")
 
@@ -88,7 +89,7 @@ def test_any_strides(layout: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rows differ", "more keys than queries, segments"])
+@pytest.mark.parametrize("name", ["rows differ", "more keys than queries, segments", "memory in int8"])
 def test_nothing_around_the_tensors_is_read_and_no_empty_slot(name: str) -> None:
     case = random_case(**small(name) | {"head_dim": 20})
     expected = run(case, "triton")
@@ -203,6 +204,7 @@ def test_arguments_too_large_for_32_bits_are_brought_down_without_a_change(lengt
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"v_head_dim": 8}, "head_dim of v from 16 to 256, not 8; nearest: 16.*backend 'sdpa' serves"),
         (
             {"dtype": torch.float64},
             "computes in float16, float32, not float64; nearest: float32.*backend 'sdpa' serves",

@@ -79,6 +79,30 @@ def test_decode_agrees_with_oracle(
     assert torch.equal(out, decode_attention(q, memory, backend="triton", **options))
 
 
+@pytest.mark.slow
+@interpreted
+@pytest.mark.parametrize("processors", [1, 4], ids=["one split", "several splits"])
+@pytest.mark.parametrize(("head_dim", "v_head_dim", "stored"), [(16, 40, None), (40, 17, None), (32, 16, torch.int8)])
+def test_sinks_and_values_of_another_head_dim(
+    head_dim: int, v_head_dim: int, stored: torch.dtype | None, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that stores the new tokens, and its attention, in which a logit without a value takes part."""
+    monkeypatch.setattr("dsmr_kernels.backends.triton.decode._processors", lambda device: processors)
+    memory = filled_memory(2, 2, 70, head_dim, [90, 3], v_head_dim=v_head_dim).to(dtype=stored)
+    other = memory.clone()
+    q, k, v = (torch.randn(2, heads, 2, dim) for heads, dim in ((4, head_dim), (2, head_dim), (2, v_head_dim)))
+    cos, sin = torch.rand(2, 2, 1, 2, head_dim // 2)
+    turned = append_rotated(q, k, v, memory, cos=cos, sin=sin, backend="triton")
+    assert torch.equal(turned, append_rotated(q, k, v, other, cos=cos, sin=sin, backend="reference"))
+    for name, x in memory.tensors().items():
+        assert error(x.float(), getattr(other, name).float()) == 0, name
+    held = memory.to(dtype=torch.float32)
+    for sinks in (torch.randn(4), torch.tensor([-torch.inf, 50.0, -50.0, 0.0])):
+        out = decode_attention(turned, memory, sinks=sinks, backend="triton")
+        assert out.shape == (2, 4, 2, v_head_dim)
+        assert error(out, expected(turned, held, sinks=sinks)) <= allowed(held)
+
+
 @interpreted
 def test_all_numbers_of_new_tokens_up_to_16() -> None:
     memory = filled_memory(1, 1, 30, 16, [70])
@@ -166,7 +190,9 @@ def test_operators_pass_opcheck() -> None:
     ring = (memory.k, memory.v, None, None, memory.length, memory.position)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        torch.ops.dsmr_kernels.triton_decode, (q, *ring, memory.length, torch.rand(2), 0.25), test_utils=checks
+        torch.ops.dsmr_kernels.triton_decode,
+        (q, *ring, memory.length, torch.rand(2), torch.rand(2), 0.25),
+        test_utils=checks,
     )
     cos, sin = torch.rand(2, 1, 1, 8), torch.rand(2, 1, 1, 8)
     torch.library.opcheck(

@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU: real sizes, every dtype, and what the interpreter cannot show.
 
-    python -m pytest tests/test_triton_gpu.py -m gpu
+    python -m pytest tests/kernels/test_triton_gpu.py -m gpu
 
 Needs PyTorch, Triton and pytest alone.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import CASES, pieces
+from attention_cases import CASES, MORE, pieces
 from guard import Buffers, guarded, surrounded_case
 
 from dsmr_kernels import available_backends, dispatch, memory_attention
@@ -31,6 +31,7 @@ pytestmark = [
         reason="needs Triton, without TRITON_INTERPRET=1",
     ),
 ]
+SERVED = {name: case for name, case in (CASES | MORE).items() if case.get("head_dim", 16) >= 16}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -45,9 +46,9 @@ def case_of(**options: object) -> Case:
 
 
 @every_dtype
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].get("head_dim", 16) >= 16])
+@pytest.mark.parametrize("name", SERVED)
 def test_kernels_agree_with_oracle(name: str, dtype: torch.dtype) -> None:
-    assert_agrees_with_oracle(case_of(dtype=dtype, **CASES[name]), "triton")
+    assert_agrees_with_oracle(case_of(dtype=dtype, **SERVED[name]), "triton")
 
 
 LARGE = {
@@ -153,11 +154,12 @@ def test_it_serves_unasked_in_half_precision(monkeypatch: pytest.MonkeyPatch) ->
     for dtype, name in ((torch.bfloat16, "triton"), (torch.float16, "triton"), (torch.float32, "sdpa")):
         q = torch.empty(1, 1, 1, 64, dtype=dtype, device="cuda")
         assert dispatch.choose(q, None).__name__ == f"dsmr_kernels.backends.{name}"
-    assert dispatch._disagreements == {q.device: None}
+    assert dispatch._disagreements == {(str(q.device), 64, name): None for name in ("bfloat16", "float16")}
 
 
 def test_a_call_does_not_wait_for_the_device() -> None:
     options = {"piece_start": pieces([-1] * 100, [3] * 100).clamp(max=0), "alibi_slopes": torch.rand(4)}
+    options |= {"segment_offset": torch.tensor([3, 7]), "stored": torch.int8}
     case = case_of(queries=100, seen=[57, 30], horizon=40, segment_length=20, head_dim=64, **options)
     run(case, "triton")  # compiles
     leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
@@ -246,9 +248,8 @@ def test_tensors_on_another_gpu_than_the_current_one() -> None:
 
 def run_everything_once() -> None:
     """What the sanitizer watches: every case, forward and backward, in one dtype."""
-    for name in CASES:
-        if CASES[name].get("head_dim", 16) >= 16:
-            run(case_of(dtype=torch.bfloat16, **CASES[name]), "triton")
+    for case in SERVED.values():
+        run(case_of(dtype=torch.bfloat16, **case), "triton")
     run(case_of(dtype=torch.float16, head_dim=72, **LARGE["odd sizes"]), "triton")
     torch.cuda.synchronize()
 

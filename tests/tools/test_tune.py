@@ -122,7 +122,7 @@ def test_the_environment_names_a_file_that_every_way_to_the_kernels_reads(
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(dispatch, "_why_no_triton", lambda: None)
     monkeypatch.setattr(dispatch, "_tiles_settled", False)  # as in a process that begins
-    monkeypatch.setattr("dsmr_kernels.backends.triton.unsupported", lambda q: None)
+    monkeypatch.setattr("dsmr_kernels.backends.triton.unsupported", lambda *call: None)
     q = torch.empty(1, 1, 1, 96, dtype=torch.bfloat16)
     monkeypatch.setenv("DSMR_TUNED", str(tmp_path / "none.json"))
     for _ in range(2):  # not only the first call complains

@@ -1,21 +1,21 @@
 """Fused Triton kernels: one online softmax over ring memory and current keys, forward and backward.
 
-`primitives` holds the visibility rule for a tile, `forward` and `backward` the kernels, `configs` their tile sizes by
-architecture, `launch` the way to the GPU and `training` that of one call; `decode` serves the newest tokens alone,
-`step` stores them before; `tuned` reads measured tile sizes. Under TRITON_INTERPRET=1 they run on CPU tensors, for
-tests. They may import the contract and `autograd`, and Triton, which need not be installed: nothing but the dispatcher,
-its trial and the tools may import this room, and only when it is asked for.
+`primitives` holds the visibility rule for a tile, `walk` its way over its keys, `forward` and `backward` the kernels,
+`configs` their tile sizes by architecture, `launch` the way to the GPU and `training` that of one call; `decode` serves
+the newest tokens alone, `step` stores them before; `tuned` reads measured tile sizes. Under TRITON_INTERPRET=1 they run
+on CPU tensors, for tests. They may import the contract and `autograd`, and Triton, which need not be installed: nothing
+but the dispatcher, its trial and the tools may import this room, and only when it is asked for.
 """
 
 import torch
 from torch import Tensor
 
 from dsmr_kernels.backends.autograd import Method, attention_by
+from dsmr_kernels.backends.triton import training
 from dsmr_kernels.backends.triton.configs import DTYPES, HEAD_DIMS
 from dsmr_kernels.backends.triton.decode import decode_attention
 from dsmr_kernels.backends.triton.launch import INTERPRETED
 from dsmr_kernels.backends.triton.step import append_rotated
-from dsmr_kernels.backends.triton.training import Call
 from dsmr_kernels.spec import Gradients, Inputs, Needs
 
 __all__ = ["append_rotated", "decode_attention", "memory_attention", "unsupported"]
@@ -33,18 +33,17 @@ def unsupported(q: Tensor, v_head_dim: int, biased: bool) -> str | None:
         nearest = names[0] if q.dtype.itemsize < 2 else "float16" if q.dtype == torch.bfloat16 else names[-2]
         return f"it computes in {', '.join(names[:-1])}, not {names[-1]}; nearest: {nearest}; {_ELSEWHERE}"
     least, most = HEAD_DIMS
-    if not least <= q.shape[3] <= most:
-        edge = least if q.shape[3] < least else most
-        return f"it serves head_dim from {least} to {most}, not {q.shape[3]}; nearest: {edge}; {_ELSEWHERE}"
-    if v_head_dim != q.shape[3]:
-        return f"it serves values of the head_dim of keys, {q.shape[3]}, not {v_head_dim}; {_ELSEWHERE}"
+    for dim, whose in ((q.shape[3], ""), (v_head_dim, " of v")):
+        if not least <= dim <= most:
+            edge = least if dim < least else most
+            return f"it serves head_dim{whose} from {least} to {most}, not {dim}; nearest: {edge}; {_ELSEWHERE}"
     if biased:
         return f"it has no learned bias by distance; {_ELSEWHERE}"
     return None
 
 
 def _forward(inputs: Inputs) -> tuple[Tensor, Tensor, None]:
-    return *Call(inputs).forward(), None
+    return *training.forward(inputs), None
 
 
 def _backward(
@@ -56,7 +55,7 @@ def _backward(
     needs: Needs,
 ) -> Gradients:
     assert result is not None
-    return Call(inputs).backward(*result, grad, grad_lse, needs)
+    return training.backward(inputs, *result, grad, grad_lse, needs)
 
 
 memory_attention = attention_by(Method("triton", _forward, _backward, lambda inputs: True))

@@ -12,12 +12,13 @@ leave no registers for what would be hoisted, and it spills.
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 HEAD_DIMS = (16, 256)  # the least and the greatest that the kernels serve
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+INT8 = ("forward_int8", "dq_int8")
 DECODING = ("decode", "decode_many", "combine", "step")
 
 
@@ -48,7 +49,9 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# architecture -> padded head_dim -> kernel -> Config; head dimensions that have none take the entry of 64.
+# architecture -> padded head_dim -> kernel -> Config; head dimensions that have none take the entry of 64. Where the
+# memory is int8, a block of keys is converted in registers, which with all of the keys spills: half of them are taken,
+# but for the entries of `INT8`, where those spill, too.
 Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
@@ -56,6 +59,7 @@ _AMPERE: Sizes = {
         "forward": Config(128, 64, 8, 2),  # four warps spill, with 64 queries too
         "dq": Config(128, 64, 8, 2),  # 256 queries or 128 keys spill
         "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, with 64 keys too
+        "dq_int8": Config(64, 32, 8, 2),
     },
     128: {
         "forward": Config(64, 64, 8, 2),  # 128 queries spill
@@ -66,6 +70,8 @@ _AMPERE: Sizes = {
         "forward": Config(64, 32, 8, 2),  # 128 queries or 64 keys spill
         "dq": Config(64, 32, 8, 1),  # a second stage spills with ALiBi
         "dkv": Config(16, 32, 8, 2),  # 64 keys spill with ALiBi, and so do four warps
+        "forward_int8": Config(32, 16, 8, 2, 255),
+        "dq_int8": Config(32, 16, 8, 1),
     },
 }
 _AMPERE[32] = {**_AMPERE[64], "forward": Config(128, 64, 4, 2)}  # with eight warps the compiler keeps to 128 registers
@@ -80,11 +86,14 @@ _HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) ea
         "forward": Config(128, 64, 8, 3),  # 256 queries spill; 128 keys are clean, in all of the shared memory
         "dq": Config(128, 64, 8, 2),  # 256 queries spill; 128 keys are clean, in all of the registers
         "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, and so do 64 keys with four warps
+        "forward_int8": Config(64, 64, 8, 2),
+        "dq_int8": Config(64, 32, 8, 2),
     },
     256: {
         "forward": Config(64, 64, 8, 2),  # 128 queries spill
         "dq": Config(64, 32, 8, 2),  # 128 queries spill, and under Triton 3.6 64 keys
         "dkv": Config(16, 64, 8, 1),  # a second stage spills
+        "forward_int8": Config(64, 16, 8, 2),
     },
 }
 _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 512 columns of it
@@ -102,6 +111,7 @@ _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 5
         "forward": Config(128, 32, 8, 2),  # 64 keys spill
         "dq": Config(64, 32, 8, 2),  # 128 queries spill with ALiBi, with 16 keys too
         "dkv": Config(32, 32, 8, 2),  # 64 keys, the least that tensor memory serves, spill: see OLDER_INSTRUCTIONS
+        "forward_int8": Config(64, 32, 8, 2),
     },
 }
 _CDNA: Sizes = {  # 64 KiB of shared memory, no asynchronous copies to pipeline: one stage
@@ -135,6 +145,7 @@ _FLOAT32: Sizes = {
     },
     256: {
         "forward": Config(16, 16, 8, 2, 255),  # with one stage, or other warps, the compiler spills 8 to 32 bytes
+        "forward_int8": Config(16, 16, 8, 1, 255),
         "dq": Config(16, 16, 8, 1, 255),  # the least tile
         "dkv": Config(16, 32, 16, 1, 128),  # with 16 keys, or fewer warps, the compiler spills 8 to 16 bytes
     },
@@ -202,8 +213,15 @@ def family(architecture: str) -> str:
     return "sm_80" if architecture == "sm_87" else "sm_89"
 
 
+def unrolled(architecture: str) -> bool:
+    """Whether each stretch of keys is walked by loops of its own (`walk`): on data-centre Blackwell, whose accumulators
+    lie in tensor memory and would come into registers between the turns of an outer loop."""
+    return family(architecture) == "sm_100"
+
+
 _INTERPRETER = Config(16, 16, 4, 1)  # small, so that tests of few tokens have several blocks
 
+generation = 0  # how often what `choose` answers has changed: what was worked out from it before is stale
 _measured: dict[tuple[str, int, str], Config] = {}  # by `use`: (kernel, padded head_dim, dtype) -> Config
 _trial: dict[str, Config] = {}  # by `trying`: kernel -> Config
 
@@ -227,11 +245,17 @@ def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype
     if kernel in DECODING:
         return _for_decoding(kernel, architecture, head_dim, dtype)
     sizes = (FLOAT32_TABLE if dtype == torch.float32 else TABLE)[family(architecture)]
-    return sizes.get(padded(head_dim), sizes[64])[kernel]
+    entry = sizes.get(padded(head_dim), sizes[64])
+    if kernel in INT8 and kernel not in entry:
+        whole = entry[kernel.removesuffix("_int8")]
+        return replace(whole, bn=max(16, whole.bn // 2))
+    return entry[kernel]
 
 
 def use(measured: dict[tuple[str, int, str], Config]) -> None:
     """From now on, use these configurations and for everything else the table's: see `dsmr_kernels.dispatch`."""
+    global generation
+    generation += 1
     _measured.clear()
     _measured.update(measured)
     _choose.cache_clear()
@@ -240,8 +264,11 @@ def use(measured: dict[tuple[str, int, str], Config]) -> None:
 @contextlib.contextmanager
 def trying(kernel: str, config: Config) -> Iterator[None]:
     """Launch `kernel` with `config` inside the block: for `dsmr_kernels.tools.tune`."""
+    global generation
+    generation += 1
     _trial[kernel] = config
     try:
         yield
     finally:
+        generation += 1
         del _trial[kernel]

@@ -17,23 +17,23 @@ from torch import Tensor
 
 from dsmr_kernels.backends.triton.configs import choose, padded
 from dsmr_kernels.backends.triton.launch import INTERPRETED, LOG2E, architecture, as_rows, launch_kernel, strides
-from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows, softmax_step
+from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows, shares, softmax_step
 from dsmr_kernels.ring import Ring
 
 
 @triton.jit
 def _decode_block(
-    q, acc, top, total, start, stop, K, V, KScale, VScale, k_stride, v_stride, d, p, position, capacity, head_dim,
-    scale_log2, slope,
+    q, acc, top, total, start, stop, K, V, KScale, VScale, k_stride, v_stride, d, e, p, position, capacity, head_dim,
+    v_dim, scale_log2, slope,
     MASKED: tl.constexpr, HAS_ALIBI: tl.constexpr, QUANTISED: tl.constexpr, WHOLE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr, BN: tl.constexpr,
+    WHOLE_V: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One block of slots: updates acc [BM, BD], the running maximum and sum [BM] of base-2 exponentials."""
+    """One block of slots: updates acc [BM, BV], the running maximum and sum [BM] of base-2 exponentials."""
     j = start + tl.arange(0, BN)
     in_range = j < stop
     rows = memory_rows(j, position, capacity)
     k = load_rows(K, rows, k_stride, d, in_range, head_dim, WHOLE_DIM, not MASKED)  # [BN, BD]
-    v = load_rows(V, rows, v_stride, d, in_range, head_dim, WHOLE_DIM, not MASKED)  # [BN, BD]
+    v = load_rows(V, rows, v_stride, e, in_range, v_dim, WHOLE_V, not MASKED)  # [BN, BV]
     s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale_log2  # [BM, BN]
     if QUANTISED:  # a scale belongs to a whole row of k or v: it may multiply the score and the weight instead
         s *= tl.load(KScale + rows, mask=in_range, other=0.0)[None, :]
@@ -43,11 +43,9 @@ def _decode_block(
         s = tl.where((j[None, :] <= p[:, None]) & in_range[None, :], s, -float("inf"))
     w, shrink, top, total = softmax_step(s, top, total, scale_log2, False)  # [BM, BN]
     acc = acc * shrink[:, None]
-    if QUANTISED:  # against the block's largest scale, so that small values do not underflow in float16
-        v_scale = tl.load(VScale + rows, mask=in_range, other=0.0)  # [BN]
-        largest = tl.max(v_scale, 0)
-        w *= (v_scale / tl.where(largest > 0, largest, 1.0))[None, :]
-        acc += tl.dot(w.to(q.dtype), v.to(q.dtype), input_precision=PRECISION) * largest
+    if QUANTISED:
+        share, largest = shares(tl.load(VScale + rows, mask=in_range, other=0.0))
+        acc += tl.dot((w * share[None, :]).to(q.dtype), v.to(q.dtype), input_precision=PRECISION) * largest
     else:
         acc = tl.dot(w.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, top, total
@@ -55,17 +53,19 @@ def _decode_block(
 
 @triton.jit(do_not_specialize=["new", "capacity"])
 def decode_kernel(
-    Q, K, V, KScale, VScale, Length, Position, Visible, Slopes, Out, Lse,
+    Q, K, V, KScale, VScale, Length, Position, Visible, Slopes, Sinks, Out, Lse,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     ks_batch, ks_head, vs_batch, vs_head,
-    kv_heads, group, head_dim, scale_log2, new, capacity,
-    HAS_VISIBLE: tl.constexpr, HAS_ALIBI: tl.constexpr, QUANTISED: tl.constexpr, DIRECT: tl.constexpr,
-    WHOLE_DIM: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    kv_heads, group, head_dim, v_dim, scale_log2, new, capacity,
+    HAS_VISIBLE: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, QUANTISED: tl.constexpr,
+    DIRECT: tl.constexpr, WHOLE_DIM: tl.constexpr, WHOLE_V: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Split `program_id(1)` of the slots, for one tile of the stacked queries of one KV head.
 
-    Out is (B, Hq, n, head_dim) with DIRECT, where there is one split, and else (B, Hq, n, splits, head_dim) float32;
-    Lse (B, Hq, n, splits) in base 2. A query that sees nothing at all gives zeros.
+    Out is (B, Hq, n, v_dim) with DIRECT, where there is one split, and else (B, Hq, n, splits, v_dim) float32;
+    Lse (B, Hq, n, splits) in base 2. A query that sees nothing at all gives zeros. The sinks take part once: here where
+    there is one split, else in `combine_kernel`.
     """
     stacked = group * new
     tiles = tl.cdiv(stacked, BM)
@@ -78,7 +78,7 @@ def decode_kernel(
     row = tl.minimum(row, stacked - 1)  # rows out of range repeat the last query
     h, i = kv * group + row // new, row % new  # [BM]
     p = i - new
-    d = tl.arange(0, BD)
+    d, e = tl.arange(0, BD), tl.arange(0, BV)
 
     held = tl.minimum(tl.load(Length + b), capacity)
     if HAS_VISIBLE:
@@ -99,18 +99,24 @@ def decode_kernel(
     k_scale, v_scale = KScale, VScale
     if QUANTISED:
         k_scale, v_scale = KScale + b64 * ks_batch + kv64 * ks_head, VScale + b64 * vs_batch + kv64 * vs_head
-    acc = tl.zeros([BM, BD], dtype=tl.float32)
+    acc = tl.zeros([BM, BV], dtype=tl.float32)
     top = tl.full([BM], -1.0e30, dtype=tl.float32)
     total = tl.zeros([BM], dtype=tl.float32)
+    if HAS_SINKS and DIRECT:  # a sum that has begun, without a value
+        sink = tl.load(Sinks + h).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+        total = tl.exp2(sink - top)
     for start in tl.range(begin, outer, BN):
         acc, top, total = _decode_block(
-            q, acc, top, total, start, outer, k_base, v_base, k_scale, v_scale, k_token, v_token, d, p, position,
-            capacity, head_dim, scale_log2, slope, False, HAS_ALIBI, QUANTISED, WHOLE_DIM, PRECISION, BN,
+            q, acc, top, total, start, outer, k_base, v_base, k_scale, v_scale, k_token, v_token, d, e, p,
+            position, capacity, head_dim, v_dim, scale_log2, slope,
+            False, HAS_ALIBI, QUANTISED, WHOLE_DIM, WHOLE_V, PRECISION, BN,
         )  # fmt: skip
     for start in tl.range(outer, stop, BN):
         acc, top, total = _decode_block(
-            q, acc, top, total, start, stop, k_base, v_base, k_scale, v_scale, k_token, v_token, d, p, position,
-            capacity, head_dim, scale_log2, slope, True, HAS_ALIBI, QUANTISED, WHOLE_DIM, PRECISION, BN,
+            q, acc, top, total, start, stop, k_base, v_base, k_scale, v_scale, k_token, v_token, d, e, p,
+            position, capacity, head_dim, v_dim, scale_log2, slope,
+            True, HAS_ALIBI, QUANTISED, WHOLE_DIM, WHOLE_V, PRECISION, BN,
         )  # fmt: skip
 
     sum_or_one = tl.where(total > 0, total, 1.0)
@@ -121,22 +127,28 @@ def decode_kernel(
         tl.store(Lse + at, tl.where(total > 0, top + tl.log2(sum_or_one), -float("inf")), mask=valid)
     # An empty split need not write: `combine_kernel` does not read what has no weight.
     keep = valid & (DIRECT | (total > 0))
-    pointers = Out + at[:, None] * head_dim + d[None, :]
-    tl.store(pointers, out.to(Out.dtype.element_ty), mask=keep[:, None] & (d < head_dim)[None, :])
+    pointers = Out + at[:, None] * v_dim + e[None, :]
+    tl.store(pointers, out.to(Out.dtype.element_ty), mask=keep[:, None] & (e < v_dim)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits"])
-def combine_kernel(Parts, Lse, Out, head_dim, splits, BS: tl.constexpr, BD: tl.constexpr):
+@triton.jit(do_not_specialize=["Sinks", "heads", "new", "splits"])
+def combine_kernel(
+    Parts, Lse, Sinks, Out, v_dim, heads, new, splits, HAS_SINKS: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr
+):
     """Out[r] = the parts of query r, weighted by their shares of the sum of exponentials, in order of the splits."""
     r = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BD)
-    acc = tl.zeros([BD], dtype=tl.float32)
+    e = tl.arange(0, BV)
+    acc = tl.zeros([BV], dtype=tl.float32)
     top, total = -1.0e30, 0.0
+    if HAS_SINKS:
+        sink = tl.load(Sinks + r // new % heads).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+        total = tl.exp2(sink - top)
     for first in tl.range(0, splits, BS):
         split = first + tl.arange(0, BS)
         lse = tl.load(Lse + r * splits + split, mask=split < splits, other=-float("inf"))  # [BS]
-        seen = (lse > -1.0e30)[:, None] & (d < head_dim)[None, :]
-        parts = tl.load(Parts + (r * splits + split)[:, None] * head_dim + d[None, :], mask=seen, other=0.0)  # [BS, BD]
+        seen = (lse > -1.0e30)[:, None] & (e < v_dim)[None, :]
+        parts = tl.load(Parts + (r * splits + split)[:, None] * v_dim + e[None, :], mask=seen, other=0.0)  # [BS, BV]
         new_top = tl.maximum(top, tl.max(lse, 0))
         shrink = tl.exp2(top - new_top)
         w = tl.exp2(lse - new_top)
@@ -144,7 +156,7 @@ def combine_kernel(Parts, Lse, Out, head_dim, splits, BS: tl.constexpr, BD: tl.c
         total = total * shrink + tl.sum(w, 0)
         top = new_top
     out = acc / tl.where(total > 0, total, 1.0)
-    tl.store(Out + r * head_dim + d, out.to(Out.dtype.element_ty), mask=d < head_dim)
+    tl.store(Out + r * v_dim + e, out.to(Out.dtype.element_ty), mask=e < v_dim)
 
 
 MOST_SPLITS = 128
@@ -164,50 +176,56 @@ def splits_of(capacity: int, programs: int, processors: int, block: int) -> int:
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor,
-    visible: Tensor | None, alibi: Tensor | None, scale: float,
+    visible: Tensor | None, alibi: Tensor | None, sinks: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
     q, k, v = as_rows(q), as_rows(k), as_rows(v)
     length, position = length.contiguous(), position.contiguous()
     batch, heads, new, dim = q.shape
-    kv_heads, capacity = k.shape[1], k.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    kv_heads, capacity, v_dim = k.shape[1], k.shape[2], v.shape[3]
+    out = torch.empty((*q.shape[:3], v_dim), dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    group, bd = heads // kv_heads, padded(dim)
+    group, bd, bv, widest = heads // kv_heads, padded(dim), padded(v_dim), max(dim, v_dim)
     part = architecture(q.device)
-    config = choose("decode" if group * new <= 16 else "decode_many", part, dim, q.dtype)
+    config = choose("decode" if group * new <= 16 else "decode_many", part, widest, q.dtype)
     programs = triton.cdiv(group * new, config.bm) * batch * kv_heads
     splits = splits_of(capacity, programs, _processors(q.device), config.bn)
     direct = splits == 1
-    parts = out if direct else torch.empty((*q.shape[:3], splits, dim), dtype=torch.float32, device=q.device)
+    parts = out if direct else torch.empty((*q.shape[:3], splits, v_dim), dtype=torch.float32, device=q.device)
     lse = out if direct else torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
     scales = [as_rows(x) for x in (k_scale, v_scale) if x is not None]
+    sink = q if sinks is None else sinks.contiguous()
     # A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
     tensors = (
         q, k, v, *(scales or (q, q)), length, position, length if visible is None else visible.contiguous(),
-        q if alibi is None else alibi.contiguous(), parts, lse,
+        q if alibi is None else alibi.contiguous(), sink, parts, lse,
     )  # fmt: skip
     numbers = (
-        *strides(q, k, v), *(strides(*scales, axes=2) or (0,) * 4), kv_heads, group, dim, scale * LOG2E, new, capacity,
+        *strides(q, k, v), *(strides(*scales, axes=2) or (0,) * 4),
+        kv_heads, group, dim, v_dim, scale * LOG2E, new, capacity,
     )  # fmt: skip
     constants = {
         "HAS_VISIBLE": visible is not None,
         "HAS_ALIBI": alibi is not None,
+        "HAS_SINKS": sinks is not None,
         "QUANTISED": bool(scales),
         "DIRECT": direct,
         "WHOLE_DIM": bd == dim,
+        "WHOLE_V": bv == v_dim,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "BM": config.bm,
         "BN": config.bn,
         "BD": bd,
+        "BV": bv,
     }
     grid, options = (programs, splits, 1), config.launch_options(part)
     launch_kernel(decode_kernel, grid, q.device, tensors, numbers, constants, options)
     if not direct:
-        config = choose("combine", part, dim, q.dtype)
+        config = choose("combine", part, v_dim, q.dtype)
         grid, options = (batch * heads * new, 1, 1), config.launch_options(part)
-        constants = {"BS": config.bm, "BD": bd}
-        launch_kernel(combine_kernel, grid, q.device, (parts, lse, out), (dim, splits), constants, options)
+        constants = {"HAS_SINKS": sinks is not None, "BS": config.bm, "BV": bv}
+        numbers = (v_dim, heads, new, splits)
+        launch_kernel(combine_kernel, grid, q.device, (parts, lse, sink, out), numbers, constants, options)
     return out
 
 
@@ -215,8 +233,8 @@ _operator = torch.library.custom_op("dsmr_kernels::triton_decode", _launch, muta
 
 
 @_operator.register_fake
-def _(q: Tensor, *arguments: Any) -> Tensor:
-    return q.new_empty(q.shape)
+def _(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
 def decode_attention(
@@ -229,7 +247,7 @@ def decode_attention(
     buckets: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
+    """See `dsmr_kernels.decode_attention`; arguments are taken as checked, and `unsupported` refuses a bias."""
     call = _operator if torch.compiler.is_compiling() else _launch
     scales = (memory.k_scale, memory.v_scale)
-    return call(q, memory.k, memory.v, *scales, memory.length, memory.position, visible, alibi_slopes, scale)
+    return call(q, memory.k, memory.v, *scales, memory.length, memory.position, visible, alibi_slopes, sinks, scale)

@@ -32,7 +32,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return _NOWHERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
 
 
-# What `launch_kernel` was asked for -> the kernel that Triton compiled for it, and its constants in their order.
+# What a launch asks for -> the kernel that Triton compiled for it, and its constants in their order.
 _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
 
@@ -44,6 +44,69 @@ def _specialised(kernel: Any, tensors: int) -> tuple[list[int], list[int]]:
     return [i for i in watched if i < tensors], [i - tensors for i in watched if i >= tensors]
 
 
+class Launch:
+    """A launch of a kernel but for its tensors, of which only the addresses may be others each time.
+
+    At every launch Triton works out from the arguments which compiled kernel they ask for, and that takes several times
+    as long as to launch it. Here arguments that can only ask for what was compiled before find it in a dictionary, and
+    a launch that is kept finds it in itself. What Triton's own knobs (debugging, instrumentation, hooks) have changed
+    since then goes unseen.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        device: torch.device,
+        dtypes: tuple[torch.dtype, ...],
+        numbers: tuple[float, ...],
+        constants: dict[str, Any],
+        options: dict[str, Any],
+    ) -> None:
+        self.kernel, self.grid, self.device, self.numbers = kernel, grid, device, numbers
+        self.constants, self.options = constants, options
+        self._run: Any = None
+        self._behind: tuple[Any, ...] = ()
+        if INTERPRETED:
+            return
+        self._aligned, special = _specialised(kernel, len(dtypes))
+        self._key: tuple[Any, ...] | None = None
+        if max(numbers) < 1 << 31 and min(numbers) >= -1 << 31:  # what needs more bits is rare, and left to Triton
+            values = [(numbers[i] == 1, numbers[i] % 16 == 0) for i in special]
+            self._key = (id(kernel), device, dtypes, *constants.values(), *options.values(), *values)
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launch, with the kernel's tensors in their order, which must be of the dtypes given before."""
+        if INTERPRETED:
+            self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+            return
+        addresses = 0
+        for i in self._aligned:
+            addresses |= tensors[i].data_ptr()
+        # Left to Triton, too: a tensor that is not aligned, and on AMD's parts one of 2 GiB.
+        large = torch.version.hip is not None and any(x.untyped_storage().nbytes() >> 31 for x in tensors)
+        known = self._key is not None and not (addresses & 15 or large)
+        with _on(self.device):
+            if known and (self._run is not None or self._find()):
+                self._run(*tensors, *self._behind)
+                return
+            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+        if known and compiled is not None:
+            compiled = (
+                compiled.result() if hasattr(compiled, "result") else compiled
+            )  # it may compile in the background
+            assert self._key is not None
+            order = [self.constants[p.name] for p in self.kernel.params if p.is_constexpr]
+            _compiled[self._key] = compiled, order
+
+    def _find(self) -> bool:
+        """Whether what this launch asks for has been compiled."""
+        assert self._key is not None
+        if found := _compiled.get(self._key):
+            self._run, self._behind = found[0][self.grid], (*self.numbers, *found[1])
+        return self._run is not None
+
+
 def launch_kernel(
     kernel: Any,
     grid: tuple[int, int, int],
@@ -51,35 +114,10 @@ def launch_kernel(
     tensors: tuple[Tensor, ...],
     numbers: tuple[float, ...],
     constants: dict[str, Any],
-    options: dict[str, int],
+    options: dict[str, Any],
 ) -> None:
-    """Launch a kernel, whose arguments are tensors, then numbers, then constants.
-
-    At every launch Triton works out from the arguments which compiled kernel they ask for, and that takes several times
-    as long as to launch it. Here arguments that can only ask for what was compiled before find it in a dictionary. What
-    Triton's own knobs (debugging, instrumentation, hooks) have changed since then goes unseen.
-    """
-    if INTERPRETED:
-        kernel[grid](*tensors, *numbers, **constants, **options)
-        return
-    key: tuple[Any, ...] | None = None
-    aligned, special = _specialised(kernel, len(tensors))
-    addresses = 0
-    for i in aligned:
-        addresses |= tensors[i].data_ptr()
-    # Rare, and left to Triton: a tensor that is not aligned, a number of more than 32 bits, on AMD's parts 2 GiB.
-    large = torch.version.hip is not None and any(x.untyped_storage().nbytes() >> 31 for x in tensors)
-    if not (addresses & 15 or large) and max(numbers) < 1 << 31 and min(numbers) >= -1 << 31:
-        values = [(numbers[i] == 1, numbers[i] % 16 == 0) for i in special]
-        key = (id(kernel), device, *[x.dtype for x in tensors], *constants.values(), *options.values(), *values)
-    with _on(device):
-        if key is not None and (found := _compiled.get(key)):
-            found[0][grid](*tensors, *numbers, *found[1])
-            return
-        compiled = kernel[grid](*tensors, *numbers, **constants, **options)
-    if key is not None and compiled is not None:
-        compiled = compiled.result() if hasattr(compiled, "result") else compiled  # it may compile in the background
-        _compiled[key] = compiled, [constants[p.name] for p in kernel.params if p.is_constexpr]
+    """Launch a kernel, whose arguments are tensors, then numbers, then constants, once."""
+    Launch(kernel, grid, device, tuple(x.dtype for x in tensors), numbers, constants, options)(*tensors)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -92,12 +130,13 @@ def strides(*tensors: Tensor, axes: int = 3) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:axes]]
 
 
-def common_strides(*tensors: Tensor) -> tuple[int, list[int]]:
-    """The same in units of as many elements, up to 16, as divide them all."""
-    found = strides(*tensors)
+def in_units(shapes: list[tuple[int, ...]], strides: list[tuple[int, ...]]) -> tuple[int, list[int]]:
+    """The strides of batch, head and token of tensors of these shapes and strides, in units of as many elements, up to
+    16, as divide them all."""
+    found = [stride for x in strides for stride in x[:3]]
     unit = math.gcd(16, *found)
     if unit < 16:  # what a dimension of size 1 has for a stride is of no account
-        sizes = [size for x in tensors for size in x.shape[:3]]
+        sizes = [size for x in shapes for size in x[:3]]
         found = [stride if size > 1 else 0 for size, stride in zip(sizes, found, strict=True)]
         unit = math.gcd(16, *found)
     return unit, [stride // unit for stride in found]

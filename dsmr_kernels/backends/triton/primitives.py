@@ -1,9 +1,9 @@
-"""What the kernels share: the visibility rule for a tile, where a token's row lies, the online softmax, and the walk
-over a tile's keys.
+"""What the kernels share: the visibility rule for a tile, where a token's row lies, and the online softmax.
 
 Keys are counted as in `dsmr_kernels.visibility`: j >= 0 is token j of the call, j < 0 lies in memory, in slot
-(position + j) % capacity. Shapes of tiles stand behind them: BM queries, BN keys, BD padded head_dim. Strides come in
-units of UNIT elements, so that rows are known to be aligned without a kernel of its own for every stride.
+(position + j) % capacity. Shapes of tiles stand behind them: BM queries, BN keys, BD and BV the padded head_dim of keys
+and of values. Strides come in units of UNIT elements, so that rows are known to be aligned without a kernel of its own
+for every stride.
 """
 
 import triton
@@ -12,8 +12,10 @@ import triton.language as tl
 # No value of these arguments compiles a kernel anew: neither 1 nor a multiple of 16 is a special case.
 RUNTIME = (
     [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "mk", "mv", "g") for axis in ("batch", "head", "token")]
-    + ["Length", "Position", "PieceStart", "Slopes", "piece_stride", "heads", "kv_heads", "group"]
-    + ["queries", "tokens", "capacity", "horizon", "segment_length", "segment_offset"]
+    + [f"{tensor}_{axis}" for tensor in ("ks", "vs") for axis in ("batch", "head")]
+    + ["Length", "Position", "PieceStart", "Slopes", "Offsets", "KScale", "VScale", "GradLse"]
+    + ["piece_stride", "heads", "kv_heads", "group", "queries", "tokens", "capacity"]
+    + ["horizon", "segment_length", "segment_offset"]
 )
 
 
@@ -38,10 +40,21 @@ def lowest_visible(
 
 
 @triton.jit
+def offset_of(Offsets, b, capacity, segment_length, segment_offset, HAS_OFFSETS: tl.constexpr):
+    """The segment offset of row b: its own, or the call's. In an endless segment none beyond the memory's capacity
+    makes a difference, and only there may it be too large for 32 bits (see `training.bounded`)."""
+    if HAS_OFFSETS:
+        own = tl.load(Offsets + b)
+        segment_offset = tl.where(segment_length > 0, own, tl.minimum(own, capacity)).to(tl.int32)
+    return segment_offset
+
+
+@triton.jit
 def query_tile(
-    Length, Position, PieceStart, piece_stride, heads, queries, tokens, capacity, horizon, segment_length,
+    Length, Position, PieceStart, Offsets, piece_stride, heads, queries, tokens, capacity, horizon, segment_length,
     segment_offset,
-    SLIDING: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_PIECES: tl.constexpr, BM: tl.constexpr,
+    SLIDING: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_PIECES: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    BM: tl.constexpr,
 ):  # fmt: skip
     """The queries of a program of the forward or dq kernel, and what they see.
 
@@ -60,6 +73,7 @@ def query_tile(
     if HAS_MEMORY:
         held = tl.minimum(tl.load(Length + b), capacity)
         position = (tl.load(Position + b) % capacity).to(tl.int32)
+    segment_offset = offset_of(Offsets, b, capacity, segment_length, segment_offset, HAS_OFFSETS)
     low = lowest_visible(
         p, PieceStart + b * piece_stride, held, horizon, segment_length, segment_offset, SLIDING, HAS_PIECES
     )
@@ -70,6 +84,15 @@ def query_tile(
 def head_of(Base, b, h, batch_stride, head_stride, UNIT: tl.constexpr):
     """Where the (tokens, head_dim) matrix of batch index b (int64) and head h begins."""
     return Base + (b * batch_stride + h.to(tl.int64) * head_stride) * UNIT
+
+
+@triton.jit
+def scales_of(KScale, VScale, b, kv, ks_batch, ks_head, vs_batch, vs_head, QUANTISED: tl.constexpr):
+    """Where the scales of one head of a memory in int8 begin."""
+    if QUANTISED:
+        KScale += b * ks_batch + kv.to(tl.int64) * ks_head
+        VScale += b * vs_batch + kv.to(tl.int64) * vs_head
+    return KScale, VScale
 
 
 @triton.jit
@@ -106,24 +129,11 @@ def store_rows(Base, line, rows, count, d, x, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def key_blocks(first, full, p_first, low_end, high_end, BN: tl.constexpr):
-    """How the keys low_end ... high_end - 1 of one source fall into blocks of BN.
-
-    Some queries see keys from `first` on, all see them from `full` on, and all of them see up to `p_first`. Returns
-    begin, inner, outer: [begin, inner) and [outer, high_end) need a mask, [inner, outer) is whole blocks that do not.
-    """
-    begin = tl.minimum(tl.maximum(first, low_end), high_end)
-    inner = begin + tl.cdiv(tl.maximum(tl.minimum(full, high_end) - begin, 0), BN) * BN
-    inner = tl.minimum(inner, high_end)
-    outer = inner + tl.maximum(tl.minimum(p_first + 1, high_end) - inner, 0) // BN * BN
-    return begin, inner, outer
-
-
-@triton.jit
-def edge_block(i, before, begin, inner, outer, high_end, B: tl.constexpr):
-    """Start and end of the i-th masked block: `before` of them lie in [begin, inner), the others in [outer, ...)."""
-    start = tl.where(i < before, begin + i * B, outer + (i - before) * B)
-    return start, tl.where(i < before, inner, high_end)
+def shares(scale):
+    """Scales [BN] as shares of the largest of them, and that one: what is rounded to sixteen bits does not underflow,
+    however small the scales are."""
+    largest = tl.max(scale, 0)
+    return scale / tl.where(largest > 0, largest, 1.0), largest
 
 
 @triton.jit
@@ -142,90 +152,3 @@ def softmax_step(s, top, total, scale_log2, LATE: tl.constexpr):
     shrink = tl.exp2(top - new_top)
     w = tl.exp2(s - new_top[:, None])
     return w, shrink, new_top, total * shrink + tl.sum(w, 1)
-
-
-@triton.jit
-def _block(
-    q, grad, acc, top, total, start, stop, K, V, k_stride, v_stride, d, p, low, position, capacity, scale_log2, slope,
-    MASKED: tl.constexpr, RING: tl.constexpr, BACKWARD: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, UNIT: tl.constexpr,
-    BN: tl.constexpr,
-):  # fmt: skip
-    """One block of keys, start ... stop - 1 or BN of them; see `visit_keys`.
-
-    The forward without ALiBi leaves the scaling to `softmax_step`.
-    """
-    LATE: tl.constexpr = not (BACKWARD or HAS_ALIBI)
-    j = start + tl.arange(0, BN)
-    in_range = j < stop
-    rows = memory_rows(j, position, capacity) if RING else j
-    k = load_rows(K, rows, k_stride, d, in_range, HEAD_DIM, WHOLE_DIM, not MASKED, UNIT)  # [BN, BD]
-    v = load_rows(V, rows, v_stride, d, in_range, HEAD_DIM, WHOLE_DIM, not MASKED, UNIT)  # [BN, BD]
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
-    if not LATE:
-        s *= scale_log2
-    if HAS_ALIBI:
-        s -= slope * (p[:, None] - j[None, :]).to(tl.float32)
-    if MASKED:
-        s = tl.where((j[None, :] >= low[:, None]) & (j[None, :] <= p[:, None]) & in_range[None, :], s, -float("inf"))
-    if BACKWARD:
-        w = tl.exp2(s - top[:, None])
-        ds = w * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - total[:, None])
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-    else:
-        w, shrink, top, total = softmax_step(s, top, total, scale_log2, LATE)
-        acc = tl.dot(w.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, top, total
-
-
-@triton.jit
-def _source(
-    q, grad, acc, top, total, begin, inner, outer, stop, K, V, k_stride, v_stride, d, p, low, position, capacity,
-    scale_log2, slope,
-    RING: tl.constexpr, BACKWARD: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, UNIT: tl.constexpr,
-    BN: tl.constexpr,
-):  # fmt: skip
-    """All keys of one source: first the blocks that every query sees, then those on the edges (see `key_blocks`)."""
-    for start in tl.range(inner, outer, BN, disable_licm=HEAD_DIM > 128):  # nothing more is held in registers there
-        acc, top, total = _block(
-            q, grad, acc, top, total, start, outer, K, V, k_stride, v_stride, d, p, low, position, capacity, scale_log2,
-            slope, False, RING, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, WHOLE_DIM, UNIT, BN,
-        )  # fmt: skip
-    before = tl.cdiv(inner - begin, BN)
-    for i in tl.range(0, before + tl.cdiv(stop - outer, BN), disable_licm=HEAD_DIM > 128):
-        start, end = edge_block(i, before, begin, inner, outer, stop, BN)
-        acc, top, total = _block(
-            q, grad, acc, top, total, start, end, K, V, k_stride, v_stride, d, p, low, position, capacity, scale_log2,
-            slope, True, RING, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, WHOLE_DIM, UNIT, BN,
-        )  # fmt: skip
-    return acc, top, total
-
-
-@triton.jit
-def visit_keys(
-    q, grad, acc, top, total, MK, MV, mk_stride, mv_stride, K, V, k_stride, v_stride, d, p, low, position, capacity,
-    scale_log2, slope,
-    BACKWARD: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, WHOLE_DIM: tl.constexpr, UNIT: tl.constexpr,
-    BN: tl.constexpr,
-):  # fmt: skip
-    """Every key that a query of the tile sees, in memory and in the call; blocks that none of them sees are skipped.
-
-    Forward: updates acc [BM, BD], the weighted sum of values, and the running maximum `top` and sum `total` [BM] of
-    base-2 exponentials; `scale_log2` must be > 0. BACKWARD: adds to acc, the gradient of q; `top` is the base-2
-    log-sum-exp and `total` the delta of the rows, and both stay as they are.
-    """
-    first, full = tl.min(low, 0), tl.max(low, 0)  # some query sees from `first` on, every query from `full` on
-    p_first, p_last = tl.min(p, 0), tl.max(p, 0)
-    if HAS_MEMORY:
-        begin, inner, outer = key_blocks(first, full, p_first, first, 0, BN)
-        acc, top, total = _source(
-            q, grad, acc, top, total, begin, inner, outer, 0, MK, MV, mk_stride, mv_stride, d, p, low, position,
-            capacity, scale_log2, slope, True, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, WHOLE_DIM, UNIT, BN,
-        )  # fmt: skip
-    begin, inner, outer = key_blocks(first, full, p_first, 0, p_last + 1, BN)
-    return _source(
-        q, grad, acc, top, total, begin, inner, outer, p_last + 1, K, V, k_stride, v_stride, d, p, low, 0, 1,
-        scale_log2, slope, False, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, WHOLE_DIM, UNIT, BN,
-    )  # fmt: skip

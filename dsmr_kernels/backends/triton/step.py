@@ -57,8 +57,8 @@ def step_kernel(
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     c_batch, c_token,
     mk_batch, mk_head, mk_token, mv_batch, mv_head, mv_token, ks_batch, ks_head, vs_batch, vs_head,
-    heads, kv_heads, head_dim, half, new, capacity,
-    ROTATE: tl.constexpr, QUANTISED: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
+    heads, kv_heads, head_dim, half, v_dim, v_half, new, capacity,
+    ROTATE: tl.constexpr, QUANTISED: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, BHV: tl.constexpr,
 ):  # fmt: skip
     """Row `program_id(0)`: Out (B, Hq, n, head_dim) = Q turned; K turned and V into their slots; counters advance."""
     b = tl.program_id(0)
@@ -66,7 +66,7 @@ def step_kernel(
     position = tl.load(Position + b)
     length = tl.load(Length + b)
     slot = (position % capacity).to(tl.int32)
-    d = tl.arange(0, BH)
+    d, e = tl.arange(0, BH), tl.arange(0, BHV)
     cos, sin = Cos + b64 * c_batch, Sin + b64 * c_batch
     for start in tl.range(0, heads * new, BR):
         row = start + tl.arange(0, BR)
@@ -90,11 +90,11 @@ def step_kernel(
             valid, low, high, half, QUANTISED,
         )  # fmt: skip
         first, second, low, high = _halves(
-            V + b64 * v_batch, cos, sin, v_head, v_token, c_token, h, i, d, valid, half, head_dim, False
+            V + b64 * v_batch, cos, sin, v_head, v_token, c_token, h, i, e, valid, v_half, v_dim, False
         )
         _write(
-            MemoryV + b64 * mv_batch, VScale + b64 * vs_batch, mv_head, mv_token, vs_head, first, second, h, at, d,
-            valid, low, high, half, QUANTISED,
+            MemoryV + b64 * mv_batch, VScale + b64 * vs_batch, mv_head, mv_token, vs_head, first, second, h, at, e,
+            valid, low, high, v_half, QUANTISED,
         )  # fmt: skip
     tl.debug_barrier()  # every warp has read the counters before one of them writes
     tl.store(Position + b, position + new)
@@ -120,15 +120,17 @@ def _launch(
     scales = [x for x in (k_scale, v_scale) if x is not None]
     counters = (length.contiguous(), position.contiguous())
     part = architecture(q.device)
-    config = choose("step", part, dim, q.dtype)
+    v_dim = v.shape[3]
+    config = choose("step", part, max(dim, v_dim), q.dtype)
     rows = min(triton.next_power_of_2(heads * new), config.bm)
     tensors = (q, k, v, *(turn or (q, q)), memory_k, memory_v, *(scales or (out, out)), *counters, out)
     numbers = (
         *strides(q, k, v), *((turn[0].stride(0), turn[0].stride(2)) if turn else (0, 0)),
         *strides(memory_k, memory_v), *(strides(*scales, axes=2) or (0,) * 4),
-        heads, k.shape[1], dim, (dim + 1) // 2, new, memory_k.shape[2],
+        heads, k.shape[1], dim, (dim + 1) // 2, v_dim, (v_dim + 1) // 2, new, memory_k.shape[2],
     )  # fmt: skip
-    constants = {"ROTATE": bool(turn), "QUANTISED": bool(scales), "BR": rows, "BH": padded(dim) // 2}
+    constants = {"ROTATE": bool(turn), "QUANTISED": bool(scales), "BR": rows}
+    constants |= {"BH": padded(dim) // 2, "BHV": padded(v_dim) // 2}
     # Products and sums are rounded apart, as PyTorch rounds them.
     options = config.launch_options(part) | {"enable_fp_fusion": False}
     launch_kernel(step_kernel, (batch, 1, 1), q.device, tensors, numbers, constants, options)

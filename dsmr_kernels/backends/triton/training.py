@@ -1,19 +1,25 @@
 """The training call: forward and backward of one `memory_attention`, as launches of their three kernels.
 
 Sizes, strides, horizons and offsets reach the kernels as run-time numbers; what compiles a kernel anew is the dtype,
-the head dimension, the alignment of the strides, and which of memory, pieces and ALiBi there are.
+the head dimensions, the alignment of the strides, and which of memory, pieces, ALiBi and row offsets there are. What
+follows from shapes, strides and options alone is worked out once and kept (`_forward`, `_dq`, `_dkv`): a step of
+training asks for the same again and again, and working it out takes longer than launching.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dsmr_kernels.backends.triton import configs
 from dsmr_kernels.backends.triton.backward import dkv_kernel, dq_kernel
-from dsmr_kernels.backends.triton.configs import choose, padded
+from dsmr_kernels.backends.triton.configs import choose, padded, unrolled
 from dsmr_kernels.backends.triton.forward import forward_kernel
-from dsmr_kernels.backends.triton.launch import LOG2E, architecture, as_rows, common_strides, launch_kernel
+from dsmr_kernels.backends.triton.launch import LOG2E, Launch, architecture, as_rows, in_units
 from dsmr_kernels.spec import AttentionSpec, Gradients, Inputs, Needs
+
+_KEPT = 1024  # launches of each kernel
 
 
 def bounded(spec: AttentionSpec, tokens: int, capacity: int) -> tuple[int, int, int]:
@@ -30,90 +36,197 @@ def bounded(spec: AttentionSpec, tokens: int, capacity: int) -> tuple[int, int, 
     return horizon, length, offset
 
 
-class Call:
-    """What the launches of one call share."""
+def bounded_rows(offsets: Tensor, length: int | None, tokens: int, capacity: int) -> Tensor:
+    """Each row's own offset, for a segment length of at most the tokens of call and memory together."""
+    most = tokens + capacity
+    if length is None or length <= most:
+        return offsets.contiguous()
+    left = length - offsets  # until the segment ends
+    return torch.where(left >= tokens, offsets.clamp(max=capacity), most - left)
 
-    def __init__(self, inputs: Inputs) -> None:
-        q, k, v, memory, spec = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec
-        self.q, self.k, self.v = as_rows(q), as_rows(k), as_rows(v)
-        self.batch, self.heads, self.queries, self.head_dim = q.shape
-        self.kv_heads, self.tokens = k.shape[1], k.shape[2]
-        self.capacity = memory.capacity if memory is not None else 0
-        # A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
-        has_memory = memory is not None and memory.k.numel() > 0
-        if memory is not None and has_memory:
-            k_side, v_side = memory.values(q.dtype)
-            self.memory = (as_rows(k_side), as_rows(v_side))
-            state = (memory.length.contiguous(), memory.position.contiguous())
-        else:
-            self.memory, state = (self.k, self.v), (q, q)
-        piece_start, alibi = inputs.piece_start, inputs.alibi
-        self.pieces = q if piece_start is None else as_rows(piece_start)
-        self.piece_stride = 0 if piece_start is None else self.pieces.stride(0)
-        self.slopes = q if alibi is None else alibi.contiguous()
-        self.state = (*state, self.pieces, self.slopes)
-        self.group = self.heads // self.kv_heads
-        self.scale, self.detach = spec.scale, spec.detach_segments
-        self.limits = bounded(spec, self.tokens, self.capacity)
-        self.architecture = architecture(q.device)
+
+class _Signature(NamedTuple):
+    """What the launches of a call depend on: everything but where its tensors lie."""
+
+    spec: AttentionSpec
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of q, k, v and the memory's k and v
+    strides: tuple[tuple[int, ...], ...]
+    scale_strides: tuple[int, ...]  # of batch and head
+    piece_stride: int
+    has_memory: bool
+    quantised: bool
+    has_pieces: bool
+    has_alibi: bool
+    has_offsets: bool
+    generation: int
+
+
+def _read(inputs: Inputs) -> tuple[tuple[Tensor, ...], _Signature]:
+    """The tensors that the kernels over queries begin with, and the call's signature.
+
+    A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
+    """
+    q, k, v, memory, spec = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec
+    ring, scale_strides = (k, v, q, q, q, q), (0, 0, 0, 0)
+    has_memory = memory is not None and memory.k.numel() > 0
+    quantised = False
+    if memory is not None and has_memory:
+        k_scale, v_scale = q, q
+        if memory.k_scale is not None and memory.v_scale is not None:
+            quantised, k_scale, v_scale = True, as_rows(memory.k_scale), as_rows(memory.v_scale)
+            scale_strides = (*k_scale.stride()[:2], *v_scale.stride()[:2])  # type: ignore[assignment]
+        ring = (memory.k, memory.v, k_scale, v_scale, memory.length.contiguous(), memory.position.contiguous())
+    piece_start, alibi, offsets = inputs.piece_start, inputs.alibi, inputs.offsets
+    pieces = q if piece_start is None else as_rows(piece_start)
+    slopes = q if alibi is None else alibi.contiguous()
+    if offsets is not None:
+        offsets = bounded_rows(offsets, spec.segment_length, k.shape[2], memory.capacity if memory is not None else 0)
+    tensors = (q, k, v, *ring, pieces, slopes, q if offsets is None else offsets)
+    five = (q, k, v, ring[0], ring[1])
+    signature = _Signature(
+        spec,
+        q.device,
+        tuple([x.dtype for x in tensors]),
+        tuple([x.shape for x in five]),
+        tuple([x.stride() for x in five]),
+        scale_strides,
+        0 if piece_start is None else pieces.stride(0),
+        has_memory,
+        quantised,
+        piece_start is not None,
+        alibi is not None,
+        offsets is not None,
+        configs.generation,
+    )
+    return tensors, signature
+
+
+class _Sizes:
+    """What the launches of a signature have in common."""
+
+    def __init__(self, of: _Signature) -> None:
+        (self.batch, self.heads, self.queries, self.head_dim), (_, self.kv_heads, self.tokens, _), v, ring, _ = (
+            of.shapes
+        )
+        self.v_head_dim = v[3]
+        self.capacity = ring[2] if of.has_memory else 0
+        self.group, self.scale = self.heads // self.kv_heads, of.spec.scale
+        self.limits = bounded(of.spec, self.tokens, self.capacity)
+        if of.has_offsets:  # a segment that ends in no row may end in one
+            most = self.tokens + self.capacity
+            self.limits = (self.limits[0], min(of.spec.segment_length or 0, most), 0)
         self.constants = {
-            "SLIDING": spec.visibility == "sliding",
-            "HAS_MEMORY": has_memory,
-            "HAS_PIECES": piece_start is not None,
-            "HAS_ALIBI": alibi is not None,
-            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+            "SLIDING": of.spec.visibility == "sliding",
+            "HAS_MEMORY": of.has_memory,
+            "QUANTISED": of.quantised,
+            "HAS_PIECES": of.has_pieces,
+            "HAS_ALIBI": of.has_alibi,
+            "HAS_OFFSETS": of.has_offsets,
+            "PRECISION": "ieee" if of.dtypes[0] == torch.float32 else "tf32",
             "HEAD_DIM": self.head_dim,
+            "V_DIM": self.v_head_dim,
             "BD": padded(self.head_dim),
+            "BV": padded(self.v_head_dim),
         }
 
-    def _start(
-        self, kernel: Any, name: str, heads: int, unit: int, tensors: tuple[Tensor, ...], numbers: tuple[float, ...],
-        constants: dict[str, Any],
-    ) -> None:  # fmt: skip
-        """Launch a program for every tile of `heads` heads: of queries, or for "dkv" of keys."""
-        config = choose(name, self.architecture, self.head_dim, self.q.dtype)
-        tokens, tile = (self.tokens, config.bn) if name == "dkv" else (self.queries, config.bm)
-        grid, options = (-(-tokens // tile) * self.batch * heads, 1, 1), config.launch_options(self.architecture)
-        constants = {**constants, "UNIT": unit, "BM": config.bm, "BN": config.bn}
-        launch_kernel(kernel, grid, self.q.device, tensors, numbers, constants, options)
+    def launch(
+        self, kernel: Any, name: str, of: _Signature, unit: int, more_dtypes: tuple[torch.dtype, ...],
+        numbers: tuple[float, ...], without: tuple[str, ...] = (), **constants: Any,
+    ) -> Launch:  # fmt: skip
+        """A program for every tile of a head: of queries, or for "dkv" of keys."""
+        part = architecture(of.device)
+        config = choose(name, part, max(self.head_dim, self.v_head_dim), of.dtypes[0])
+        keys = name == "dkv"
+        count, tile, heads = (self.tokens, config.bn, self.kv_heads) if keys else (self.queries, config.bm, self.heads)
+        grid = (-(-count // tile) * self.batch * heads, 1, 1)
+        constants = {key: value for key, value in self.constants.items() if key not in without} | constants
+        constants |= {"UNIT": unit, "BM": config.bm, "BN": config.bn}
+        options = config.launch_options(part)
+        if not keys:
+            constants["UNROLLED"] = unrolled(part)
+        return Launch(kernel, grid, of.device, more_dtypes, numbers, constants, options)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """out (B, Hq, T, D) and lse (B, Hq, T)."""
-        q, k, v = self.q, self.k, self.v
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        if q.numel() == 0:
-            return out, lse
-        unit, strides = common_strides(q, k, v, *self.memory)
-        numbers = (
-            *strides, self.piece_stride, self.heads, self.group, self.scale * LOG2E,
-            self.queries, self.tokens, self.capacity, *self.limits,
-        )  # fmt: skip
-        tensors = (q, k, v, *self.memory, *self.state, out, lse)
-        self._start(forward_kernel, "forward", self.heads, unit, tensors, numbers, self.constants)
-        return out, lse
 
-    def backward(self, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, needs: Needs) -> Gradients:
-        """The gradients of the call."""
-        q, k, v, out, lse, grad = self.q, self.k, self.v, out.contiguous(), lse.contiguous(), as_rows(grad)
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        if q.numel() == 0:
-            return Gradients(dq, dk.zero_(), dv.zero_())
+@functools.lru_cache(_KEPT)
+def _forward(of: _Signature) -> Launch:
+    sizes = _Sizes(of)
+    unit, strides = in_units(list(of.shapes), list(of.strides))
+    numbers = (
+        *strides, *of.scale_strides, of.piece_stride, sizes.heads, sizes.group, sizes.scale * LOG2E,
+        sizes.queries, sizes.tokens, sizes.capacity, *sizes.limits,
+    )  # fmt: skip
+    dtypes = (*of.dtypes, of.dtypes[0], torch.float32)
+    return sizes.launch(forward_kernel, "forward_int8" if of.quantised else "forward", of, unit, dtypes, numbers)
+
+
+@functools.lru_cache(_KEPT)
+def _dq(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]], lse_grad: bool, needed: bool) -> Launch:
+    """`grad`: shape and strides of the gradient of out."""
+    sizes = _Sizes(of)
+    unit, strides = in_units([*of.shapes, grad[0]], [*of.strides, grad[1]])
+    numbers = (
+        *strides[:15], *of.scale_strides, *strides[15:], of.piece_stride, sizes.heads, sizes.group,
+        sizes.scale * LOG2E, sizes.scale, sizes.queries, sizes.tokens, sizes.capacity, *sizes.limits,
+    )  # fmt: skip
+    low = of.dtypes[0]
+    dtypes = (*of.dtypes, low, torch.float32 if lse_grad else low, low, torch.float32, torch.float32, low)
+    return sizes.launch(
+        dq_kernel, "dq_int8" if of.quantised else "dq", of, unit, dtypes, numbers,
+        HAS_LSE_GRAD=lse_grad, NEEDS_Q=needed,
+    )  # fmt: skip
+
+
+@functools.lru_cache(_KEPT)
+def _dkv(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]], needs_k: bool, needs_v: bool) -> Launch:
+    sizes = _Sizes(of)
+    unit, strides = in_units([*of.shapes[:3], grad[0]], [*of.strides[:3], grad[1]])
+    numbers = (
+        *strides, of.piece_stride, sizes.kv_heads, sizes.group, sizes.scale * LOG2E, sizes.scale,
+        sizes.queries, sizes.tokens, *sizes.limits,
+    )  # fmt: skip
+    low = of.dtypes[0]
+    dtypes = (low, low, low, *of.dtypes[-3:], low, torch.float32, torch.float32, low, low)
+    return sizes.launch(
+        dkv_kernel, "dkv", of, unit, dtypes, numbers, ("HAS_MEMORY", "QUANTISED"),
+        DETACH=of.spec.detach_segments, NEEDS_K=needs_k, NEEDS_V=needs_v,
+    )  # fmt: skip
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, T, v_head_dim) and lse (B, Hq, T)."""
+    q = inputs.q
+    shape = q.shape[:3]
+    out = torch.empty((*shape, inputs.v.shape[3]), dtype=q.dtype, device=q.device)
+    lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    if q.numel():
+        tensors, signature = _read(inputs)
+        _forward(signature)(*tensors, out, lse)
+    return out, lse
+
+
+def backward(
+    inputs: Inputs, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None, needs: Needs
+) -> Gradients:
+    """The gradients that are needed."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    dq, dk, dv = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
+        for x, need in zip((q, k, v), needs[:3], strict=True)
+    )
+    if q.numel() == 0:
+        return Gradients(dq, None if dk is None else dk.zero_(), None if dv is None else dv.zero_())
+    out, lse, grad = out.contiguous(), lse.contiguous(), as_rows(grad)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    tensors, signature = _read(inputs)
+    laid_out = grad.shape, grad.stride()
+    delta = lse  # for the gradient of v alone nothing else is needed
+    if needs.q or needs.k:
         delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
-        scales = (self.scale * LOG2E, self.scale)
-        unit, strides = common_strides(q, k, v, *self.memory, grad)
-        numbers = (
-            *strides, self.piece_stride, self.heads, self.group, *scales,
-            self.queries, self.tokens, self.capacity, *self.limits,
-        )  # fmt: skip
-        tensors = (q, k, v, *self.memory, *self.state, grad, out, lse, delta, dq)
-        self._start(dq_kernel, "dq", self.heads, unit, tensors, numbers, self.constants)
-        # Nothing is computed for memory.
-        numbers = (
-            *strides[:9], *strides[15:], self.piece_stride, self.kv_heads, self.group, *scales,
-            self.queries, self.tokens, *self.limits,
-        )  # fmt: skip
-        constants = {name: value for name, value in self.constants.items() if name != "HAS_MEMORY"}
-        own = (q, k, v, self.pieces, self.slopes, grad, lse, delta, dk, dv)
-        self._start(dkv_kernel, "dkv", self.kv_heads, unit, own, numbers, {**constants, "DETACH": self.detach})
-        return Gradients(dq, dk, dv)
+        launch = _dq(signature, laid_out, grad_lse is not None, needs.q)
+        launch(*tensors, grad, q if grad_lse is None else grad_lse, out, lse, delta, q if dq is None else dq)
+    if needs.k or needs.v:
+        launch = _dkv(signature, laid_out, needs.k, needs.v)
+        launch(q, k, v, *tensors[-3:], grad, lse, delta, k if dk is None else dk, v if dv is None else dv)
+    return Gradients(dq, dk, dv)
