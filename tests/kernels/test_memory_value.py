@@ -22,9 +22,8 @@ from dsmr_kernels.cases import filled_memory, random_case
 from dsmr_kernels.testing import run
 from dsmr_kernels.tolerance import error
 
-every = pytest.mark.parametrize(
-    "backend", [b for b in available_backends() if b != "triton" or not torch.cuda.is_available()]
-)
+BACKENDS = [name for name in available_backends() if name != "triton" or not torch.cuda.is_available()]
+every = pytest.mark.parametrize("backend", BACKENDS)
 reentrant = pytest.mark.parametrize("reentrant", [True, False])
 NAN = float("nan")
 

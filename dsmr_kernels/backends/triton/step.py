@@ -158,12 +158,11 @@ def append_rotated(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory, cos: Tenso
     storage = memory.storage()
     if any(x.stride(-1) != 1 and x.shape[-1] != 1 for x in storage):
         return rotary.append_rotated(q, k, v, memory, cos, sin)
+    memory.unshare()
     arguments = (memory.k, memory.v, memory.k_scale, memory.v_scale, memory.length, memory.position)
     if torch.compiler.is_compiling():
         turned = _operator(q, k, v, cos, sin, *arguments)
     else:
-        memory.unshare()
-        arguments = (memory.k, memory.v, memory.k_scale, memory.v_scale, memory.length, memory.position)
         turned = _launch(q, k, v, cos, sin, *arguments)
         torch.autograd.graph.increment_version(memory.tensors().values())  # written past PyTorch's eyes
     memory.seen = memory.seen + q.shape[2]
