@@ -63,7 +63,7 @@ def idle_gpu(folder: Path) -> None:
     from dsmr_kernels.backends import triton as backend
     from dsmr_kernels.backends.triton import decode, launch, step, training
 
-    class Idle(CudaDriver):  # type: ignore[misc]
+    class Idle(CudaDriver):
         def __init__(self) -> None:
             self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
 
