@@ -168,7 +168,7 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
         else:
             signature[name] = "i32"
             strided = name.endswith(("_batch", "_head", "_token")) and "UNIT" not in function.arg_names
-            if head_dim % 16 == 0 and (strided or name == "head_dim"):
+            if head_dim % 16 == 0 and (strided or name in ("head_dim", "v_dim")):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     constexprs = {(function.arg_names.index(name),): constants[name] for name in signature if name in constants}
     source = ASTSource(function, signature, constexprs, attributes)

@@ -150,6 +150,29 @@ def test_nothing_is_allocated_for_the_memory(buffers: Buffers) -> None:
     assert sorted(buffers.sizes) == sorted([q, rows, q, k, k, rows])  # out, lse; dq, dk, dv, delta
 
 
+def test_a_gradient_that_nobody_asks_for_is_not_computed(buffers: Buffers) -> None:
+    options = {"batch": 1, "heads": 2, "kv_heads": 1, "queries": 5, "capacity": 9, "seen": [20], "horizon": 9}
+    q, k, rows = 2 * 5 * 16, 5 * 16, 2 * 5
+    for learning, made in {"q": [rows, q], "k": [rows, k], "v": [k], "kv": [rows, k, k]}.items():
+        buffers.sizes.clear()
+        run(
+            random_case(**options, learning=learning), "triton"
+        )  # a value alone needs no delta, and no walk over memory
+        assert sorted(buffers.sizes) == sorted([q, rows, *made]), learning  # out, lse, and what is asked for
+
+
+def test_a_call_like_an_earlier_one_is_not_worked_out_anew() -> None:
+    from dsmr_kernels.backends.triton import training
+
+    plans = (training._forward, training._dq, training._dkv)
+    options = {"batch": 1, "heads": 1, "kv_heads": 1, "queries": 3, "capacity": 9, "horizon": 7}
+    run(random_case(**options, seen=[20]), "triton")
+    before = [plan.cache_info() for plan in plans]
+    run(random_case(**options, seen=[5], seed=1), "triton")  # other tensors, another place in the ring
+    for old, new in zip(before, (plan.cache_info() for plan in plans), strict=True):
+        assert (new.hits, new.misses) == (old.hits + 1, old.misses)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("visibility", ["segment", "sliding"])
 def test_segments_in_one_launch_equal_sequential_calls(visibility: str) -> None:

@@ -176,7 +176,7 @@ def dkv_kernel(
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
-        for start in tl.range(begin, stop, BM, disable_licm=max(HEAD_DIM, V_DIM) > 128):
+        for start in tl.range(begin, stop, BM, disable_licm=max(HEAD_DIM, V_DIM) > 64):
             edge = (start < j_last) | (start + BM > every)  # masked; in the blocks between, every query sees every key
             dk, dv = _dkv_block(
                 k, v, dk, dv, j, until, start, stop, edge, q_base, g_base, Lse + at, Delta + at, q_token, g_token,

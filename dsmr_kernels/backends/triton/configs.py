@@ -5,8 +5,8 @@ target without a GPU and shows what it takes; an entry that spills registers is 
 it is not larger, as far as compiling tells; which of the clean ones is fastest, a GPU tells
 (`python -m dsmr_kernels.tools.tune`).
 
-Beyond head_dim 128 the kernels' loops recompute addresses rather than hold them (`disable_licm`): the accumulators
-leave no registers for what would be hoisted, and it spills.
+The kernels' loops, but for dK and dV up to head_dim 64, recompute addresses rather than hold them (`disable_licm`): the
+accumulators leave no registers for what would be hoisted, and it spills.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def padded(head_dim: int) -> int:
 
 # architecture -> padded head_dim -> kernel -> Config; head dimensions that have none take the entry of 64. Where the
 # memory is int8, a block of keys is converted in registers, which with all of the keys spills: half of them are taken,
-# but for the entries of `INT8`, where those spill, too.
+# but for the entries of `INT8`, where those spill, too. An entry "..._padded" is for head dimensions that are padded.
 Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
@@ -85,7 +85,8 @@ _HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) ea
     128: {
         "forward": Config(128, 64, 8, 3),  # 256 queries spill; 128 keys are clean, in all of the shared memory
         "dq": Config(128, 64, 8, 2),  # 256 queries spill; 128 keys are clean, in all of the registers
-        "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, and so do 64 keys with four warps
+        "dkv": Config(32, 128, 8, 2),  # 350 instructions of its loop for as many pairs as 462 with 16 queries a step
+        "dkv_padded": Config(16, 128, 8, 2),  # with the masks of a narrower head_dim, 32 queries a step spill
         "forward_int8": Config(64, 64, 8, 2),
         "dq_int8": Config(64, 32, 8, 2),
     },
@@ -249,6 +250,8 @@ def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype
     if kernel in INT8 and kernel not in entry:
         whole = entry[kernel.removesuffix("_int8")]
         return replace(whole, bn=max(16, whole.bn // 2))
+    if padded(head_dim) != head_dim:
+        return entry.get(f"{kernel}_padded", entry[kernel])
     return entry[kernel]
 
 

@@ -1,0 +1,157 @@
+"""What a call costs the host before the GPU has anything to do, with a driver that does nothing.
+
+    python -m benchmarks.launch_cost
+
+Kernels are compiled for an H100 and launched by Triton's own launcher on a libcuda that is made here and returns at
+once, on CPU tensors that nobody reads. It needs a C compiler and Triton for NVIDIA's parts, and says so where they are
+missing. Not counted is asking which device is current, which takes about a microsecond a launch.
+"""
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_STUB = """
+typedef unsigned long long address;
+#define NOTHING(name) int name() { return 0; }
+NOTHING(cuCtxGetCurrent) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxGetLimit) NOTHING(cuCtxSetLimit) NOTHING(cuDeviceGet)
+NOTHING(cuDevicePrimaryCtxRetain) NOTHING(cuFuncSetAttribute) NOTHING(cuFuncSetCacheConfig) NOTHING(cuGetErrorString)
+NOTHING(cuModuleGetFunction) NOTHING(cuModuleLoadData) NOTHING(cuLaunchKernelEx) NOTHING(cuLaunchKernel)
+NOTHING(cuOccupancyMaxActiveClusters) NOTHING(cuTensorMapEncodeTiled) NOTHING(cuTensorMapEncodeIm2col)
+int cuDeviceGetAttribute(int *value) { *value = 232448; return 0; }
+int cuDriverGetVersion(int *value) { *value = 13000; return 0; }
+int cuFuncGetAttribute(int *value) { *value = 1024; return 0; }
+int cuPointerGetAttribute(address *value, int what, address of) { *value = of; return 0; }
+"""
+
+
+def why_not() -> str | None:
+    """Why it cannot be measured here; None if it can."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "unset TRITON_INTERPRET: under the interpreter nothing is launched"
+    if shutil.which("cc") is None:
+        return "there is no C compiler (cc)"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def idle_gpu(folder: Path) -> None:
+    """From here on Triton launches into nothing, and the Triton backend serves CPU tensors, for this process."""
+    library, source = folder / "libcuda.so.1", folder / "stub.c"
+    source.write_text(_STUB)
+    command = ["cc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{library.name}", "-o", str(library), str(source)]
+    subprocess.run(command, check=True)
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)  # found under its name by whoever asks for it later
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+
+    from dsmr_kernels import border, dispatch
+    from dsmr_kernels.backends import triton as backend
+    from dsmr_kernels.backends.triton import decode, launch, step, training
+
+    class Idle(CudaDriver):
+        def __init__(self) -> None:
+            self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    triton.runtime.driver.set_active(Idle())
+    stand_ins: dict[Any, dict[str, Any]] = {
+        border: {"may_look": lambda tensor: False},  # as on a GPU
+        dispatch: {"_why_no_triton": lambda: None},
+        backend: {"unsupported": lambda *call: None},
+        launch: {"_on": lambda device: launch._NOWHERE},
+        decode: {"_processors": lambda device: 132},
+    }
+    for module in (launch, decode, step, training):
+        stand_ins.setdefault(module, {})["architecture"] = lambda device: "sm_90"
+    for module, names in stand_ins.items():
+        for name, value in names.items():
+            setattr(module, name, value)
+
+
+def microseconds(call: Callable[[], object], calls: int = 300, rounds: int = 15) -> float:
+    """Of one call: the median of rounds of calls, since other programs take time, too."""
+    found = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        found.append((time.perf_counter() - begin) / calls * 1e6)
+    return statistics.median(found)
+
+
+def measure() -> dict[str, float]:
+    """Microseconds of each call; after `idle_gpu`."""
+    from dsmr_kernels import append_rotated, decode_attention, memory_attention
+    from dsmr_kernels.cases import random_case
+
+    case = random_case(
+        batch=1, heads=8, kv_heads=2, queries=32, capacity=64, seen=[90], horizon=64, head_dim=64, dtype=torch.bfloat16
+    )
+    leaves = q, k, v = case.q.requires_grad_(), case.k.requires_grad_(), case.v.requires_grad_()
+    options: dict[str, Any] = {"horizon": 64, "segment_length": 32, "backend": "triton"}
+    token = tuple(x.detach()[:, :, :1] for x in leaves)
+    memory = case.memory
+    assert memory is not None
+
+    def forward() -> object:
+        return memory_attention(q, k, v, memory, **options)
+
+    def both() -> object:
+        out = memory_attention(q, k, v, memory, **options)
+        return torch.autograd.grad(out, leaves, case.grad)
+
+    def step() -> object:
+        return decode_attention(
+            append_rotated(token[0], token[1], token[2], memory, backend="triton"), memory, backend="triton"
+        )
+
+    found = {}
+    with torch.no_grad():
+        forward()
+        found["forward"] = microseconds(forward)
+    both()
+    found["forward and backward"] = microseconds(both)
+    with torch.no_grad():
+        step()
+        found["decode step"] = microseconds(step)
+    return found
+
+
+def main() -> int:
+    """Measure, and print a line a call."""
+    if reason := why_not():
+        print(f"cannot be measured here: {reason}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        idle_gpu(Path(folder))
+        for name, value in measure().items():
+            print(f"{name:22} {value:7.1f} µs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
