@@ -62,7 +62,8 @@ class InTurn:
         """Go back to the memory that the case begins with."""
         self.ring.k.copy_(self.memory.k)
         self.ring.v.copy_(self.memory.v)
-        self.carried = KVMemory(self.ring.k, self.ring.v, self.memory.length, self.memory.position)
+        counters = (x.clone() for x in (self.memory.length, self.memory.position))
+        self.carried = KVMemory(self.ring.k, self.ring.v, *counters)
 
     def attend(self, part: Case) -> Tensor:
         return ours(replace(part, memory=self.carried))

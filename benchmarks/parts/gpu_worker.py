@@ -81,7 +81,7 @@ def piece_row(task: dict[str, Any], device: torch.device) -> dict[str, Any]:
     def in_turn() -> list[tuple[torch.Tensor, ...]]:
         ring.k.copy_(memory.k)
         ring.v.copy_(memory.v)
-        carried, results = KVMemory(ring.k, ring.v, memory.length, memory.position), []
+        carried, results = KVMemory(ring.k, ring.v, memory.length.clone(), memory.position.clone()), []
         for begin in range(0, segments * length, length):
             part = slice(begin, begin + length)
             q, k, v = (x.detach()[:, :, part].requires_grad_() for x in (leaves.q, leaves.k, leaves.v))
