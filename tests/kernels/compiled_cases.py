@@ -3,7 +3,7 @@
     DSMR_VIRTUAL_GPU=sm_90 python -m pytest tests/kernels/compiled_cases.py
 
 `test_compiled.py` runs it for sm_90, and some of it for sm_80. The variable works with the other tests of the Triton
-kernels, too. An access out of bounds or out of line, a race, or anything asynchronous that is used too early fails here.
+kernels, too. An access out of bounds or out of line, a race, or anything asynchronous used too early fails here.
 """
 
 import os
