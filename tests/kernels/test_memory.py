@@ -321,7 +321,7 @@ def test_impossible_sizes_are_refused(sizes: tuple, message: str) -> None:
         ((2, 2, 5, 3), (2, 2, 4, 3), None, ValueError, r"v must have shape .* got \(2, 2, 4, 3\)"),
         ((1, 2, 5, 3), (1, 2, 5, 3), None, ValueError, r"k must have shape .*\(2, 2, S, 3\).* got \(1, 2, 5, 3\)"),
         ((2, 2, 15), (2, 2, 15), None, ValueError, r"k must have shape .* got \(2, 2, 15\)"),
-        ((2, 2, 5, 3), (2, 2, 5, 3), (2, 4), ValueError, r"piece_start must be int32 of shape .* = \(2, 5\), got \(2, 4\)"),
+        ((2, 2, 5, 3), (2, 2, 5, 3), (2, 4), ValueError, r"piece_start must .* = \(2, 5\), got .* \(2, 4\)"),
     ],
 )
 def test_tokens_that_do_not_fit_are_refused_and_nothing_changes(
