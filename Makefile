@@ -8,17 +8,20 @@ DEMO ?= demo
 # Rounds and shapes of `make bench`: full (five minutes on two cores), or quick (two).
 BENCH ?= full
 
-.PHONY: demo test test-quick bench gpu lint format clean
+.PHONY: demo test test-quick test-soak bench gpu lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)  ## compose a corpus, train two models on it, measure them, continue a piece, draw
 	$(BIN)/dsmr demo --out $(DEMO)
 
-test: $(READY)  ## the whole test suite
-	$(BIN)/python -m pytest tests -n auto --dist worksteal -q
+test: $(READY)  ## the test suite
+	$(BIN)/python -m pytest tests -n auto --dist worksteal -q -m "not soak"
+
+test-soak: $(READY)  ## what takes longest: compiled kernels on the virtual GPU, runs killed again and again, hostile files
+	$(BIN)/python -m pytest tests -n auto --dist worksteal -q -m soak
 
 test-quick: $(READY)  ## without what takes seconds (marked slow): whole programs, compilers, the virtual GPU, real time
-	$(BIN)/python -m pytest tests -n auto --dist worksteal -q -m "not slow"
+	$(BIN)/python -m pytest tests -n auto --dist worksteal -q -m "not slow and not soak"
 
 bench: $(PEERS)  ## the benchmarks, each checked before it is timed, and a table for each question
 	$(BIN)/python -m dsmr_kernels.costing.ceilings

@@ -23,7 +23,7 @@ def _task(**change: Any) -> dict[str, Any]:
     return gpu.tasks_of("goals", CPU, "float32", "sdpa")[0] | change
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_whole_program_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--dry", "--steps", "goals,piece,grid", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "cpu.json").read_text())

@@ -54,7 +54,7 @@ def test_progress_shows_user_text_as_it_is(capsys: pytest.CaptureFixture[str]) -
     assert "[/x] [red]" in said
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_no_command_obeys_what_a_path_says(tmp_path: Path) -> None:
     """Brackets were eaten, or ended in a traceback; escape sequences reached the terminal."""
     name = b"[/x] \x1b[31m\xff"

@@ -118,7 +118,7 @@ def test_a_file_of_a_million_notes_takes_little_memory_and_ends_nothing(tmp_path
 # Names and links.
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names there are Unicode")
 @pytest.mark.parametrize("language", ["C", "C.UTF-8"])
 def test_any_name_that_the_file_system_allows_is_prepared_and_printed(tmp_path: Path, language: str) -> None:

@@ -39,6 +39,7 @@ def test_the_demo_writes_what_it_promises(demo):
     assert set(result.seconds) == {"compose", "train", "evaluate", "continue and draw"}
 
 
+@pytest.mark.slow
 def test_the_two_models_differ_in_their_memory_only(demo):
     _, result, _ = demo
     with_memory, without = result.models[WITH], result.models[WITHOUT]

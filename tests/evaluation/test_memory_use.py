@@ -94,6 +94,7 @@ def with_a_return(distance: int, seed: int) -> np.ndarray:
     return piece
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("horizon", [0, 64, 112])
 def test_a_horizon_sees_returns_nearer_than_itself_and_none_beyond(horizon: int, layer: int) -> None:

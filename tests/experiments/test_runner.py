@@ -47,6 +47,7 @@ def same(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "measured"}
 
 
+@pytest.mark.slow
 def test_a_cell_becomes_a_row_of_all_that_was_measured(data: Path, tmp_path: Path) -> None:
     table = Table.parse(small_table(data))
     row = row_of(table, tmp_path / "out")
@@ -142,7 +143,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_cell_killed_anywhere_ends_with_the_same_row(data: Path, tmp_path: Path) -> None:
     """Slow for its processes: killed while each kind of file is written, before it is in its place."""
     written = small_table(data)
@@ -162,7 +163,7 @@ def test_a_cell_killed_anywhere_ends_with_the_same_row(data: Path, tmp_path: Pat
     assert attempt("row.json:1") == 0  # a row is final
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_killed_several_times_ends_with_the_same_rows(data: Path, tmp_path: Path) -> None:
     """Slow for its processes: the runner is killed, its cells save and end by themselves, and it is begun again."""
     longer = {**small_table()["train"], "steps": 200}

@@ -81,6 +81,7 @@ def test_without_products_of_a_dtype_it_computes_in_float32_and_rounds(
     assert torch.equal(run(case, "sdpa")["out"], wide.to(dtype))  # rounded once, at the end
 
 
+@pytest.mark.slow
 def test_an_instruction_set_that_pytorch_may_not_use_does_not_count() -> None:
     """On a processor of any kind: with AVX2 forced, bfloat16 is computed in float32."""
     code = (

@@ -114,6 +114,7 @@ def test_one_sweep_is_one_compilation_of_each_triton_kernel(launch_keys) -> None
         assert keys == {"forward_kernel": 1, "dq_kernel": 1, "dkv_kernel": 1}, f"head_dim {head_dim}"
 
 
+@pytest.mark.slow
 def test_a_launch_like_an_earlier_one_asks_triton_for_nothing(launch_keys) -> None:
     """And it runs the kernel that Triton would have chosen: `launch_keys.py` works that out at every launch."""
     first, second = launch_keys["starts"], launch_keys["starts again"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow  # compiles thirty kernels, and runs them instruction by instruction
+@pytest.mark.soak  # compiles thirty kernels, and runs them instruction by instruction
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed")
 @pytest.mark.parametrize(
     ("part", "chosen"),

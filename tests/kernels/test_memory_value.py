@@ -56,6 +56,7 @@ def _attend(memory: KVMemory | MemorySnapshot | None, q: torch.Tensor, backend: 
 # --- recomputation ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every
 @reentrant
 def test_a_checkpointed_call_on_a_snapshot_has_the_gradients_of_one_that_is_not(backend: str, reentrant: bool) -> None:
@@ -109,6 +110,7 @@ READS = {
 }
 
 
+@pytest.mark.slow
 @every
 @reentrant
 @pytest.mark.parametrize("read", READS)
@@ -202,6 +204,7 @@ def test_a_snapshot_keeps_showing_what_was_there(dtype: torch.dtype) -> None:
         view.append(_heads(2, 2, 1, 16), _heads(2, 2, 1, 16))  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @every
 @reentrant
 def test_a_snapshot_outlives_the_backward_of_calls_that_read_it(backend: str, reentrant: bool) -> None:
@@ -386,6 +389,7 @@ def _strided(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(2, 3).contiguous().transpose(2, 3)
 
 
+@pytest.mark.slow
 @every
 def test_strides_do_not_matter(backend: str) -> None:
     case = random_case(queries=20, capacity=12, seen=[20, 5], horizon=12)
@@ -438,6 +442,7 @@ def _spoilt(dtype: torch.dtype, how: str) -> tuple[KVMemory, KVMemory]:
     return memory, fresh
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("how", ["rows", "new piece"])
@@ -572,6 +577,7 @@ def test_rows_are_selected_repeated_and_cropped() -> None:
 # --- what a call may be asked -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every
 def test_the_log_sum_exp_has_a_gradient(backend: str) -> None:
     case = random_case(queries=20, capacity=12, seen=[20, 5], horizon=9, segment_length=7)
@@ -605,6 +611,7 @@ def test_two_attentions_are_merged_by_their_log_sum_exps(backend: str) -> None:
     assert bool(torch.isfinite(torch.autograd.grad(merged.sum() + whole.sum(), leaves)[0]).all())
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("head_dims", [(16, 16), (16, 24), (24, 16)])
 def test_values_may_have_a_head_dim_of_their_own(backend: str, head_dims: tuple[int, int]) -> None:
@@ -630,6 +637,7 @@ def test_values_may_have_a_head_dim_of_their_own(backend: str, head_dims: tuple[
         assert error(found, exact) < 2e-5
 
 
+@pytest.mark.slow
 @every
 def test_each_row_may_be_at_its_own_place_in_a_segment(backend: str) -> None:
     case = random_case(batch=3, queries=20, capacity=30, seen=[40, 7, 0], horizon=9)
@@ -719,6 +727,7 @@ def test_a_bias_by_distance_is_added_and_learned(backend: str, visibility: str) 
         memory_attention(case.q, case.k, case.v, horizon=0, distance_bias=table)
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize(
     "wanted", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]

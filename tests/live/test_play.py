@@ -191,7 +191,7 @@ def test_a_model_plays_in_real_time_and_what_it_plays_is_kept(player, tmp_path):
     assert len(score_notes(read_midi(tmp_path / "played.mid"))) == done.notes
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_slow_model_is_late_and_says_so(player, monkeypatch):
     honest = Player._draw
 

@@ -194,6 +194,7 @@ def damaged(rng: random.Random, whole: bytes) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.slow
 def test_of_damaged_files_every_note_is_accounted_for(tmp_path: Path) -> None:
     rng, tokenizer = random.Random(0), build_tokenizer()
     whole = [bytes(random_score(seed, 30).dumps_midi()) for seed in range(8)]

@@ -254,7 +254,7 @@ def repacked(packed: Path, **new: bytes) -> None:
             file.writestr(name, content)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("member", ["tokens", "sources", "index"])
 def test_a_packed_corpus_that_expands_without_bound_is_refused_before_memory_is_taken(
     tmp_path: Path, member: str
