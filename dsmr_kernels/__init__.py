@@ -30,6 +30,8 @@ class _Moved:
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name == f"{__name__}.backends.spec":
+            raise ModuleNotFoundError(f"{name} is now {__name__}.spec", name=name)
         package, _, module = name.rpartition(".")
         if package == __name__ and module in _MOVED:
             raise ModuleNotFoundError(f"{name} is now {package}.{_MOVED[module]}.{module}", name=name)

@@ -14,7 +14,7 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
-@pytest.mark.slow  # builds a libcuda and Triton's launcher against it, and compiles the kernels
+@pytest.mark.soak  # builds a libcuda and Triton's launcher against it, and compiles the kernels
 def test_it_measures_forward_backward_and_a_decode_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if reason := why_not():

@@ -65,7 +65,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_training_that_fails_is_a_sentence(tmp_path):
     from rich.console import Console
 

@@ -193,7 +193,7 @@ def test_a_run_killed_several_times_ends_with_the_same_rows(data: Path, tmp_path
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_cell_that_fails_does_not_stop_the_others(data: Path, tmp_path: Path) -> None:
     models = {"wild": {"preset": "none", "lr": 1e30, "warmup": 0}}
     table = Table.parse(small_table(data, models=models, cells={"wild": [0], "none": [0]}))

@@ -175,7 +175,7 @@ def player(model, tsd, monkeypatch):
     return Player.begin(model, [tsd.bos_id], Sampling(seed=1), tsd)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_model_plays_in_real_time_and_what_it_plays_is_kept(player, tmp_path):
     port, begun = MemoryPort(), time.monotonic()
     done = perform(player, port, Limits(seconds=1.0), look_ahead=0.3, recorder=Recorder(tmp_path / "played.mid"))
