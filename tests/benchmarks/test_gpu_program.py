@@ -132,6 +132,7 @@ def _worker(path: Path, body: str) -> list[str]:
     return [sys.executable, str(path)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
@@ -164,6 +165,7 @@ def test_what_there_is_no_time_for_is_a_row() -> None:
     assert rows[0]["reason"] == "the time of the run was over"
 
 
+@pytest.mark.slow
 def test_steps_end_in_rows() -> None:
     fine = gpu.run_step("fine", [sys.executable, "-c", "print('12 passed')"], 60)
     assert (fine["status"], fine["said"]) == ("ok", "12 passed")

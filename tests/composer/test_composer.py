@@ -76,6 +76,7 @@ def test_a_piece_is_as_long_as_asked(minutes):
         assert compose(seed, minutes=minutes).seconds == pytest.approx(60 * minutes, abs=0.12 * 60 * minutes + 25)
 
 
+@pytest.mark.slow
 def test_exact_returns_repeat_the_performance_and_others_differ_as_they_say():
     kinds = {"exact": 0, "transposed": 0, "varied": 0}
     for seed in SEEDS:

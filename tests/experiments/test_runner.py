@@ -116,6 +116,7 @@ def test_two_runners_do_not_share_a_folder(data: Path, tmp_path: Path) -> None:
         assert free
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_tokeniser_is_a_sentence(data: Path, tmp_path: Path) -> None:
     table = Table.parse(small_table(data, measure={}))
     row_of(table, tmp_path / "out")

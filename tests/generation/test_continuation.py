@@ -295,6 +295,7 @@ def test_a_memory_of_lower_precision_takes_less(run_directory, piece, tmp_path):
         continue_piece(run_directory, piece, tmp_path / "x.mid", tokens=5, memory_dtype="int4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_playing_and_keeps_it(number, run_directory, piece, tmp_path):
     def interrupt(played):
@@ -318,6 +319,7 @@ def test_a_signal_ends_the_playing_and_keeps_it(number, run_directory, piece, tm
     assert continue_piece(run_directory, None, tmp_path / "then.mid", tokens=5, load_state=kept).played.tokens == 5
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_music():
     """5,000 tokens; `python -m benchmarks.decode --long 200000` plays more, with a model of full size."""
     from benchmarks.decode import resident_bytes

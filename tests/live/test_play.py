@@ -204,6 +204,7 @@ def test_a_slow_model_is_late_and_says_so(player, monkeypatch):
     assert done.under_runs > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_ends_every_note_and_keeps_what_was_played(number, player, tmp_path):
     port = MemoryPort()

@@ -27,6 +27,7 @@ def has_colour(image: np.ndarray, colour: str) -> bool:
     return bool((np.abs(image - wanted).max(-1) < 0.02).any())
 
 
+@pytest.mark.slow
 def test_prompt_and_continuation_have_two_colours(tmp_path):
     draw_pianoroll(tmp_path / "both.png", some_notes(20), continuation_from=8.0, title="both")
     image = pixels(tmp_path / "both.png")

@@ -144,6 +144,7 @@ def test_schedules_of_one_family_are_told_apart() -> None:
 # --- What is --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["train", "piece"])
 def test_the_parts_of_a_measured_step_add_up_to_it(kind: str) -> None:
     row = row_module.measure(Job(str(GROUPED), kind, SIZES))

@@ -76,6 +76,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(READERS))
 def test_every_flipped_bit_is_found_and_the_file_named(tmp_path: Path, folder: Path, name: str) -> None:
     """Of 60 flips in last.pt 60 were resumed from in silence."""

@@ -371,6 +371,7 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
     assert usual.learning_rate(99, 1.0) == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_the_run_ends_at_the_first_of_its_limits(data: Path, tmp_path: Path) -> None:
     assert TrainConfig("d", "o").total_steps(7) == 70
     assert TrainConfig("d", "o", epochs=0.5).total_steps(7) == 4
