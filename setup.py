@@ -42,6 +42,6 @@ setup(
             *TRITON,
         ],
     },
-    entry_points={"console_scripts": ["dsmr = dsmr.cli.app:main"]},
+    entry_points={"console_scripts": ["dsmr = dsmr.cli:main"]},
     zip_safe=False,
 )

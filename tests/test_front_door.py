@@ -1,12 +1,14 @@
 """The front doors: what they offer, that they open at once, and that nothing a user typed before fails unexplained."""
 
 import importlib
+import importlib.metadata
 import subprocess
 import sys
 
 import pytest
 
 import dsmr
+import dsmr.cli
 
 
 def _run(code: str) -> str:
@@ -103,3 +105,12 @@ def test_a_command_that_moved_says_where_it_is() -> None:
     assert done.returncode == 1
     assert "dsmr.play is now dsmr.live.play" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_console_script_is_the_program() -> None:
+    try:
+        scripts = importlib.metadata.entry_points(group="console_scripts", name="dsmr")
+        (script,) = {script.value: script for script in scripts}.values()
+    except ValueError:
+        pytest.skip("dsmr is not installed here")
+    assert script.load() is dsmr.cli.main
