@@ -123,9 +123,11 @@ class Flex(Concatenating):
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
+        import torch._functorch.config as compiler
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         _needs_gpu(case, "compiled FlexAttention with a backward")
+        compiler.donated_buffer = False  # else a backward cannot be repeated, and so not be timed
         past = self.past
 
         def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

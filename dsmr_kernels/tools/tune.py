@@ -82,7 +82,7 @@ def candidates(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype
     found = [first]
     for step in steps:
         sizes = {name: int(getattr(first, name) * 2.0**sign) for name, sign in step.items() if name != "stages"}
-        config = replace(first, **sizes, stages=first.stages + step.get("stages", 0))
+        config = replace(first, **sizes, stages=first.stages + step.get("stages", 0), may_spill=0)
         if _possible(kernel, config, architecture, padded(head_dim), dtype):
             found.append(config)
     return found

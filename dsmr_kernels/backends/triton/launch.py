@@ -80,15 +80,16 @@ class Launch:
         if INTERPRETED:
             self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
             return
-        addresses = 0
+        addresses = [x.data_ptr() for x in tensors]
+        bits = 0
         for i in self._aligned:
-            addresses |= tensors[i].data_ptr()
+            bits |= addresses[i]
         # Left to Triton, too: a tensor that is not aligned, and on AMD's parts one of 2 GiB.
         large = torch.version.hip is not None and any(x.untyped_storage().nbytes() >> 31 for x in tensors)
-        known = self._key is not None and not (addresses & 15 or large)
+        known = self._key is not None and not (bits & 15 or large)
         with _on(self.device):
             if known and (self._run is not None or self._find()):
-                self._run(*tensors, *self._behind)
+                self._run(*addresses, *self._behind)  # of a tensor the launcher would ask the driver where it lies
                 return
             compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
         if known and compiled is not None:
