@@ -91,8 +91,9 @@ _HOPPER: Sizes = {
     },
     128: {
         "forward": Config(128, 64, 8, 3),  # 1.1 to 1.9 times as fast as ten others
-        "dq": Config(128, 64, 8, 3),  # 1.26 of the speed of two stages
-        "dkv": Config(32, 64, 4, 2),  # 1.07 of the speed of 128 keys with eight warps
+        "dq": Config(128, 64, 8, 3, may_spill=16),  # 1.26 of the speed of two stages
+        "dkv": Config(32, 64, 4, 2, may_spill=112),  # 1.07 of the speed of 128 keys with eight warps
+        "dkv_padded": Config(16, 128, 8, 2),
         "forward_int8": Config(64, 64, 8, 2),
         "dq_int8": Config(64, 32, 8, 2),
     },
