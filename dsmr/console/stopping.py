@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop, which a long job grants between two steps."""
+"""Ctrl-C, SIGTERM and the closing of a terminal as a wish to stop, which a long job grants between two steps."""
 
 import signal as signals
 import threading
@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+WISHES = tuple(getattr(signals, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signals, name))
+"""What ends a job early: the last is what a terminal that is closed sends; Windows has none."""
 
 
 class Stop:
@@ -25,9 +28,10 @@ class StoppedError(Exception):
 
 @contextmanager
 def graceful_stop() -> Iterator[Stop]:
-    """Note the first SIGINT or SIGTERM instead of dying of it; the second has its usual effect.
+    """Note the first of `WISHES` instead of dying of it; the second has its usual effect.
 
-    Outside the main thread, where Python lets nobody handle signals, it notes nothing.
+    What is ignored stays so: a job under `nohup` goes on when its terminal is closed. Outside the main thread, where
+    Python lets nobody handle signals, it notes nothing.
     """
     stop = Stop()
     former: dict[int, Any] = {}
@@ -41,8 +45,9 @@ def graceful_stop() -> Iterator[Stop]:
             signals.signal(*former.popitem())
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signals.SIGINT, signals.SIGTERM):
-            former[number] = signals.signal(number, note)
+        for number in WISHES:
+            if signals.getsignal(number) is not signals.SIG_IGN:
+                former[number] = signals.signal(number, note)
     try:
         yield stop
     finally:

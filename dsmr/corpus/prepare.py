@@ -22,6 +22,7 @@ import numpy.typing as npt
 from dsmr.composer.compose import compose
 from dsmr.console.errors import UserError
 from dsmr.console.files import atomic_path, describe
+from dsmr.console.locks import alone_in
 from dsmr.corpus import maestro
 from dsmr.corpus.copies import fingerprint, groups_of
 from dsmr.corpus.folder import SUFFIXES, find_midi, name_below
@@ -96,7 +97,8 @@ def prepare_midi(
         first = f"; {passed[0][0]}: {passed[0][1]}" if passed else ""
         raise UserError(f"{root} holds no MIDI file ({kinds}){first}")
     tasks = [midi_task(path, name_below(path, root), None) for path in found]
-    return run(tasks, Path(out), tokenizer, jobs, _name_of(root), fractions, overwrite, progress, passed)
+    with _alone(Path(out), tokenizer, _name_of(root), overwrite):
+        return run(tasks, Path(out), tokenizer, jobs, _name_of(root), fractions, overwrite, progress, passed)
 
 
 def _name_of(folder: Path) -> str:
@@ -123,30 +125,30 @@ def prepare_maestro(
         raise UserError("name the folder or archive that holds MAESTRO")
     if source is not None and Path(source).resolve() == output.resolve():
         raise UserError(f"{source} is asked to be both the data set and the corpus made of it: choose another --out")
-    check_output(output, vocabulary_of(tokenizer), MAESTRO, overwrite)  # before the download rather than after it
-    if download:
-        source = maestro.download(source or output.parent / maestro.ARCHIVE_NAME, progress=progress)
-    assert source is not None
-    try:
-        root = maestro.locate(Path(source), output / WORK / "unpacked")
-        listing = maestro.read_listing(root)
-    except UserError:
-        clear_work(output)
-        raise
-    tasks, missing = [], []
-    for entry in listing.entries:
-        path = root / entry.filename
-        if path.is_file():
-            tasks.append(midi_task(path, entry.filename, entry.split))
-        else:
-            missing.append((entry.filename, f"named in {listing.name} but not there"))
-    if not tasks:
-        raise UserError(f"{source} holds none of the {len(listing.entries):,} files that its {listing.name} names")
+    with _alone(output, tokenizer, MAESTRO, overwrite):  # before the download rather than after it
+        if download:
+            source = maestro.download(source or output.parent / maestro.ARCHIVE_NAME, progress=progress)
+        assert source is not None
+        try:
+            root = maestro.locate(Path(source), output / WORK / "unpacked")
+            listing = maestro.read_listing(root)
+        except UserError:
+            clear_work(output)
+            raise
+        tasks, missing = [], []
+        for entry in listing.entries:
+            path = root / entry.filename
+            if path.is_file():
+                tasks.append(midi_task(path, entry.filename, entry.split))
+            else:
+                missing.append((entry.filename, f"named in {listing.name} but not there"))
+        if not tasks:
+            raise UserError(f"{source} holds none of the {len(listing.entries):,} files that its {listing.name} names")
 
-    def judge(report: PrepareReport) -> list[str]:
-        return maestro.compare(listing, report) + maestro.provenance(Path(source))
+        def judge(report: PrepareReport) -> list[str]:
+            return maestro.compare(listing, report) + maestro.provenance(Path(source))
 
-    return run(tasks, output, tokenizer, jobs, MAESTRO, FRACTIONS, overwrite, progress, missing, judge)
+        return run(tasks, output, tokenizer, jobs, MAESTRO, FRACTIONS, overwrite, progress, missing, judge)
 
 
 def prepare_composed(
@@ -176,7 +178,8 @@ def prepare_composed(
     tasks = [
         Task(f"composed-{seed}-{i:05d}", names[i], seed=seed * 1_000_000 + i, minutes=minutes) for i in range(pieces)
     ]
-    return run(tasks, Path(out), tokenizer, jobs, f"composed (seed {seed})", splits, overwrite, progress)
+    with _alone(Path(out), tokenizer, f"composed (seed {seed})", overwrite):
+        return run(tasks, Path(out), tokenizer, jobs, f"composed (seed {seed})", splits, overwrite, progress)
 
 
 def midi_task(path: Path, source: str, split: str | None) -> Task:
@@ -218,6 +221,12 @@ def check_output(out: Path, vocabulary: Vocabulary, name: str, overwrite: bool) 
             )
 
 
+def _alone(out: Path, tokenizer: str, name: str, overwrite: bool) -> contextlib.AbstractContextManager[None]:
+    """Work in `out` as the only prepare; `UserError` if it holds anything else or another one is at work there."""
+    check_output(out, vocabulary_of(tokenizer), name, overwrite)
+    return alone_in(out, "another prepare is at work")
+
+
 def run(
     tasks: Sequence[Task],
     out: Path,
@@ -230,11 +239,12 @@ def run(
     skipped: Sequence[tuple[str, str]] = (),
     judge: Any = None,
 ) -> PrepareReport:
-    """Do all tasks, write the corpus, clear up, and report. `judge` turns a report into remarks on it."""
+    """Do all tasks, write the corpus, clear up, and report. `judge` turns a report into remarks on it.
+
+    `out` is this process's alone (`_alone`)."""
     if jobs is not None and jobs < 1:
         raise UserError(f"the number of jobs must be at least 1, got {jobs}")
     vocabulary = vocabulary_of(tokenizer)
-    check_output(out, vocabulary, name, overwrite)
     results = out / WORK / "results"
     try:
         results.mkdir(parents=True, exist_ok=True)

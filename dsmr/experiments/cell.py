@@ -4,7 +4,6 @@ A cell may be killed at any moment. Training goes on from its checkpoint; each m
 the cell's folder; and a row, once written, is final.
 """
 
-import fcntl
 import os
 import platform
 import resource
@@ -12,7 +11,6 @@ import statistics
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 from dsmr.console.devices import resolve_device, resolve_dtype
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, write_json
+from dsmr.console.locks import locked
 from dsmr.corpus.returns import Planter
 from dsmr.corpus.store import Corpus
 from dsmr.evaluation.losses import open_run, piece_losses, pieces_of
@@ -52,25 +51,6 @@ class CellFolder:
     def measured(self, what: str) -> Path:
         """Where one finished measurement lies."""
         return self.path / f"{what}.json"
-
-
-@contextmanager
-def locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Hold the lock file `path` for this process alone; the system lets go of it when the process ends, however.
-
-    Yields whether it is held, which it always is with `wait`. The holder's process id stands in the file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield True
 
 
 def measured_pieces(corpus: Corpus, measure: Measure) -> np.ndarray:

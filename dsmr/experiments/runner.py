@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, write_json
+from dsmr.console.locks import alone_in
 from dsmr.console.progress import ProgressLine, duration
 from dsmr.console.stopping import graceful_stop
 from dsmr.corpus.etudes import compose_with_etudes
 from dsmr.corpus.layout import MANIFEST
 from dsmr.corpus.store import Corpus
-from dsmr.experiments.cell import CellFolder, check_measurable, locked, settings_of, work
+from dsmr.experiments.cell import CellFolder, check_measurable, settings_of, work
 from dsmr.experiments.table import Cell, Table
 from dsmr.training.side_by_side import last_record
 
@@ -65,21 +66,17 @@ def run_table(
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cannot write the results to {folder}: it is a file")
-    with locked(folder / ".lock", wait=False) as alone:
-        if not alone:
-            holder = (folder / ".lock").read_text(encoding="ascii").strip()
-            raise UserError(f"another runner (process {holder}) works in {folder}: wait, or choose another --out")
-        with ProgressLine(console) as line:
-            former = folder / TABLE
-            if former.exists():
-                _check_same(folder, table.settings(), read_json(former))
-            corpus = _corpus(table, folder, data, line)
-            check_measurable(table, corpus)
-            settings = settings_of(table, corpus)
-            if former.exists():
-                _check_same(folder, settings, read_json(former))
-            write_json(former, settings)
-            return _Runner(table, folder, str(corpus.path), settings, jobs, line).run()
+    with alone_in(folder, "another runner works"), ProgressLine(console) as line:
+        former = folder / TABLE
+        if former.exists():
+            _check_same(folder, table.settings(), read_json(former))
+        corpus = _corpus(table, folder, data, line)
+        check_measurable(table, corpus)
+        settings = settings_of(table, corpus)
+        if former.exists():
+            _check_same(folder, settings, read_json(former))
+        write_json(former, settings)
+        return _Runner(table, folder, str(corpus.path), settings, jobs, line).run()
 
 
 def _corpus(table: Table, folder: Path, data: str | Path | None, line: ProgressLine) -> Corpus:

@@ -88,8 +88,8 @@ def listen(
 ) -> list[tuple[float, float, int, int]]:
     """What is played on an input port: (onset, duration, pitch, velocity) of each note, seconds from the first one on.
 
-    Ends `seconds` after the first note, or when nothing has sounded for `pause` seconds. `UserError` if there is no
-    such port or nothing was played.
+    Ends `seconds` after it began, whether or not anything was played, or when nothing has sounded for `pause` seconds
+    after the first note. `UserError` if there is no such port or nothing was played.
     """
     mido = _mido()
     chosen = _choose("input", port_names()[1], name)
@@ -100,10 +100,11 @@ def listen(
     notes: list[tuple[float, float, int, int]] = []
     held: dict[int, tuple[float, int]] = {}
     first = last = None
+    began = clock()
     try:
         while not stopped():
             now = clock()
-            if first is not None and (now - first >= seconds or (not held and now - (last or first) >= pause)):
+            if now - began >= seconds or (last is not None and not held and now - last >= pause):
                 break
             for message in port.iter_pending():
                 if message.type not in ("note_on", "note_off"):
@@ -121,7 +122,7 @@ def listen(
     end = clock()
     notes += [(onset, end - (first or end) - onset, pitch, velocity) for pitch, (onset, velocity) in held.items()]
     if not notes:
-        raise UserError(f"nothing was played on the MIDI port '{chosen}'")
+        raise UserError(f"nothing was played on the MIDI port '{chosen}' in {end - began:.0f} s")
     return sorted(notes)
 
 

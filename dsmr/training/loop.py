@@ -19,6 +19,7 @@ from dsmr.console.devices import autocast, resolve_device, resolve_dtype
 from dsmr.console.errors import UserError
 from dsmr.console.figures import available
 from dsmr.console.files import write_json
+from dsmr.console.locks import alone_in
 from dsmr.console.progress import ProgressLine, duration
 from dsmr.console.stopping import Stop, StoppedError, graceful_stop
 from dsmr.corpus.returns import Planter
@@ -91,15 +92,18 @@ def train(
         raise UserError(f"cannot train into {run.path}: it is a file, not a folder")
     if resume:
         load_settings(run)  # refuses a directory without a run
-    elif run.holds_run and not overwrite:
-        raise UserError(f"{run.path} already holds a training run: resume it, overwrite it, or choose another --out")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if corpus is None:
         corpus = Corpus.open(config.data)
-    training = _Training(config, run, corpus, resume)
-    with ProgressLine(console) as line, graceful_stop() as stop:
-        return training.run(line, stop)
+    with alone_in(run.path, "a training is running"):
+        if run.holds_run and not (resume or overwrite):
+            raise UserError(
+                f"{run.path} already holds a training run: resume it, overwrite it, or choose another --out"
+            )
+        training = _Training(config, run, corpus, resume)
+        with ProgressLine(console) as line, graceful_stop() as stop:
+            return training.run(line, stop)
 
 
 class _Training:

@@ -15,6 +15,7 @@ from rich.console import Console
 from small_scores import random_score, score_of, write_folder
 
 from dsmr.console.errors import UserError
+from dsmr.console.locks import alone_in
 from dsmr.corpus import pool, prepare
 from dsmr.corpus.prepare import assign_splits, prepare_composed, prepare_maestro, prepare_midi
 from dsmr.corpus.report import PrepareReport
@@ -134,6 +135,14 @@ def test_what_is_in_the_output_is_not_spoiled(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it is a file"):
         prepare_midi(folder, tmp_path / "d" / "thesis.txt", **quietly)
     assert (tmp_path / "d" / "thesis.txt").read_text() == "do not lose me"
+
+
+def test_two_prepares_do_not_share_a_folder(tmp_path: Path) -> None:
+    with (
+        alone_in(tmp_path / "out", "another prepare is at work"),
+        pytest.raises(UserError, match=rf"another prepare is at work in .* \(process {os.getpid()}\): wait for it"),
+    ):
+        prepare_composed(tmp_path / "out", pieces=2, minutes=0.1, progress=False)
 
 
 def test_an_unwritable_output_is_one_sentence(tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_a_memory_of_lower_precision_takes_less(run_directory, piece, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_playing_and_keeps_it(number, run_directory, piece, tmp_path):
     def interrupt(played):
         if played.tokens == 40:

@@ -22,6 +22,7 @@ from tiny_corpus import tiny_corpus
 from dsmr.console.devices import resolve_device, resolve_dtype
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json
+from dsmr.console.locks import alone_in
 from dsmr.evaluation.losses import evaluate, evaluate_run
 from dsmr.model.transformer import DSMRModel
 from dsmr.runs.checkpoint import Metrics, load_checkpoint
@@ -304,6 +305,15 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_pieces(
     assert "checkpoint of step 5 is kept" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert load_checkpoint(tmp_path / "run" / "last.pt")["pace"]["step"] == 5
+
+
+def test_two_trainings_do_not_share_a_directory(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with alone_in(out, "a training is running"):
+        for options in ({}, {"overwrite": True}):
+            with pytest.raises(UserError, match=rf"a training is running in {out} \(process {os.getpid()}\)"):
+                quiet(tiny_config(data, out), **options)
+        assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 def test_bad_settings_are_refused_before_anything_is_written(data: Path, tmp_path: Path) -> None:
