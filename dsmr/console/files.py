@@ -69,12 +69,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path` in one step, on any error it disappears.
 
     A reader therefore sees the old file or the new one, never half of one, also when the process is killed or the
-    disk fills up. Raises `UserError` naming `path` if the folder cannot be written or the disk is full. What an earlier
-    process was writing to `path` when it was killed is deleted on the way.
+    disk fills up. A symbolic link stays one: what it points to is replaced. Raises `UserError` naming `path` if the
+    folder cannot be written or the disk is full. What an earlier process was writing to `path` when it was killed is
+    deleted on the way.
     """
     target = Path(path)
     temporary: Path | None = None
     try:
+        if target.is_symlink():
+            target = Path(os.path.realpath(target))
         target.parent.mkdir(parents=True, exist_ok=True)
         if target not in _swept:
             _swept.add(target)

@@ -63,7 +63,10 @@ def _run_pool(
     running: dict[Future[None], Task] = {}
     # Not forked: the caller may hold threads and locks (torch, a progress bar) that a fork would copy half-way.
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_settle_in)
+    try:
+        executor = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_settle_in)
+    except OSError:  # no semaphores: a container without /dev/shm, say
+        raise _NoWorkersError from None
     finished = False
     try:
         executor.submit(os.getpid).result()

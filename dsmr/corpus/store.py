@@ -10,6 +10,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,57 +250,74 @@ def write_corpus(
     """Write pieces as a corpus, in the order given, and open it.
 
     Pieces may come from a generator: no more than one is held at a time. Either all of them carry labels or none.
-    `report` (anything JSON) is kept in the manifest. The manifest of an earlier corpus at `out_dir` is removed first,
-    so that no mixture of two corpora can be opened.
+    `report` (anything JSON) is kept in the manifest. An earlier corpus at `out_dir` stays until all of the new one is
+    on the disk; then its manifest goes first and the new one comes last, so that no mixture of them can be opened.
     """
     out = Path(out_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / MANIFEST).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {describe(error)}") from error
+    with ExitStack() as stack:  # left in the order from the last to the first
+        made = {name: stack.enter_context(atomic_path(out / name)) for name in FILES}
+        try:
+            labelled = _write_files(made, pieces, vocabulary, name, report)
+            if labelled is None:
+                raise UserError(f"there is no piece to write to {out}")
+            (out / MANIFEST).unlink(missing_ok=True)
+        except (OSError, UserError) as error:
+            reason = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(reason, OSError):
+                raise
+            raise UserError(f"cannot write {out}: {describe(reason)}") from reason
+    if not labelled:
+        (out / LABELS).unlink(missing_ok=True)
+    return Corpus.open(out, verify=False)
+
+
+def _write_files(
+    made: Mapping[str, Path],
+    pieces: Iterable[PieceRecord],
+    vocabulary: Vocabulary,
+    name: str,
+    report: Mapping[str, Any] | None,
+) -> bool | None:
+    """Write every file of a corpus where `made` says; whether the pieces carry labels, None if there is no piece."""
     offsets, n_notes, seconds, split, sources = [0], [], [], [], []
     labelled: bool | None = None
     content = hashlib.sha256()
     labels_content = hashlib.sha256()
-    with atomic_path(out / TOKENS) as tokens_path, atomic_path(out / LABELS) as labels_path:
-        with open(tokens_path, "wb") as tokens_file, open(labels_path, "wb") as labels_file:
-            for piece in pieces:
-                tokens = _checked(piece, vocabulary)
-                if labelled is not None and labelled != (piece.labels is not None):
-                    raise ValueError(f"either all pieces carry labels or none; {piece.source} differs")
-                labelled = piece.labels is not None
-                raw = tokens.astype("<u2").tobytes()
-                tokens_file.write(raw)
-                content.update(raw)
-                if piece.labels is not None:
-                    marks = np.concatenate([[0], piece.labels, [0]]).astype(np.uint8).tobytes()
-                    labels_file.write(marks)
-                    labels_content.update(marks)
-                offsets.append(offsets[-1] + len(tokens))
-                n_notes.append(piece.n_notes)
-                seconds.append(piece.seconds)
-                split.append(SPLITS.index(piece.split))
-                sources.append(piece.source)
-        if not sources:
-            raise UserError(f"there is no piece to write to {out}")
-    if not labelled:
-        (out / LABELS).unlink(missing_ok=True)
+    with open(made[TOKENS], "wb") as tokens_file, open(made[LABELS], "wb") as labels_file:
+        for piece in pieces:
+            tokens = _checked(piece, vocabulary)
+            if labelled is not None and labelled != (piece.labels is not None):
+                raise ValueError(f"either all pieces carry labels or none; {piece.source} differs")
+            labelled = piece.labels is not None
+            raw = tokens.astype("<u2").tobytes()
+            tokens_file.write(raw)
+            content.update(raw)
+            if piece.labels is not None:
+                marks = np.concatenate([[0], piece.labels, [0]]).astype(np.uint8).tobytes()
+                labels_file.write(marks)
+                labels_content.update(marks)
+            offsets.append(offsets[-1] + len(tokens))
+            n_notes.append(piece.n_notes)
+            seconds.append(piece.seconds)
+            split.append(SPLITS.index(piece.split))
+            sources.append(piece.source)
+    if labelled is None:
+        return None
     index: dict[str, npt.NDArray[Any]] = {
         "offsets": np.array(offsets, dtype=np.int64),
         "n_notes": np.array(n_notes, dtype=np.int64),
         "seconds": np.array(seconds, dtype=np.float64),
         "split": np.array(split, dtype=np.uint8),
     }
-    with atomic_path(out / INDEX) as path, open(path, "wb") as file:
+    with open(made[INDEX], "wb") as file:
         np.savez(file, **index)  # type: ignore[arg-type]
-    write_json(out / SOURCES, sources)
-    vocabulary.save(out / TOKENIZER)
+    write_json(made[SOURCES], sources)
+    vocabulary.save(made[TOKENIZER])
     files = {TOKENS: {"bytes": 2 * offsets[-1], "sha256": content.hexdigest()}}
     if labelled:
         files[LABELS] = {"bytes": offsets[-1], "sha256": labels_content.hexdigest()}
     for small in (INDEX, SOURCES, TOKENIZER):
-        data = (out / small).read_bytes()
+        data = made[small].read_bytes()
         files[small] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     content.update(index["offsets"].astype("<i8").tobytes())
     manifest = {
@@ -315,8 +333,8 @@ def write_corpus(
         "report": dict(report or {}),
         "files": files,
     }
-    write_json(out / MANIFEST, manifest, sealed=True)
-    return Corpus.open(out, verify=False)
+    write_json(made[MANIFEST], manifest, sealed=True)
+    return labelled
 
 
 def _version() -> str:

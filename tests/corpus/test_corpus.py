@@ -121,8 +121,8 @@ def test_an_unfinished_corpus_does_not_open(tmp_path: Path) -> None:
         Corpus.open(tmp_path / "c")
 
 
-def test_a_writer_that_fails_leaves_nothing_that_opens(tmp_path: Path) -> None:
-    tiny_corpus(tmp_path / "c", seed=1)
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    before = tiny_corpus(tmp_path / "c", seed=1).digest
 
     def pieces() -> Iterator[PieceRecord]:
         yield PieceRecord(tiny_piece(3, 0), "train", "a", 3, 1.0)
@@ -130,19 +130,28 @@ def test_a_writer_that_fails_leaves_nothing_that_opens(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         write_corpus(tmp_path / "c", pieces(), tiny_vocabulary(), "x")
-    with pytest.raises(UserError, match="unfinished"):
-        Corpus.open(tmp_path / "c")
+    assert Corpus.open(tmp_path / "c").digest == before
     assert not [path for path in (tmp_path / "c").iterdir() if path.name.startswith(".")]
+    with pytest.raises(KeyboardInterrupt):
+        write_corpus(tmp_path / "new", pieces(), tiny_vocabulary(), "x")
+    assert not list((tmp_path / "new").iterdir())
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_sentence_and_the_old_corpus_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("dsmr.console.files.os.fsync", full)
-    with pytest.raises(UserError, match=r"cannot write .*labels\.bin: no space left on device"):
+    with pytest.raises(UserError, match=r"cannot write .*/c: no space left on device"):
         tiny_corpus(tmp_path / "c")
     assert not list((tmp_path / "c").iterdir())
+    monkeypatch.undo()
+    before = tiny_corpus(tmp_path / "d", seed=1).digest
+    monkeypatch.setattr("dsmr.console.files.os.fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*/d: no space left on device"):
+        tiny_corpus(tmp_path / "d", seed=2)
+    monkeypatch.undo()
+    assert Corpus.open(tmp_path / "d").digest == before
 
 
 def test_records_that_contradict_themselves_are_refused(tmp_path: Path) -> None:

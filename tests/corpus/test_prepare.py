@@ -266,3 +266,14 @@ def test_the_progress_bar_tells_the_time_to_finish(tmp_path: Path, capsys: pytes
     assert said.out == ""
     assert "2/2" in said.err
     shutil.rmtree(tmp_path / "c")
+
+
+def test_without_semaphores_one_process_does_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container without /dev/shm has none."""
+
+    def none(*arguments: object, **options: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("dsmr.corpus.pool.ProcessPoolExecutor", none)
+    report = prepare_composed(tmp_path / "out", pieces=4, minutes=1.0, jobs=2, progress=False)
+    assert sum(counts.pieces for counts in report.splits.values()) == 4

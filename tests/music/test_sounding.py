@@ -1,5 +1,9 @@
 """What sounds when: events from tokens agree with the decoder, and a growing MIDI file is valid at any moment."""
 
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 
@@ -45,6 +49,77 @@ def test_the_growing_file_ends_as_what_the_decoder_says(scheme, score, tmp_path)
     )
     assert len(whole) > 50
     assert grown == whole
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_file_of_many_tracks_holds_the_same_music(scheme, score, tmp_path):
+    """Notes that begin in one track and end when others have begun keep their length."""
+    tokens, vocabulary = piece(scheme, score)
+    sounding, recorder = Sounding(vocabulary), Recorder(tmp_path / "grown.mid", every=0.0, chunk=100)
+    for count, token in enumerate(tokens):
+        recorder.add(sounding.push(token), sounding.clock.seconds)
+        if count % 50 == 49:
+            recorder.save()
+    recorder.save(force=True)
+    content = (tmp_path / "grown.mid").read_bytes()
+    assert content.count(b"MTrk") == int.from_bytes(content[10:12], "big") > 5
+    assert rounded(score_notes(read_midi(tmp_path / "grown.mid"))) == rounded(score_notes(decode(tokens, vocabulary)))
+
+
+def test_writing_costs_the_same_after_an_hour_and_memory_does_not_grow(tmp_path, monkeypatch):
+    recorder, written, kept = Recorder(tmp_path / "long.mid", every=0.0, chunk=1000), [], []
+    patch = recorder._patch
+    monkeypatch.setattr(recorder, "_patch", lambda tail, sync: (written.append(len(tail)), patch(tail, sync)))
+    for note in range(20_000):
+        at = 0.1 * note
+        pitch = 21 + note % 88
+        recorder.add([Event(at, ON, pitch, 64, 2.0), Event(at + 2.0, OFF, pitch)], at)
+        if note % 100 == 99:
+            recorder.save()
+            kept.append(sum(len(track.events) for track in recorder._open) + len(recorder._ahead))
+    recorder.save(force=True)
+    assert max(written[100:]) <= 1.2 * max(written[:50])
+    assert max(kept[100:]) <= 1.2 * max(kept[:50])
+    notes = score_notes(read_midi(tmp_path / "long.mid"))
+    assert len(notes) == 20_000
+    assert float(notes["duration"].min()) == pytest.approx(2.0, abs=0.002)
+
+
+def test_a_note_that_never_ends_does_not_hold_up_what_follows(tmp_path):
+    recorder = Recorder(tmp_path / "drone.mid", every=0.0, chunk=50)
+    recorder.add([Event(0.0, ON, 30, 64)], 0.0)
+    for note in range(200):
+        recorder.add([Event(1.0 + note, ON, 60, 64), Event(1.5 + note, OFF, 60)], 1.0 + note)
+    recorder.save(force=True)
+    assert len(recorder._open) <= 2
+    assert len(score_notes(read_midi(tmp_path / "drone.mid"))) == 201
+
+
+KILLED = """
+import os, sys, threading, time
+from dsmr.generation.recorder import Recorder
+from dsmr.music.sounding import OFF, ON, Event
+recorder = Recorder(sys.argv[1], every=0.0, chunk=200)
+for note in range(10 ** 9):
+    recorder.add([Event(0.1 * note, ON, 60, 64), Event(0.1 * note + 0.05, OFF, 60)], 0.1 * note)
+    recorder.save()
+    if note == 20:
+        print("playing", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_recorder_leaves_a_file_that_can_be_read(tmp_path):
+    for turn in range(12):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path / "a.mid")], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "playing\n"
+        time.sleep(0.01 * turn)
+        process.kill()
+        process.wait()
+        assert len(score_notes(read_midi(tmp_path / "a.mid"))) >= 20
+        (tmp_path / "a.mid").unlink()
 
 
 @pytest.mark.slow
