@@ -40,17 +40,23 @@ TRAINING = {
 DECODING = {
     "decode": ("decode", "decode_kernel"),
     "decode_many": ("decode", "decode_kernel"),
-    "combine": ("decode", "combine_kernel"),
     "step": ("step", "step_kernel"),
 }
 KERNELS = TRAINING | DECODING
-WITHOUT_PRODUCTS = ("combine", "step")
+WITHOUT_PRODUCTS = ("step",)
 # What is compiled in: the least that a call may need, the usual training call, and all options at once, without and
 # with a memory in int8 (which dK and dV have no part in).
 _NONE = {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": False, "HAS_ALIBI": False, "DETACH": True}
 _NONE |= {"HAS_OFFSETS": False, "HAS_LSE_GRAD": False, "NEEDS_Q": True, "NEEDS_K": True, "NEEDS_V": True}
-_NONE |= {"HAS_VISIBLE": False, "HAS_SINKS": False, "ROTATE": False, "DIRECT": False, "QUANTISED": False}
-_ALL = dict.fromkeys(_NONE, True) | {"DETACH": False, "DIRECT": False}
+_NONE |= {
+    "HAS_VISIBLE": False,
+    "HAS_SINKS": False,
+    "ROTATE": False,
+    "DIRECT": False,
+    "ALONE": False,
+    "QUANTISED": False,
+}
+_ALL = dict.fromkeys(_NONE, True) | {"DETACH": False, "DIRECT": False, "ALONE": False}
 VARIANTS = {
     "bare": _NONE,
     "pieces": _NONE | {"HAS_PIECES": True, "HAS_VISIBLE": True, "ROTATE": True},
@@ -114,14 +120,15 @@ class Compiled:
         return row | {"occupancy": round(occupancy, 3), "seconds": round(self.seconds, 2), "faults": self.faults}
 
 
-_POINTERS = {"Length": "*i32", "Visible": "*i32", "Position": "*i64", "PieceStart": "*i32", "Offsets": "*i64"}
+_POINTERS = {"Length": "*i32", "Visible": "*i32", "PieceStart": "*i32", "Counters": "*i32"}
+_POINTERS |= {"Position": "*i64", "Offsets": "*i64"}
 _FLOATS = ("Slopes", "Sinks", "Lse", "GradLse", "Delta", "KScale", "VScale", "Cos", "Sin", "Parts")
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 def _stored(case: Case) -> dict[str, str]:
     """Types of the tensors that are not in the dtype of q: partial sums, and memory in int8."""
-    types = dict.fromkeys(_FLOATS, "*fp32") | ({"Out": "*fp32"} if case.kernel.startswith("decode") else {})
+    types = dict.fromkeys(_FLOATS, "*fp32")
     if VARIANTS[case.variant]["QUANTISED"]:
         types |= dict.fromkeys(("K", "V") if case.kernel.startswith("decode") else ("MemoryK", "MemoryV"), "*i8")
     return types
@@ -141,6 +148,7 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
     from triton.compiler import ASTSource
 
     from dsmr_kernels.backends.triton import configs
+    from dsmr_kernels.backends.triton.decode import MOST_SPLITS, SUMMED_AT_ONCE
 
     target, head_dim = TARGETS[case.target], case.head_dim
     module, name = KERNELS[case.kernel]
@@ -152,6 +160,8 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
     constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "HEAD_DIM": head_dim}
     constants |= {"BV": dim, "V_DIM": head_dim, "WHOLE_DIM": dim == head_dim, "WHOLE_V": dim == head_dim}
     constants |= {"BS": config.bm, "BR": config.bm, "BH": dim // 2, "BHV": dim // 2}
+    rows = min(config.bm, 16)
+    constants |= {"ROWS": rows, "AT_ONCE": max(1, SUMMED_AT_ONCE // (rows * dim)), "MOST": MOST_SPLITS}
     constants["UNROLLED"] = configs.unrolled(target.name)
     constants["UNIT"] = math.gcd(16, head_dim)  # the strides' unit for contiguous tensors
     constants |= {"PRECISION": "ieee" if case.dtype == "float32" else "tf32", **VARIANTS[case.variant]}
@@ -225,9 +235,6 @@ def _read_amd(result: Any) -> tuple[int, int, str]:
 def every_case() -> Iterator[Case]:
     """All that is shipped: both element sizes (float16 compiles as bfloat16 does), every width, every option."""
     for target, dtype, kernel in itertools.product(TARGETS, ("bfloat16", "float32"), KERNELS):
-        if kernel == "combine":
-            yield from (Case(kernel, target, head_dim, dtype, "bare") for head_dim in DIMS)
-            continue
         for head_dim, variant in itertools.product(DIMS, VARIANTS):
             if (kernel, variant) != ("dkv", "int8"):  # nothing is computed for memory
                 yield Case(kernel, target, head_dim, dtype, variant)

@@ -19,7 +19,7 @@ import torch
 HEAD_DIMS = (16, 256)  # the least and the greatest that the kernels serve
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT8 = ("forward_int8", "dq_int8")
-DECODING = ("decode", "decode_many", "combine", "step")
+DECODING = ("decode", "decode_many", "step")
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ OLDER_INSTRUCTIONS = {("dkv", "sm_100", 256)}
 
 
 # Decoding. "decode" takes up to 16 stacked queries (a group's heads times the new tokens), "decode_many" more of them;
-# reading the ring is what takes the time, so a block is what keeps enough loads under way. "combine" takes in `bm`
-# splits at a time and "step" `bm` rows and `bn` elements of half a head: both wait for memory, whatever the part.
+# reading the ring is what takes the time, so a block is what keeps enough loads under way. "step" takes `bm`
+# rows and `bn` elements of half a head, and waits for memory, whatever the part.
 # At head_dim 64, with lower limits than these, some variants spill under Triton 3.6 or 3.7.
 _DECODE = {
     64: {"decode": Config(16, 64, 4, 3, 168), "decode_many": Config(32, 64, 4, 2, 200)},
@@ -185,13 +185,10 @@ _DECODE_FLOAT32 = {
     128: {"decode": Config(16, 32, 8, 1), "decode_many": Config(16, 32, 8, 1)},
     256: {"decode": Config(16, 16, 8, 1, 255), "decode_many": Config(16, 16, 8, 1, 255)},  # 32 keys spill in Triton 3.6
 }
-_COMBINE = Config(16, 0, 4, 1)
 _STEP_ELEMENTS = 1024
 
 
 def _for_decoding(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
-    if kernel == "combine":
-        return _COMBINE
     if kernel == "step":
         half = padded(head_dim) // 2
         return Config(_STEP_ELEMENTS // half, half, 8 if half == 128 and dtype == torch.float32 else 4, 1, 128)
