@@ -83,6 +83,7 @@ def idle_gpu(folder: Path) -> None:
         backend: {"unsupported": lambda *call: None},
         launch: {"on": lambda device: launch._NOWHERE},
         decode: {"processors": lambda device: 132},
+        training: {"processors": lambda device: 132},
     }
     for module in (launch, decode, step, training):
         stand_ins.setdefault(module, {})["architecture"] = lambda device: "sm_90"
