@@ -81,8 +81,9 @@ def idle_gpu(folder: Path) -> None:
         border: {"may_look": lambda tensor: False},  # as on a GPU
         dispatch: {"_why_no_triton": lambda: None},
         backend: {"unsupported": lambda *call: None},
-        launch: {"_on": lambda device: launch._NOWHERE},
-        decode: {"_processors": lambda device: 132},
+        launch: {"on": lambda device: launch._NOWHERE},
+        decode: {"processors": lambda device: 132},
+        training: {"processors": lambda device: 132},
     }
     for module in (launch, decode, step, training):
         stand_ins.setdefault(module, {})["architecture"] = lambda device: "sm_90"
@@ -104,8 +105,8 @@ def microseconds(call: Callable[[], object], calls: int = 300, rounds: int = 15)
 
 def measure() -> dict[str, float]:
     """Microseconds of each call; after `idle_gpu`."""
-    from dsmr_kernels import append_rotated, decode_attention, memory_attention
-    from dsmr_kernels.cases import random_case
+    from dsmr_kernels import KVMemory, append_rotated, decode_attention, memory_attention
+    from dsmr_kernels.cases import filled_memory, random_case
 
     case = random_case(
         batch=1, heads=8, kv_heads=2, queries=32, capacity=64, seen=[90], horizon=64, head_dim=64, dtype=torch.bfloat16
@@ -123,7 +124,7 @@ def measure() -> dict[str, float]:
         out = memory_attention(q, k, v, memory, **options)
         return torch.autograd.grad(out, leaves, case.grad)
 
-    def step() -> object:
+    def step(memory: KVMemory = memory) -> object:
         return decode_attention(
             append_rotated(token[0], token[1], token[2], memory, backend="triton"), memory, backend="triton"
         )
@@ -137,6 +138,9 @@ def measure() -> dict[str, float]:
     with torch.no_grad():
         step()
         found["decode step"] = microseconds(step)
+        long = filled_memory(1, 2, 4096, 64, [9000], dtype=torch.bfloat16)  # which is read in splits
+        step(long)
+        found["decode step, split"] = microseconds(lambda: step(long))
     return found
 
 

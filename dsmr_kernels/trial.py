@@ -1,8 +1,8 @@
 """What the Triton kernels must show on a GPU before they serve it unasked: the oracle's results.
 
-Tried out are a forward and a backward over a wrapped memory, and a token that is stored and decoded, by the tolerance
-rule, in each dtype and class of head_dim that is asked for, since each is compiled anew: whether this GPU, its driver
-and this Triton run our code, not every form that it takes.
+Tried out are a forward and a backward over a wrapped memory, the same in a grid so small that programs share its tiles,
+and a token that is stored and decoded, by the tolerance rule, in each dtype and class of head_dim that is asked for,
+since each is compiled anew: whether this GPU, its driver and this Triton run our code, not every form that it takes.
 """
 
 import torch
@@ -43,14 +43,18 @@ def _compare(device: torch.device, head_dim: int, dtype: torch.dtype) -> None:
     from dsmr_kernels.backends import triton  # not above: importing it fails where Triton is missing
 
     case = random_case(
-        queries=150, capacity=CAPACITY, seen=[1500, 70], horizon=CAPACITY, segment_length=64, head_dim=head_dim,
-        dtype=dtype,
-    ).to(device=device)  # fmt: skip
+        queries=150, capacity=CAPACITY, seen=[1500, 70], horizon=250, segment_length=64, head_dim=head_dim, dtype=dtype
+    ).to(device=device)
     if reason := triton.unsupported(case.q, head_dim, False):
         raise ValueError(f"backend 'triton' cannot serve these inputs: {reason}")
-    exact = case.to(torch.float64).computed_by(reference.memory_attention)
-    plain = case.computed_by(reference.memory_attention, work=dtype)
-    assert_within_rule("triton", case.computed_by(triton.memory_attention), plain, exact, dtype)
+    shared = random_case(
+        batch=1, heads=4, kv_heads=1, queries=200, capacity=1500, seen=[1600], horizon=1500, head_dim=head_dim,
+        dtype=dtype,
+    ).to(device=device)  # fmt: skip
+    for one in (case, shared):
+        exact = one.to(torch.float64).computed_by(reference.memory_attention)
+        plain = one.computed_by(reference.memory_attention, work=dtype)
+        assert_within_rule("triton", one.computed_by(triton.memory_attention), plain, exact, dtype)
     with torch.no_grad():
         _compare_a_step(case)
 

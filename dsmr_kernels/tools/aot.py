@@ -40,22 +40,25 @@ TRAINING = {
 DECODING = {
     "decode": ("decode", "decode_kernel"),
     "decode_many": ("decode", "decode_kernel"),
-    "combine": ("decode", "combine_kernel"),
     "step": ("step", "step_kernel"),
 }
-KERNELS = TRAINING | DECODING
-WITHOUT_PRODUCTS = ("combine", "step")
+TOGETHER = {"merge": ("splits", "merge_kernel"), "sum": ("splits", "sum_kernel")}
+KERNELS = TRAINING | DECODING | TOGETHER
+WITHOUT_PRODUCTS = ("step", *TOGETHER)
 # What is compiled in: the least that a call may need, the usual training call, and all options at once, without and
 # with a memory in int8 (which dK and dV have no part in).
 _NONE = {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": False, "HAS_ALIBI": False, "DETACH": True}
 _NONE |= {"HAS_OFFSETS": False, "HAS_LSE_GRAD": False, "NEEDS_Q": True, "NEEDS_K": True, "NEEDS_V": True}
-_NONE |= {"HAS_VISIBLE": False, "HAS_SINKS": False, "ROTATE": False, "DIRECT": False, "QUANTISED": False}
-_ALL = dict.fromkeys(_NONE, True) | {"DETACH": False, "DIRECT": False}
+_NONE |= {"HAS_VISIBLE": False, "HAS_SINKS": False, "ROTATE": False, "QUANTISED": False}
+_SHARED = {"DIRECT": False, "ALONE": False, "SPLIT": False}
+_NONE |= _SHARED
+_ALL = dict.fromkeys(_NONE, True) | _SHARED | {"DETACH": False}
 VARIANTS = {
     "bare": _NONE,
     "pieces": _NONE | {"HAS_PIECES": True, "HAS_VISIBLE": True, "ROTATE": True},
     "all": _ALL | {"QUANTISED": False},
     "int8": _ALL,
+    "split": _ALL | {"QUANTISED": False, "SPLIT": True},  # of the training call, where the grid is small
 }
 DIMS = (64, 128, 256)  # a table's entries; compiled with every variant
 OTHER_DIMS = (16, 32, 80, 192)  # those that share an entry, narrower or padded; compiled with one variant
@@ -114,14 +117,30 @@ class Compiled:
         return row | {"occupancy": round(occupancy, 3), "seconds": round(self.seconds, 2), "faults": self.faults}
 
 
-_POINTERS = {"Length": "*i32", "Visible": "*i32", "Position": "*i64", "PieceStart": "*i32", "Offsets": "*i64"}
-_FLOATS = ("Slopes", "Sinks", "Lse", "GradLse", "Delta", "KScale", "VScale", "Cos", "Sin", "Parts")
+_POINTERS = {"Length": "*i32", "Visible": "*i32", "PieceStart": "*i32", "Counters": "*i32"}
+_POINTERS |= {"Position": "*i64", "Offsets": "*i64"}
+_FLOATS = (
+    "Slopes",
+    "Sinks",
+    "Lse",
+    "GradLse",
+    "Delta",
+    "KScale",
+    "VScale",
+    "Cos",
+    "Sin",
+    "Parts",
+    "PartLse",
+    "MoreParts",
+)
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 def _stored(case: Case) -> dict[str, str]:
     """Types of the tensors that are not in the dtype of q: partial sums, and memory in int8."""
-    types = dict.fromkeys(_FLOATS, "*fp32") | ({"Out": "*fp32"} if case.kernel.startswith("decode") else {})
+    types = dict.fromkeys(_FLOATS, "*fp32")
+    if VARIANTS[case.variant]["SPLIT"]:
+        types |= dict.fromkeys(("DK", "DV", "DQ"), "*fp32") | ({"Out": "*fp32"} if case.kernel == "forward" else {})
     if VARIANTS[case.variant]["QUANTISED"]:
         types |= dict.fromkeys(("K", "V") if case.kernel.startswith("decode") else ("MemoryK", "MemoryV"), "*i8")
     return types
@@ -141,6 +160,7 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
     from triton.compiler import ASTSource
 
     from dsmr_kernels.backends.triton import configs
+    from dsmr_kernels.backends.triton.decode import MOST_SPLITS, SUMMED_AT_ONCE
 
     target, head_dim = TARGETS[case.target], case.head_dim
     module, name = KERNELS[case.kernel]
@@ -152,6 +172,9 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
     constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "HEAD_DIM": head_dim}
     constants |= {"BV": dim, "V_DIM": head_dim, "WHOLE_DIM": dim == head_dim, "WHOLE_V": dim == head_dim}
     constants |= {"BS": config.bm, "BR": config.bm, "BH": dim // 2, "BHV": dim // 2}
+    constants["BLOCK"] = config.bm
+    rows = min(config.bm, 16)
+    constants |= {"ROWS": rows, "AT_ONCE": max(1, SUMMED_AT_ONCE // (rows * dim)), "MOST": MOST_SPLITS}
     constants["UNROLLED"] = configs.unrolled(target.name)
     constants["UNIT"] = math.gcd(16, head_dim)  # the strides' unit for contiguous tensors
     constants |= {"PRECISION": "ieee" if case.dtype == "float32" else "tf32", **VARIANTS[case.variant]}
@@ -225,11 +248,12 @@ def _read_amd(result: Any) -> tuple[int, int, str]:
 def every_case() -> Iterator[Case]:
     """All that is shipped: both element sizes (float16 compiles as bfloat16 does), every width, every option."""
     for target, dtype, kernel in itertools.product(TARGETS, ("bfloat16", "float32"), KERNELS):
-        if kernel == "combine":
+        if kernel in TOGETHER:
             yield from (Case(kernel, target, head_dim, dtype, "bare") for head_dim in DIMS)
             continue
         for head_dim, variant in itertools.product(DIMS, VARIANTS):
-            if (kernel, variant) != ("dkv", "int8"):  # nothing is computed for memory
+            # Nothing is computed for memory by dK and dV, and decoding has no variant with fewer splits.
+            if (kernel, variant) != ("dkv", "int8") and not (kernel in DECODING and variant == "split"):
                 yield Case(kernel, target, head_dim, dtype, variant)
         for head_dim in OTHER_DIMS:
             yield Case(kernel, target, head_dim, dtype, "pieces")
@@ -242,6 +266,8 @@ def sample() -> Iterator[Case]:
         yield Case(kernels[index % len(kernels)], target, (128, 64, 80)[index // 2 % 3], "bfloat16", "pieces")
     yield from (Case(kernel, "sm_90", 64, "bfloat16", "bare") for kernel in kernels)
     yield from (Case(kernel, "sm_90", 128, "bfloat16", "bare") for kernel in DECODING)
+    yield from (Case(kernel, "sm_90", 64, "bfloat16", "split") for kernel in TRAINING)
+    yield from (Case(kernel, "sm_90", 64, "bfloat16", "bare") for kernel in TOGETHER)
     yield Case("decode", "gfx942", 80, "bfloat16", "int8")
     yield Case("step", "sm_90", 64, "bfloat16", "int8")
     yield Case("forward", "sm_89", 256, "float32", "bare")

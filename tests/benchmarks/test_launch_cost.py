@@ -23,7 +23,7 @@ def test_it_measures_forward_backward_and_a_decode_step(monkeypatch: pytest.Monk
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=_environment())
     assert result.returncode == 0, result.stderr
     found = dict(re.findall(r"(\S.*?) +([\d.]+) µs", result.stdout))
-    assert set(found) == {"forward", "forward and backward", "decode step"}
+    assert set(found) == {"forward", "forward and backward", "decode step", "decode step, split"}
     assert 0 < float(found["forward"]) < float(found["forward and backward"])
 
 

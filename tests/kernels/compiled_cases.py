@@ -87,6 +87,21 @@ def test_head_dims_and_dtypes(head_dim: int, dtype: torch.dtype, sizes: dict) ->
     assert_agrees_with_oracle(case, "triton")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"stored": torch.int8, "lse_gradient": True, "visibility": "sliding"}, {"v_head_dim": 32}],
+    ids=["int8, gradient of lse, sliding", "values narrower"],
+)
+def test_tiles_that_programs_share(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsmr_kernels.backends.triton import configs, training
+
+    monkeypatch.setattr(training, "LEAST_KEYS", 64)
+    monkeypatch.setattr(training, "LEAST_QUERIES", 64)
+    monkeypatch.setattr(configs, "generation", configs.generation + 1)  # what is kept was worked out by other rules
+    sizes = {"batch": 1, "heads": 2, "kv_heads": 1, "queries": 70, "seen": [230], "capacity": 110, "horizon": 110}
+    assert_agrees_with_oracle(random_case(**sizes, head_dim=64, dtype=BF16, **options), "triton")
+
+
 @pytest.mark.parametrize("stored", [BF16, torch.int8], ids=str)
 @pytest.mark.parametrize(("new", "group", "dtype"), [(1, 2, BF16), (5, 8, BF16), (3, 2, F16)], ids=str)
 def test_storing_and_decoding(new: int, group: int, dtype: torch.dtype, stored: torch.dtype) -> None:

@@ -148,7 +148,7 @@ def _in_the_trial(monkeypatch: pytest.MonkeyPatch) -> Case:
     """A case of the trial, small enough for the interpreter."""
     from dsmr_kernels.backends.triton import decode
 
-    monkeypatch.setattr(decode, "_processors", lambda device: 1)
+    monkeypatch.setattr(decode, "processors", lambda device: 1)
     return random_case(queries=3, capacity=20, seen=[30, 7], horizon=20, head_dim=20, dtype=torch.float16)
 
 

@@ -95,6 +95,27 @@ def test_blocks_may_not_meet_in_global_memory() -> None:
         run("mov.u32 %r3, %ctaid.x;\nsetp.eq.b32 %p1, %r3, 1;\n@%p1 st.global.b32 [%rd1], %r2;", blocks=2)
 
 
+def test_an_atomic_addition_puts_blocks_in_order() -> None:
+    """The second of two blocks reads what the first has written, behind what each has added to the last word."""
+    thread = "setp.eq.b32 %p1, %r0, 0;\nld.param.b64 %rd3, [toy_param_1];\nmov.u32 %r3, %ctaid.x;\nmov.b32 %r4, 1;\n"
+    write = "setp.eq.b32 %p2, %r3, 0;\n@%p2 st.global.b32 [%rd2], %r2;\n"
+    add = "mov.b32 %r5, 0;\n@%p1 atom.global.gpu.acq_rel.add.u32 %r5, [%rd3+512], %r4;\n"
+    read = "setp.eq.b32 %p2, %r3, 1;\n@%p2 ld.global.b32 %r6, [%rd2];\n@%p2 st.global.b32 [%rd2+256], %r6;\n"
+    last = "setp.eq.b32 %p3, %r5, 1;\n@%p3 st.global.b32 [%rd3+512], 7;\n"
+    barrier = "bar.sync 0;\n"
+    code = thread + write + barrier + add + barrier + read + last
+    found = run(code, words=129, blocks=2)
+    assert np.array_equal(found[:64], found[64:128])
+    assert found[128] == 7
+    for left_out in (write + add + barrier + read, write + barrier + add + read, write + barrier + read):
+        with pytest.raises(Fault, match="a thread reads what another one writes"):
+            run(thread + left_out, words=129, blocks=2)
+    with pytest.raises(Fault, match="a thread adds to what another one writes"):
+        run(thread + barrier + add + barrier + "@%p1 st.global.b32 [%rd3+512], 7;", words=129, blocks=2)
+    with pytest.raises(Fault, match="a thread writes what another one reads"):
+        run(thread + "setp.eq.b32 %p2, %r3, 1;\nld.global.b32 %r6, [%rd2];\n@%p2 st.global.b32 [%rd2], 7;", blocks=2)
+
+
 def test_nor_may_warps_without_a_barrier() -> None:
     # Every thread reads the word of the one 32 threads on, in the array that all have written.
     turned = "xor.b32 %r3, %r1, 128;\nsub.u32 %r3, %r3, %r1;\ncvt.s64.s32 %rd3, %r3;\nadd.s64 %rd3, %rd3, %rd2;\n"

@@ -17,6 +17,7 @@ from dsmr_kernels.backends.triton.primitives import (
     offset_of,
     query_tile,
     scales_of,
+    share_of_keys,
     store_rows,
 )
 from dsmr_kernels.backends.triton.walk import visit_keys
@@ -34,14 +35,20 @@ def dq_kernel(
     HAS_ALIBI: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_LSE_GRAD: tl.constexpr, NEEDS_Q: tl.constexpr,
     PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    UNROLLED: tl.constexpr,
+    UNROLLED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """DQ (B, Hq, T, HEAD_DIM) if it is needed, and Delta (B, Hq, T), by which every weight's gradient is lowered: the
-    sums over V_DIM of Out * Grad less the gradient of the log-sum-exp. Out and GradLse, too, are contiguous."""
+    sums over V_DIM of Out * Grad less the gradient of the log-sum-exp. Out and GradLse, too, are contiguous.
+
+    With SPLIT share `program_id(1)` of the keys alone: DQ (splits, B, Hq, T, HEAD_DIM) float32, whose sum is wanted.
+    """
     line, b, h, row, p, low, position = query_tile(
         Length, Position, PieceStart, Offsets, piece_stride, heads, queries, tokens, capacity, horizon, segment_length,
         segment_offset, SLIDING, HAS_MEMORY, HAS_PIECES, HAS_OFFSETS, BM,
     )  # fmt: skip
+    until = 0
+    if SPLIT:
+        low, until = share_of_keys(p, low, BN)
     kv = h // group
     d, e = tl.arange(0, BD), tl.arange(0, BV)
     valid = row < queries
@@ -55,7 +62,10 @@ def dq_kernel(
         out = load_rows(Out, at, V_DIM, part, valid, V_DIM, V_DIM == BV)  # [BM, 64]
         grad = load_rows(g_base, row, g_token, part, valid, V_DIM, V_DIM == BV, False, UNIT)  # [BM, 64]
         delta += tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    tl.store(Delta + at, delta, mask=valid)
+    if SPLIT:
+        tl.store(Delta + at, delta, mask=valid & (tl.program_id(1) == 0))
+    else:
+        tl.store(Delta + at, delta, mask=valid)
     if NEEDS_Q:
         grad = load_rows(g_base, row, g_token, e, valid, V_DIM, V_DIM == BV, False, UNIT)  # [BM, BV]
         lse = tl.load(Lse + at, mask=valid, other=0.0) * 1.4426950408889634
@@ -71,9 +81,11 @@ def dq_kernel(
             k_scale, v_scale, mk_token, mv_token,
             head_of(K, b, kv, k_batch, k_head, UNIT), head_of(V, b, kv, v_batch, v_head, UNIT),
             k_token, v_token,
-            d, e, p, low, position, capacity, scale_log2, slope,
-            True, HAS_MEMORY, QUANTISED, HAS_ALIBI, PRECISION, HEAD_DIM, V_DIM, UNIT, BN, UNROLLED,
+            d, e, p, low, position, capacity, until, scale_log2, slope,
+            SPLIT, True, HAS_MEMORY, QUANTISED, HAS_ALIBI, PRECISION, HEAD_DIM, V_DIM, UNIT, BN, UNROLLED,
         )  # fmt: skip
+        if SPLIT:
+            line += tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(queries, BM))
         store_rows(DQ, line, row, queries, d, dq * scale, HEAD_DIM)
 
 
@@ -145,9 +157,13 @@ def dkv_kernel(
     SLIDING: tl.constexpr, DETACH: tl.constexpr, HAS_PIECES: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HAS_OFFSETS: tl.constexpr, NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr,
     PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """DK (B, Hkv, S, HEAD_DIM) and DV (B, Hkv, S, V_DIM), contiguous, those of them that are needed."""
+    """DK (B, Hkv, S, HEAD_DIM) and DV (B, Hkv, S, V_DIM), contiguous, those of them that are needed.
+
+    With SPLIT share `program_id(1)` of the blocks of queries of all heads of the group alone: DK and DV are float32,
+    with a first dimension of splits, and their sums are wanted.
+    """
     tiles = tl.cdiv(tokens, BN)
     line = tl.program_id(0) // tiles
     b, kv = (line // kv_heads).to(tl.int64), line % kv_heads
@@ -169,6 +185,10 @@ def dkv_kernel(
     v = load_rows(v, j, v_token, e, j < tokens, V_DIM, V_DIM == BV, False, UNIT)  # [BN, BV]
     dk = tl.zeros([BN, BD], dtype=tl.float32)
     dv = tl.zeros([BN, BV], dtype=tl.float32)
+    blocks, share = 0, 0
+    if SPLIT:
+        blocks = tl.cdiv(stop - begin, BM)
+        share = tl.cdiv(group * blocks, tl.num_programs(1))
     for g in range(group):
         h = kv * group + g
         q_base, g_base = head_of(Q, b, h, q_batch, q_head, UNIT), head_of(Grad, b, h, g_batch, g_head, UNIT)
@@ -176,12 +196,19 @@ def dkv_kernel(
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
-        for start in tl.range(begin, stop, BM, disable_licm=max(HEAD_DIM, V_DIM) > 64):
+        low, high = begin, stop
+        if SPLIT:
+            skipped = tl.program_id(1) * share - g * blocks
+            low = begin + tl.minimum(tl.maximum(skipped, 0), blocks) * BM
+            high = tl.minimum(begin + tl.minimum(tl.maximum(skipped + share, 0), blocks) * BM, stop)
+        for start in tl.range(low, high, BM, disable_licm=max(HEAD_DIM, V_DIM) > 64):
             edge = (start < j_last) | (start + BM > every)  # masked; in the blocks between, every query sees every key
             dk, dv = _dkv_block(
                 k, v, dk, dv, j, until, start, stop, edge, q_base, g_base, Lse + at, Delta + at, q_token, g_token,
                 d, e, shift, scale_log2, slope, HAS_ALIBI, NEEDS_K, NEEDS_V, PRECISION, HEAD_DIM, V_DIM, UNIT, BM,
             )  # fmt: skip
+    if SPLIT:
+        line += tl.program_id(1) * (tl.num_programs(0) // tiles)
     if NEEDS_K:
         store_rows(DK, line, j, tokens, d, dk * scale, HEAD_DIM)
     if NEEDS_V:

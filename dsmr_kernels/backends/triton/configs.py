@@ -19,7 +19,8 @@ import torch
 HEAD_DIMS = (16, 256)  # the least and the greatest that the kernels serve
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT8 = ("forward_int8", "dq_int8")
-DECODING = ("decode", "decode_many", "combine", "step")
+DECODING = ("decode", "decode_many", "step")
+TOGETHER = ("merge", "sum")
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,8 @@ OLDER_INSTRUCTIONS = {("dkv", "sm_100", 256)}
 
 
 # Decoding. "decode" takes up to 16 stacked queries (a group's heads times the new tokens), "decode_many" more of them;
-# reading the ring is what takes the time, so a block is what keeps enough loads under way. "combine" takes in `bm`
-# splits at a time and "step" `bm` rows and `bn` elements of half a head: both wait for memory, whatever the part.
+# reading the ring is what takes the time, so a block is what keeps enough loads under way. "step" takes `bm`
+# rows and `bn` elements of half a head, and waits for memory, whatever the part.
 # At head_dim 64, with lower limits than these, some variants spill under Triton 3.6 or 3.7.
 _DECODE = {
     64: {"decode": Config(16, 64, 4, 3, 168), "decode_many": Config(32, 64, 4, 2, 200)},
@@ -193,13 +194,12 @@ _DECODE_FLOAT32 = {
     128: {"decode": Config(16, 32, 8, 1), "decode_many": Config(16, 32, 8, 1)},
     256: {"decode": Config(16, 16, 8, 1, 255), "decode_many": Config(16, 16, 8, 1, 255)},  # 32 keys spill in Triton 3.6
 }
-_COMBINE = Config(16, 0, 4, 1)
 _STEP_ELEMENTS = 1024
+# What puts the shares of a small grid together: "merge" takes `bm` rows, "sum" `bm` numbers. Both wait for memory.
+_TOGETHER = {"merge": Config(16, 0, 4, 1), "sum": Config(1024, 0, 4, 1)}
 
 
 def _for_decoding(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
-    if kernel == "combine":
-        return _COMBINE
     if kernel == "step":
         half = padded(head_dim) // 2
         return Config(_STEP_ELEMENTS // half, half, 8 if half == 128 and dtype == torch.float32 else 4, 1, 128)
@@ -236,21 +236,23 @@ _trial: dict[str, Config] = {}  # by `trying`: kernel -> Config
 
 
 def choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
-    """The configuration of a kernel: "forward", "dq", "dkv" or one of `DECODING`; the table's, unless `use` was told of
-    a measured one."""
+    """The configuration of a kernel: "forward", "dq", "dkv" or one of `DECODING` or `TOGETHER`; the table's, unless
+    `use` was told of a measured one."""
     return _trial.get(kernel) or _choose(kernel, architecture, head_dim, dtype)
 
 
 @functools.cache
 def _choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
     if architecture == "interpreter":
-        return _INTERPRETER
+        return _TOGETHER.get(kernel, _INTERPRETER)
     measured = _measured.get((kernel, padded(head_dim), str(dtype).removeprefix("torch.")))
     return measured or from_table(kernel, architecture, head_dim, dtype)
 
 
 def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
     """The table's configuration of a kernel."""
+    if kernel in TOGETHER:
+        return _TOGETHER[kernel]
     if kernel in DECODING:
         return _for_decoding(kernel, architecture, head_dim, dtype)
     sizes = (FLOAT32_TABLE if dtype == torch.float32 else TABLE)[family(architecture)]

@@ -1,22 +1,24 @@
-"""Attention of the newest tokens over the ring, split along the keys: a partial softmax a split, then their sum.
+"""Attention of the newest tokens over the ring, split along the keys: a partial softmax a split, then their sum, in one
+launch: the last split to be done sums them all up, in their order, so that it does not matter which one is last.
 
 A program takes one KV head of one row and a stretch of its visible slots; the query heads of the group and the new
 tokens are stacked, so that they share each key that is read. The number of splits depends on the capacity and the
 device alone and the stretches on lengths that are read on the device: nothing waits for the host, a graph captured once
-serves every length, and sums run in a fixed order. A split without a visible slot writes a log-sum-exp of minus
-infinity and contributes nothing.
+serves every length, and sums run in a fixed order. A split without a visible slot does nothing, and is not waited for.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsmr_kernels.backends.triton import configs
+from dsmr_kernels.backends.triton.arrivals import MOST_COUNTERS, arrives_last, launch_counting
 from dsmr_kernels.backends.triton.configs import choose, padded
-from dsmr_kernels.backends.triton.launch import INTERPRETED, LOG2E, architecture, as_rows, launch_kernel, strides
+from dsmr_kernels.backends.triton.launch import LOG2E, Launch, architecture, as_rows, processors
 from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows, shares, softmax_step
 from dsmr_kernels.ring import Ring
 
@@ -51,21 +53,62 @@ def _decode_block(
     return acc, top, total
 
 
+@triton.jit
+def _combine(
+    Parts, Lse, Out, Sinks, line, first, stacked, splits, used, new, e, v_dim,
+    HAS_SINKS: tl.constexpr, ROWS: tl.constexpr, AT_ONCE: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """Out's queries first ... first + ROWS - 1 of a KV head: their parts, weighted by their shares of the sum of
+    exponentials, in the order of the splits."""
+    row = first + tl.arange(0, ROWS)
+    valid = row < stacked
+    row = tl.minimum(row, stacked - 1)
+    at = line.to(tl.int64) * stacked + row
+    every = tl.arange(0, MOST)
+    # Past the first cache, which knows nothing of what other multiprocessors have written, and nothing is read twice.
+    lse = tl.load(
+        Lse + at[:, None] * splits + every[None, :], mask=(every < used)[None, :], other=-float("inf"),
+        cache_modifier=".cg",
+    )  # fmt: skip
+    top = tl.maximum(tl.max(lse, 1), -1.0e30)  # [ROWS]
+    if HAS_SINKS:
+        sink = tl.load(Sinks + row // new).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+    total = tl.sum(tl.exp2(lse - top[:, None]), 1)
+    if HAS_SINKS:
+        total += tl.exp2(sink - top)
+    acc = tl.zeros([ROWS, AT_ONCE, e.shape[0]], dtype=tl.float32)
+    for start in tl.range(0, used, AT_ONCE):
+        split = start + tl.arange(0, AT_ONCE)
+        among = (split < used)[None, :]
+        number = at[:, None] * splits + split[None, :]  # [ROWS, AT_ONCE]
+        w = tl.exp2(tl.load(Lse + number, mask=among, other=-float("inf"), cache_modifier=".cg") - top[:, None])
+        part = tl.load(
+            Parts + number[:, :, None] * v_dim + e[None, None, :],
+            mask=(among & valid[:, None])[:, :, None] & (e < v_dim)[None, None, :], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        acc += part * w[:, :, None]
+    out = tl.sum(acc, 1) / tl.where(total > 0, total, 1.0)[:, None]
+    pointers = Out + at[:, None] * v_dim + e[None, :]
+    tl.store(pointers, out.to(Out.dtype.element_ty), mask=valid[:, None] & (e < v_dim)[None, :])
+
+
 @triton.jit(do_not_specialize=["new", "capacity"])
 def decode_kernel(
-    Q, K, V, KScale, VScale, Length, Position, Visible, Slopes, Sinks, Out, Lse,
+    Q, K, V, KScale, VScale, Length, Position, Visible, Slopes, Sinks, Out, Parts, Counters,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     ks_batch, ks_head, vs_batch, vs_head,
     kv_heads, group, head_dim, v_dim, scale_log2, new, capacity,
     HAS_VISIBLE: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, QUANTISED: tl.constexpr,
     DIRECT: tl.constexpr, WHOLE_DIM: tl.constexpr, WHOLE_V: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    ROWS: tl.constexpr, AT_ONCE: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Split `program_id(1)` of the slots, for one tile of the stacked queries of one KV head.
 
-    Out is (B, Hq, n, v_dim) with DIRECT, where there is one split, and else (B, Hq, n, splits, v_dim) float32;
-    Lse (B, Hq, n, splits) in base 2. A query that sees nothing at all gives zeros. The sinks take part once: here where
-    there is one split, else in `combine_kernel`.
+    Out is (B, Hq, n, v_dim). With DIRECT there is one split, which writes it. Else a split writes to Parts, float32:
+    first (B, Hq, n, splits, v_dim), then log-sum-exps (B, Hq, n, splits) in base 2; and the last of them sums up. A
+    query that sees nothing at all gives zeros. The sinks take part once: here with DIRECT, else in the sum.
     """
     stacked = group * new
     tiles = tl.cdiv(stacked, BM)
@@ -122,114 +165,144 @@ def decode_kernel(
     sum_or_one = tl.where(total > 0, total, 1.0)
     out = acc / sum_or_one[:, None]
     at = (b64 * kv_heads * group + h) * new + i  # [BM], the query's number in (B, Hq, n)
-    if not DIRECT:
-        at = at * splits + split
-        tl.store(Lse + at, tl.where(total > 0, top + tl.log2(sum_or_one), -float("inf")), mask=valid)
-    # An empty split need not write: `combine_kernel` does not read what has no weight.
-    keep = valid & (DIRECT | (total > 0))
-    pointers = Out + at[:, None] * v_dim + e[None, :]
-    tl.store(pointers, out.to(Out.dtype.element_ty), mask=keep[:, None] & (e < v_dim)[None, :])
-
-
-@triton.jit(do_not_specialize=["Sinks", "heads", "new", "splits"])
-def combine_kernel(
-    Parts, Lse, Sinks, Out, v_dim, heads, new, splits, HAS_SINKS: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr
-):
-    """Out[r] = the parts of query r, weighted by their shares of the sum of exponentials, in order of the splits."""
-    r = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, BV)
-    acc = tl.zeros([BV], dtype=tl.float32)
-    top, total = -1.0e30, 0.0
-    if HAS_SINKS:
-        sink = tl.load(Sinks + r // new % heads).to(tl.float32) * 1.4426950408889634
-        top = tl.maximum(top, sink)
-        total = tl.exp2(sink - top)
-    for first in tl.range(0, splits, BS):
-        split = first + tl.arange(0, BS)
-        lse = tl.load(Lse + r * splits + split, mask=split < splits, other=-float("inf"))  # [BS]
-        seen = (lse > -1.0e30)[:, None] & (e < v_dim)[None, :]
-        parts = tl.load(Parts + (r * splits + split)[:, None] * v_dim + e[None, :], mask=seen, other=0.0)  # [BS, BV]
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        shrink = tl.exp2(top - new_top)
-        w = tl.exp2(lse - new_top)
-        acc = acc * shrink + tl.sum(parts * w[:, None], 0)
-        total = total * shrink + tl.sum(w, 0)
-        top = new_top
-    out = acc / tl.where(total > 0, total, 1.0)
-    tl.store(Out + r * v_dim + e, out.to(Out.dtype.element_ty), mask=e < v_dim)
+    whole = valid[:, None] & (e < v_dim)[None, :]
+    if DIRECT:
+        tl.store(Out + at[:, None] * v_dim + e[None, :], out.to(Out.dtype.element_ty), mask=whole)
+    else:
+        used = tl.maximum(tl.cdiv(held, tl.maximum(stretch, 1)), 1)  # splits with slots; those without do nothing
+        if split < used:
+            rows = tl.num_programs(0) // tiles * stacked
+            Lse = Parts + rows.to(tl.int64) * splits * v_dim
+            at = at * splits + split
+            tl.store(Lse + at, tl.where(total > 0, top + tl.log2(sum_or_one), -float("inf")), mask=valid)
+            tl.store(Parts + at[:, None] * v_dim + e[None, :], out, mask=whole)
+            if arrives_last(Counters + tl.program_id(0), used):
+                _combine(
+                    Parts, Lse, Out, Sinks + kv * group, rest, tile * BM, stacked, splits, used, new, e, v_dim,
+                    HAS_SINKS, ROWS, AT_ONCE, MOST,
+                )  # fmt: skip
 
 
 MOST_SPLITS = 128
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a device; the interpreter pretends to two, so that tests have several splits."""
-    return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+SUMMED_AT_ONCE = 4096  # numbers of the parts: 32 registers of a thread
 
 
 def splits_of(capacity: int, programs: int, processors: int, block: int) -> int:
-    """Into how many splits a ring is cut: enough to occupy the device four times over, of two blocks at least."""
-    wanted = triton.cdiv(4 * processors, programs)
-    return max(1, min(wanted, capacity // (2 * block), MOST_SPLITS))
+    """Into how many splits a ring is cut: enough to occupy the device twice over, of two blocks at least. Reading hides
+    behind reading with two programs a multiprocessor, and what the last one of them reads again grows with the splits.
+    """
+    wanted = triton.cdiv(2 * processors, programs)
+    return max(1, min(wanted, capacity // (2 * block), MOST_SPLITS)) if programs <= MOST_COUNTERS else 1
 
 
-def _launch(
-    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor,
-    visible: Tensor | None, alibi: Tensor | None, sinks: Tensor | None, scale: float,
-) -> Tensor:  # fmt: skip
-    q, k, v = as_rows(q), as_rows(k), as_rows(v)
-    length, position = length.contiguous(), position.contiguous()
-    batch, heads, new, dim = q.shape
-    kv_heads, capacity, v_dim = k.shape[1], k.shape[2], v.shape[3]
-    out = torch.empty((*q.shape[:3], v_dim), dtype=q.dtype, device=q.device)
-    if out.numel() == 0:
-        return out
-    group, bd, bv, widest = heads // kv_heads, padded(dim), padded(v_dim), max(dim, v_dim)
-    part = architecture(q.device)
-    config = choose("decode" if group * new <= 16 else "decode_many", part, widest, q.dtype)
-    programs = triton.cdiv(group * new, config.bm) * batch * kv_heads
-    splits = splits_of(capacity, programs, _processors(q.device), config.bn)
-    direct = splits == 1
-    parts = out if direct else torch.empty((*q.shape[:3], splits, v_dim), dtype=torch.float32, device=q.device)
-    lse = out if direct else torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
-    scales = [as_rows(x) for x in (k_scale, v_scale) if x is not None]
-    sink = q if sinks is None else sinks.contiguous()
-    # A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
-    tensors = (
-        q, k, v, *(scales or (q, q)), length, position, length if visible is None else visible.contiguous(),
-        q if alibi is None else alibi.contiguous(), sink, parts, lse,
-    )  # fmt: skip
+class _Call(NamedTuple):
+    """What a launch depends on: everything but where its tensors lie."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of q, k and v
+    strides: tuple[tuple[int, ...], ...]
+    scale_strides: tuple[int, ...]  # of batch and head
+    quantised: bool
+    has_visible: bool
+    has_alibi: bool
+    has_sinks: bool
+    scale: float
+    processors: int
+    generation: int
+
+
+@functools.lru_cache(1024)
+def _plan(of: _Call) -> tuple[Launch, int, int]:
+    """The launch, its programs along the first axis, and its splits."""
+    (batch, heads, new, dim), (_, kv_heads, capacity, _), (*_, v_dim) = of.shapes
+    group, bd, bv = heads // kv_heads, padded(dim), padded(v_dim)
+    stacked, part = group * new, architecture(of.device)
+    config = choose("decode" if stacked <= 16 else "decode_many", part, max(dim, v_dim), of.dtypes[0])
+    programs = triton.cdiv(stacked, config.bm) * batch * kv_heads
+    splits = splits_of(capacity, programs, of.processors, config.bn)
+    rows = 1 if splits == 1 else min(triton.next_power_of_2(stacked), config.bm)
     numbers = (
-        *strides(q, k, v), *(strides(*scales, axes=2) or (0,) * 4),
-        kv_heads, group, dim, v_dim, scale * LOG2E, new, capacity,
+        *(stride for strides in of.strides for stride in strides[:3]), *of.scale_strides,
+        kv_heads, group, dim, v_dim, of.scale * LOG2E, new, capacity,
     )  # fmt: skip
     constants = {
-        "HAS_VISIBLE": visible is not None,
-        "HAS_ALIBI": alibi is not None,
-        "HAS_SINKS": sinks is not None,
-        "QUANTISED": bool(scales),
-        "DIRECT": direct,
+        "HAS_VISIBLE": of.has_visible,
+        "HAS_ALIBI": of.has_alibi,
+        "HAS_SINKS": of.has_sinks,
+        "QUANTISED": of.quantised,
+        "DIRECT": splits == 1,
         "WHOLE_DIM": bd == dim,
         "WHOLE_V": bv == v_dim,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if of.dtypes[0] == torch.float32 else "tf32",
         "BM": config.bm,
         "BN": config.bn,
         "BD": bd,
         "BV": bv,
+        "ROWS": rows,
+        "AT_ONCE": max(1, SUMMED_AT_ONCE // (rows * bv)),
+        "MOST": MOST_SPLITS,
     }
-    grid, options = (programs, splits, 1), config.launch_options(part)
-    launch_kernel(decode_kernel, grid, q.device, tensors, numbers, constants, options)
-    if not direct:
-        config = choose("combine", part, v_dim, q.dtype)
-        grid, options = (batch * heads * new, 1, 1), config.launch_options(part)
-        constants = {"HAS_SINKS": sinks is not None, "BS": config.bm, "BV": bv}
-        numbers = (v_dim, heads, new, splits)
-        launch_kernel(combine_kernel, grid, q.device, (parts, lse, sink, out), numbers, constants, options)
+    dtypes = (*of.dtypes, of.dtypes[0], *((of.dtypes[0],) * 2 if splits == 1 else (torch.float32, torch.int32)))
+    options = config.launch_options(part)
+    return (
+        Launch(decode_kernel, (programs, splits, 1), of.device, dtypes, numbers, constants, options),
+        programs,
+        splits,
+    )
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor,
+    visible: Tensor | None, alibi: Tensor | None, sinks: Tensor | None, scale: float, keep: bool = True,
+) -> Tensor:  # fmt: skip
+    q, k, v = as_rows(q), as_rows(k), as_rows(v)
+    v_dim, device = v.shape[3], q.device
+    out = torch.empty((*q.shape[:3], v_dim), dtype=q.dtype, device=device)
+    if out.numel() == 0:
+        return out
+    # A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
+    scales, scale_strides = (q, q), (0, 0, 0, 0)
+    if k_scale is not None and v_scale is not None:
+        scales = k_scale, v_scale = as_rows(k_scale), as_rows(v_scale)
+        scale_strides = (*k_scale.stride()[:2], *v_scale.stride()[:2])  # type: ignore[assignment]
+    length = length.contiguous()
+    tensors = (
+        q, k, v, *scales, length, position.contiguous(), length if visible is None else visible.contiguous(),
+        q if alibi is None else alibi.contiguous(), q if sinks is None else sinks.contiguous(),
+    )  # fmt: skip
+    launch, programs, splits = _plan(
+        _Call(
+            device,
+            tuple([x.dtype for x in tensors]),
+            (q.shape, k.shape, v.shape),
+            (q.stride(), k.stride(), v.stride()),
+            scale_strides,
+            k_scale is not None,
+            visible is not None,
+            alibi is not None,
+            sinks is not None,
+            scale,
+            processors(device),
+            configs.generation,
+        )
+    )
+    if splits == 1:
+        launch(*tensors, out, q, q)
+    else:
+        parts = torch.empty(out.numel() // v_dim * splits * (v_dim + 1), dtype=torch.float32, device=device)
+        launch_counting(launch, programs, keep, *tensors, out, parts)
     return out
 
 
-_operator = torch.library.custom_op("dsmr_kernels::triton_decode", _launch, mutates_args=())
+def _compiled(
+    q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor,
+    visible: Tensor | None, alibi: Tensor | None, sinks: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    return _launch(q, k, v, k_scale, v_scale, length, position, visible, alibi, sinks, scale, keep=False)
+
+
+_operator = torch.library.custom_op("dsmr_kernels::triton_decode", _compiled, mutates_args=())
 
 
 @_operator.register_fake

@@ -27,8 +27,16 @@ def architecture(device: torch.device) -> str:
 _NOWHERE = contextlib.nullcontext()
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; the interpreter pretends to four, so that tests have several splits."""
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensors'."""
+    if INTERPRETED:
+        return _NOWHERE
     return _NOWHERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
 
 
@@ -87,7 +95,7 @@ class Launch:
         # Left to Triton, too: a tensor that is not aligned, and on AMD's parts one of 2 GiB.
         large = torch.version.hip is not None and any(x.untyped_storage().nbytes() >> 31 for x in tensors)
         known = self._key is not None and not (bits & 15 or large)
-        with _on(self.device):
+        with on(self.device):
             if known and (self._run is not None or self._find()):
                 self._run(*addresses, *self._behind)  # of a tensor the launcher would ask the driver where it lies
                 return
@@ -108,27 +116,9 @@ class Launch:
         return self._run is not None
 
 
-def launch_kernel(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    device: torch.device,
-    tensors: tuple[Tensor, ...],
-    numbers: tuple[float, ...],
-    constants: dict[str, Any],
-    options: dict[str, Any],
-) -> None:
-    """Launch a kernel, whose arguments are tensors, then numbers, then constants, once."""
-    Launch(kernel, grid, device, tuple(x.dtype for x in tensors), numbers, constants, options)(*tensors)
-
-
 def as_rows(x: Tensor) -> Tensor:
     """`x` with a contiguous last dimension: itself, if it has one."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def strides(*tensors: Tensor, axes: int = 3) -> list[int]:
-    """Of the first `axes` dimensions of all tensors: batch, head and token."""
-    return [stride for x in tensors for stride in x.stride()[:axes]]
 
 
 def in_units(shapes: list[tuple[int, ...]], strides: list[tuple[int, ...]]) -> tuple[int, list[int]]:

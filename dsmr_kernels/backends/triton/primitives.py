@@ -81,6 +81,16 @@ def query_tile(
 
 
 @triton.jit
+def share_of_keys(p, low, BN: tl.constexpr):
+    """Of the keys that a tile of queries sees, those of share `program_id(1)`: the lowest one for each query, [BM], and
+    the end. A share is whole blocks, and may be empty."""
+    first = tl.min(low, 0)
+    share = tl.cdiv(tl.cdiv(tl.max(p, 0) + 1 - first, tl.num_programs(1)), BN) * BN
+    begin = first + tl.program_id(1) * share
+    return tl.maximum(low, begin), begin + share
+
+
+@triton.jit
 def head_of(Base, b, h, batch_stride, head_stride, UNIT: tl.constexpr):
     """Where the (tokens, head_dim) matrix of batch index b (int64) and head h begins."""
     return Base + (b * batch_stride + h.to(tl.int64) * head_stride) * UNIT

@@ -1,8 +1,11 @@
 """What a decode step does to a new token before it attends, in one launch: turn q and k, write k and v into the ring.
 
-A program takes one row of the batch and no other one reads that row's counters, so it may advance them itself: the
-write position never leaves the device.
+The programs of a row of the batch share its heads. The last of them to be done, when all have read the row's length and
+write position, advances both: the position never leaves the device.
 """
+
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,8 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dsmr_kernels import rotary
+from dsmr_kernels.backends.triton import configs
+from dsmr_kernels.backends.triton.arrivals import MOST_COUNTERS, arrives_last, launch_counting
 from dsmr_kernels.backends.triton.configs import choose, padded
-from dsmr_kernels.backends.triton.launch import architecture, as_rows, launch_kernel, strides
+from dsmr_kernels.backends.triton.launch import Launch, architecture, as_rows
 from dsmr_kernels.memory import KVMemory
 
 
@@ -53,14 +58,19 @@ def _write(
 
 @triton.jit(do_not_specialize=["new", "capacity"])
 def step_kernel(
-    Q, K, V, Cos, Sin, MemoryK, MemoryV, KScale, VScale, Length, Position, Out,
+    Q, K, V, Cos, Sin, MemoryK, MemoryV, KScale, VScale, Length, Position, Out, Counters,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     c_batch, c_token,
     mk_batch, mk_head, mk_token, mv_batch, mv_head, mv_token, ks_batch, ks_head, vs_batch, vs_head,
     heads, kv_heads, head_dim, half, v_dim, v_half, new, capacity,
-    ROTATE: tl.constexpr, QUANTISED: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr, BHV: tl.constexpr,
+    ROTATE: tl.constexpr, QUANTISED: tl.constexpr, ALONE: tl.constexpr, BR: tl.constexpr, BH: tl.constexpr,
+    BHV: tl.constexpr,
 ):  # fmt: skip
-    """Row `program_id(0)`: Out (B, Hq, n, head_dim) = Q turned; K turned and V into their slots; counters advance."""
+    """Row `program_id(0)`: Out (B, Hq, n, head_dim) = Q turned; K turned and V into their slots; counters advance.
+
+    ALONE: one program takes all heads of a row. Else a program takes every so many blocks of BR of the (head, token)
+    pairs, the first program those of q from the first on, and the last one those of k and v.
+    """
     b = tl.program_id(0)
     b64 = b.to(tl.int64)
     position = tl.load(Position + b)
@@ -68,7 +78,10 @@ def step_kernel(
     slot = (position % capacity).to(tl.int32)
     d, e = tl.arange(0, BH), tl.arange(0, BHV)
     cos, sin = Cos + b64 * c_batch, Sin + b64 * c_batch
-    for start in tl.range(0, heads * new, BR):
+    programs = tl.num_programs(1)
+    step, from_first = programs * BR, tl.program_id(1) * BR
+    from_last = (programs - 1) * BR - from_first
+    for start in tl.range(from_first, heads * new, step):
         row = start + tl.arange(0, BR)
         first, second, low, high = _halves(
             Q + b64 * q_batch, cos, sin, q_head, q_token, c_token, row // new, row % new, d, row < heads * new, half,
@@ -77,7 +90,7 @@ def step_kernel(
         out = Out + (b64 * heads * new + row)[:, None] * head_dim + d[None, :]
         tl.store(out, first.to(Out.dtype.element_ty), mask=low)
         tl.store(out + half, second.to(Out.dtype.element_ty), mask=high)
-    for start in tl.range(0, kv_heads * new, BR):
+    for start in tl.range(from_last, kv_heads * new, step):
         row = start + tl.arange(0, BR)
         h, i, valid = row // new, row % new, row < kv_heads * new
         at = slot + i
@@ -96,53 +109,117 @@ def step_kernel(
             MemoryV + b64 * mv_batch, VScale + b64 * vs_batch, mv_head, mv_token, vs_head, first, second, h, at, e,
             valid, low, high, v_half, QUANTISED,
         )  # fmt: skip
-    tl.debug_barrier()  # every warp has read the counters before one of them writes
-    tl.store(Position + b, position + new)
-    tl.store(Length + b, tl.minimum(length + new, capacity))
+    if ALONE:
+        tl.debug_barrier()  # every warp has read the counters before one of them writes
+        tl.store(Position + b, position + new)
+        tl.store(Length + b, tl.minimum(length + new, capacity))
+    else:
+        if arrives_last(Counters + b, programs):
+            tl.store(Position + b, position + new)
+            tl.store(Length + b, tl.minimum(length + new, capacity))
+
+
+# A block takes about as long as a program's arrival, a way to memory and back: fewer of them are not worth sharing out.
+_LEAST_SHARED = 4
+
+
+def programs_of(batch: int, blocks: int) -> int:
+    """Programs that share the blocks of a row's heads: one each, or one for all."""
+    return blocks if blocks >= _LEAST_SHARED and batch <= MOST_COUNTERS else 1
 
 
 def _turned_dtype(q: Tensor, memory_k: Tensor) -> torch.dtype:
     return q.dtype if memory_k.dtype == torch.int8 else memory_k.dtype
 
 
-def _launch(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, memory_k: Tensor, memory_v: Tensor,
-    k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor,
-) -> Tensor:  # fmt: skip
-    q, k, v = as_rows(q), as_rows(k), as_rows(v)
-    batch, heads, new, dim = q.shape
-    out = torch.empty(q.shape, dtype=_turned_dtype(q, memory_k), device=q.device)
-    if out.numel() == 0:
-        return out
-    turn = [as_rows(x) for x in (cos, sin) if x is not None]
-    if turn and turn[0].stride() != turn[1].stride():
-        turn = [x.contiguous() for x in turn]
-    scales = [x for x in (k_scale, v_scale) if x is not None]
-    counters = (length.contiguous(), position.contiguous())
-    part = architecture(q.device)
-    v_dim = v.shape[3]
-    config = choose("step", part, max(dim, v_dim), q.dtype)
+class _Call(NamedTuple):
+    """What a launch depends on: everything but where its tensors lie."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of q, k and v
+    strides: tuple[tuple[int, ...], ...]  # and of the memory's k and v
+    turn_strides: tuple[int, ...]  # of batch and token
+    scale_strides: tuple[int, ...]  # of batch and head
+    capacity: int
+    rotated: bool
+    quantised: bool
+    generation: int
+
+
+@functools.lru_cache(1024)
+def _plan(of: _Call) -> tuple[Launch, int]:
+    """The launch, and how many programs share a row."""
+    (batch, heads, new, dim), (_, kv_heads, _, _), (*_, v_dim) = of.shapes
+    part = architecture(of.device)
+    config = choose("step", part, max(dim, v_dim), of.dtypes[0])
     rows = min(triton.next_power_of_2(heads * new), config.bm)
-    tensors = (q, k, v, *(turn or (q, q)), memory_k, memory_v, *(scales or (out, out)), *counters, out)
+    programs = programs_of(batch, triton.cdiv(heads * new, rows) + triton.cdiv(kv_heads * new, rows))
     numbers = (
-        *strides(q, k, v), *((turn[0].stride(0), turn[0].stride(2)) if turn else (0, 0)),
-        *strides(memory_k, memory_v), *(strides(*scales, axes=2) or (0,) * 4),
-        heads, k.shape[1], dim, (dim + 1) // 2, v_dim, (v_dim + 1) // 2, new, memory_k.shape[2],
+        *(stride for strides in of.strides[:3] for stride in strides[:3]), *of.turn_strides,
+        *(stride for strides in of.strides[3:] for stride in strides[:3]), *of.scale_strides,
+        heads, kv_heads, dim, (dim + 1) // 2, v_dim, (v_dim + 1) // 2, new, of.capacity,
     )  # fmt: skip
-    constants = {"ROTATE": bool(turn), "QUANTISED": bool(scales), "BR": rows}
+    constants = {"ROTATE": of.rotated, "QUANTISED": of.quantised, "ALONE": programs == 1, "BR": rows}
     constants |= {"BH": padded(dim) // 2, "BHV": padded(v_dim) // 2}
     # Products and sums are rounded apart, as PyTorch rounds them.
     options = config.launch_options(part) | {"enable_fp_fusion": False}
-    launch_kernel(step_kernel, (batch, 1, 1), q.device, tensors, numbers, constants, options)
+    dtypes = (*of.dtypes, of.dtypes[0] if programs == 1 else torch.int32)
+    return Launch(step_kernel, (batch, programs, 1), of.device, dtypes, numbers, constants, options), programs
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, memory_k: Tensor, memory_v: Tensor,
+    k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor, keep: bool = True,
+) -> Tensor:  # fmt: skip
+    q, k, v = as_rows(q), as_rows(k), as_rows(v)
+    out = torch.empty(q.shape, dtype=_turned_dtype(q, memory_k), device=q.device)
+    if out.numel() == 0:
+        return out
+    turn, turn_strides = (q, q), (0, 0)
+    if cos is not None and sin is not None:
+        cos, sin = as_rows(cos), as_rows(sin)
+        turn = (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
+        turn_strides = (turn[0].stride(0), turn[0].stride(2))
+    scales, scale_strides = (out, out), (0, 0, 0, 0)
+    if k_scale is not None and v_scale is not None:
+        scales, scale_strides = (k_scale, v_scale), (*k_scale.stride()[:2], *v_scale.stride()[:2])  # type: ignore[assignment]
+    counters = (length.contiguous(), position.contiguous())
+    tensors = (q, k, v, *turn, memory_k, memory_v, *scales, *counters, out)
+    launch, programs = _plan(
+        _Call(
+            q.device,
+            tuple([x.dtype for x in tensors]),
+            (q.shape, k.shape, v.shape),
+            tuple([x.stride() for x in (q, k, v, memory_k, memory_v)]),
+            turn_strides,
+            scale_strides,
+            memory_k.shape[2],
+            cos is not None,
+            k_scale is not None,
+            configs.generation,
+        )
+    )
+    if programs == 1:
+        launch(*tensors, q)
+    else:
+        launch_counting(launch, q.shape[0], keep, *tensors)
     for counter, advanced in zip((length, position), counters, strict=True):
         if advanced is not counter:
             counter.copy_(advanced)
     return out
 
 
+def _compiled(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, memory_k: Tensor, memory_v: Tensor,
+    k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor,
+) -> Tensor:  # fmt: skip
+    return _launch(q, k, v, cos, sin, memory_k, memory_v, k_scale, v_scale, length, position, keep=False)
+
+
 _operator = torch.library.custom_op(
     "dsmr_kernels::triton_step",
-    _launch,
+    _compiled,
     mutates_args=("memory_k", "memory_v", "k_scale", "v_scale", "length", "position"),
 )
 

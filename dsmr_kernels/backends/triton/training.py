@@ -1,9 +1,10 @@
-"""The training call: forward and backward of one `memory_attention`, as launches of their three kernels.
+"""The training call: forward and backward of one `memory_attention`, as launches of their three kernels, each followed
+by one that puts shares together where the grid is small (`splits`).
 
 Sizes, strides, horizons and offsets reach the kernels as run-time numbers; what compiles a kernel anew is the dtype,
-the head dimensions, the alignment of the strides, and which of memory, pieces, ALiBi and row offsets there are. What
-follows from shapes, strides and options alone is worked out once and kept (`_forward`, `_dq`, `_dkv`): a step of
-training asks for the same again and again, and working it out takes longer than launching.
+the head dimensions, the alignment of the strides, whether tiles are shared, and which of memory, pieces, ALiBi and row
+offsets there are. What follows from shapes, strides and options alone is worked out once and kept (`_forward`, `_dq`,
+`_dkv`): a step of training asks for the same again and again, and working it out takes longer than launching.
 """
 
 import functools
@@ -16,7 +17,8 @@ from dsmr_kernels.backends.triton import configs
 from dsmr_kernels.backends.triton.backward import dkv_kernel, dq_kernel
 from dsmr_kernels.backends.triton.configs import choose, padded, unrolled
 from dsmr_kernels.backends.triton.forward import forward_kernel
-from dsmr_kernels.backends.triton.launch import LOG2E, Launch, architecture, as_rows, in_units
+from dsmr_kernels.backends.triton.launch import LOG2E, Launch, architecture, as_rows, in_units, processors
+from dsmr_kernels.backends.triton.splits import LEAST_KEYS, LEAST_QUERIES, merge_kernel, shares_of, sum_kernel
 from dsmr_kernels.spec import AttentionSpec, Gradients, Inputs, Needs
 
 _KEPT = 1024  # launches of each kernel
@@ -60,6 +62,7 @@ class _Signature(NamedTuple):
     has_pieces: bool
     has_alibi: bool
     has_offsets: bool
+    processors: int
     generation: int
 
 
@@ -98,9 +101,22 @@ def _read(inputs: Inputs) -> tuple[tuple[Tensor, ...], _Signature]:
         piece_start is not None,
         alibi is not None,
         offsets is not None,
+        processors(q.device),
         configs.generation,
     )
     return tensors, signature
+
+
+class _Plan(NamedTuple):
+    """A kernel's launch, the shares of a tile, and what puts them together where there are several."""
+
+    launch: Launch
+    splits: int
+    together: Launch | None
+
+    def parts(self, *shape: int, like: Tensor) -> Tensor:
+        """Room for every share's partial result."""
+        return torch.empty((self.splits, *shape), dtype=torch.float32, device=like.device)
 
 
 class _Sizes:
@@ -131,26 +147,65 @@ class _Sizes:
             "BV": padded(self.v_head_dim),
         }
 
-    def launch(
+    def _walk(self, of: _Signature, tile: int) -> tuple[int, int]:
+        """How many keys a tile of so many queries sees at most, and how many queries of a group a tile of keys."""
+        horizon, length, _ = self.limits
+        own = tile if of.spec.visibility == "sliding" else tile + (length or self.tokens)
+        keys = min(horizon + own, self.tokens + self.capacity)
+        until = length + tile if length and of.spec.detach_segments else horizon + own
+        return keys, self.group * min(until, self.queries)
+
+    def plan(
         self, kernel: Any, name: str, of: _Signature, unit: int, more_dtypes: tuple[torch.dtype, ...],
-        numbers: tuple[float, ...], without: tuple[str, ...] = (), **constants: Any,
-    ) -> Launch:  # fmt: skip
-        """A program for every tile of a head: of queries, or for "dkv" of keys."""
+        outputs: int, numbers: tuple[float, ...], without: tuple[str, ...] = (), **constants: Any,
+    ) -> _Plan:  # fmt: skip
+        """A program for every tile of a head, of queries, or for "dkv" of keys, or for every share of one. The last
+        `outputs` tensors are what is put together; 0: nothing that may be split."""
         part = architecture(of.device)
         config = choose(name, part, max(self.head_dim, self.v_head_dim), of.dtypes[0])
         keys = name == "dkv"
         count, tile, heads = (self.tokens, config.bn, self.kv_heads) if keys else (self.queries, config.bm, self.heads)
-        grid = (-(-count // tile) * self.batch * heads, 1, 1)
+        programs = -(-count // tile) * self.batch * heads
+        walk, least = self._walk(of, tile)[keys], LEAST_QUERIES if keys else LEAST_KEYS
+        splits = shares_of(programs, of.processors, walk, least) if outputs else 1
+        grid = (programs, splits, 1)
         constants = {key: value for key, value in self.constants.items() if key not in without} | constants
-        constants |= {"UNIT": unit, "BM": config.bm, "BN": config.bn}
+        constants |= {"UNIT": unit, "BM": config.bm, "BN": config.bn, "SPLIT": splits > 1}
         options = config.launch_options(part)
         if not keys:
             constants["UNROLLED"] = unrolled(part)
-        return Launch(kernel, grid, of.device, more_dtypes, numbers, constants, options)
+        if splits == 1:
+            return _Plan(Launch(kernel, grid, of.device, more_dtypes, numbers, constants, options), 1, None)
+        more_dtypes = (*more_dtypes[:-outputs], *(torch.float32,) * outputs)
+        launch = Launch(kernel, grid, of.device, more_dtypes, numbers, constants, options)
+        if "forward" in name:
+            return _Plan(launch, splits, self._merge(of, splits))
+        rows = self.batch * (self.kv_heads * self.tokens if keys else self.heads * self.queries)
+        counts = (rows * self.head_dim, 0)
+        if keys:
+            counts = rows * self.head_dim * constants["NEEDS_K"], rows * self.v_head_dim * constants["NEEDS_V"]
+        return _Plan(launch, splits, self._sum(of, splits, counts))
+
+    def _merge(self, of: _Signature, splits: int) -> Launch:
+        config = choose("merge", architecture(of.device), self.v_head_dim, of.dtypes[0])
+        rows = self.batch * self.heads * self.queries
+        dtypes = (torch.float32, torch.float32, of.dtypes[0], torch.float32)
+        constants = {"V_DIM": self.v_head_dim, "BR": config.bm, "BV": padded(self.v_head_dim)}
+        options = config.launch_options(architecture(of.device))
+        return Launch(
+            merge_kernel, (-(-rows // config.bm), 1, 1), of.device, dtypes, (rows, splits), constants, options
+        )
+
+    def _sum(self, of: _Signature, splits: int, counts: tuple[int, int]) -> Launch:
+        config = choose("sum", architecture(of.device), self.head_dim, of.dtypes[0])
+        dtypes = (torch.float32, of.dtypes[0]) * 2
+        grid = (-(-max(counts) // config.bm), 2 if counts[1] else 1, 1)
+        options = config.launch_options(architecture(of.device))
+        return Launch(sum_kernel, grid, of.device, dtypes, (*counts, splits), {"BLOCK": config.bm}, options)
 
 
 @functools.lru_cache(_KEPT)
-def _forward(of: _Signature) -> Launch:
+def _forward(of: _Signature) -> _Plan:
     sizes = _Sizes(of)
     unit, strides = in_units(list(of.shapes), list(of.strides))
     numbers = (
@@ -158,11 +213,11 @@ def _forward(of: _Signature) -> Launch:
         sizes.queries, sizes.tokens, sizes.capacity, *sizes.limits,
     )  # fmt: skip
     dtypes = (*of.dtypes, of.dtypes[0], torch.float32)
-    return sizes.launch(forward_kernel, "forward_int8" if of.quantised else "forward", of, unit, dtypes, numbers)
+    return sizes.plan(forward_kernel, "forward_int8" if of.quantised else "forward", of, unit, dtypes, 2, numbers)
 
 
 @functools.lru_cache(_KEPT)
-def _dq(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]], lse_grad: bool, needed: bool) -> Launch:
+def _dq(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]], lse_grad: bool, needed: bool) -> _Plan:
     """`grad`: shape and strides of the gradient of out."""
     sizes = _Sizes(of)
     unit, strides = in_units([*of.shapes, grad[0]], [*of.strides, grad[1]])
@@ -172,14 +227,14 @@ def _dq(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]], lse_grad:
     )  # fmt: skip
     low = of.dtypes[0]
     dtypes = (*of.dtypes, low, torch.float32 if lse_grad else low, low, torch.float32, torch.float32, low)
-    return sizes.launch(
-        dq_kernel, "dq_int8" if of.quantised else "dq", of, unit, dtypes, numbers,
+    return sizes.plan(
+        dq_kernel, "dq_int8" if of.quantised else "dq", of, unit, dtypes, int(needed), numbers,
         HAS_LSE_GRAD=lse_grad, NEEDS_Q=needed,
     )  # fmt: skip
 
 
 @functools.lru_cache(_KEPT)
-def _dkv(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]], needs_k: bool, needs_v: bool) -> Launch:
+def _dkv(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]], needs_k: bool, needs_v: bool) -> _Plan:
     sizes = _Sizes(of)
     unit, strides = in_units([*of.shapes[:3], grad[0]], [*of.strides[:3], grad[1]])
     numbers = (
@@ -188,8 +243,8 @@ def _dkv(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]], needs_k:
     )  # fmt: skip
     low = of.dtypes[0]
     dtypes = (low, low, low, *of.dtypes[-3:], low, torch.float32, torch.float32, low, low)
-    return sizes.launch(
-        dkv_kernel, "dkv", of, unit, dtypes, numbers, ("HAS_MEMORY", "QUANTISED"),
+    return sizes.plan(
+        dkv_kernel, "dkv", of, unit, dtypes, 2, numbers, ("HAS_MEMORY", "QUANTISED"),
         DETACH=of.spec.detach_segments, NEEDS_K=needs_k, NEEDS_V=needs_v,
     )  # fmt: skip
 
@@ -202,7 +257,13 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     if q.numel():
         tensors, signature = _read(inputs)
-        _forward(signature)(*tensors, out, lse)
+        plan = _forward(signature)
+        if plan.together is None:
+            plan.launch(*tensors, out, lse)
+        else:
+            parts = plan.parts(*out.shape, like=q), plan.parts(*shape, like=q)
+            plan.launch(*tensors, *parts)
+            plan.together(*parts, out, lse)
     return out, lse
 
 
@@ -224,9 +285,22 @@ def backward(
     delta = lse  # for the gradient of v alone nothing else is needed
     if needs.q or needs.k:
         delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
-        launch = _dq(signature, laid_out, grad_lse is not None, needs.q)
-        launch(*tensors, grad, q if grad_lse is None else grad_lse, out, lse, delta, q if dq is None else dq)
+        plan = _dq(signature, laid_out, grad_lse is not None, needs.q)
+        _in_shares(plan, (*tensors, grad, q if grad_lse is None else grad_lse, out, lse, delta), (dq,), q)
     if needs.k or needs.v:
-        launch = _dkv(signature, laid_out, needs.k, needs.v)
-        launch(q, k, v, *tensors[-3:], grad, lse, delta, k if dk is None else dk, v if dv is None else dv)
+        plan = _dkv(signature, laid_out, needs.k, needs.v)
+        _in_shares(plan, (q, k, v, *tensors[-3:], grad, lse, delta), (dk, dv), k)
     return Gradients(dq, dk, dv)
+
+
+def _in_shares(plan: _Plan, tensors: tuple[Tensor, ...], results: tuple[Tensor | None, ...], unread: Tensor) -> None:
+    """Launch a kernel of the backward, which writes those results that are needed; `unread` stands for the others."""
+    if plan.together is None:
+        plan.launch(*tensors, *[unread if x is None else x for x in results])
+        return
+    made = [None if x is None else plan.parts(*x.shape, like=x) for x in results]
+    spare = next(x for x in made if x is not None)
+    parts = [spare if x is None else x for x in made]
+    plan.launch(*tensors, *parts)
+    pairs = [(part, unread if x is None else x) for part, x in zip(parts, results, strict=True)]
+    plan.together(*pairs[0], *pairs[-1])

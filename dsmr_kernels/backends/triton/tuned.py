@@ -30,10 +30,10 @@ class Tuned:
 
 def _sources() -> dict[str, str]:
     """What is compiled, by name: every function that a module of kernels decorates for Triton."""
-    from dsmr_kernels.backends.triton import backward, decode, forward, primitives, step, walk
+    from dsmr_kernels.backends.triton import arrivals, backward, decode, forward, primitives, splits, step, walk
 
     found = {"RUNTIME": repr(primitives.RUNTIME)}
-    for module in (primitives, walk, forward, backward, decode, step):
+    for module in (primitives, walk, forward, backward, splits, arrivals, decode, step):
         for name, value in vars(module).items():
             function = getattr(value, "fn", None)  # where Triton's decorator leaves it
             if function is not None and function.__module__ == module.__name__:  # not one that was imported

@@ -115,18 +115,22 @@ def _stretch(
 @triton.jit
 def visit_keys(
     q, grad, acc, top, total, MK, MV, KScale, VScale, mk_stride, mv_stride, K, V, k_stride, v_stride, d, e, p, low,
-    position, capacity, scale_log2, slope,
+    position, capacity, until, scale_log2, slope,
+    SPLIT: tl.constexpr,
     BACKWARD: tl.constexpr, HAS_MEMORY: tl.constexpr, QUANTISED: tl.constexpr, HAS_ALIBI: tl.constexpr,
     PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr,
     UNROLLED: tl.constexpr,
 ):  # fmt: skip
     """Every key that a query of the tile sees, in memory and in the call; blocks that none of them sees are skipped.
+    With SPLIT only keys before `until`.
 
     Forward: updates acc [BM, BV], the weighted sum of values, and the running maximum `top` and sum `total` [BM] of
     base-2 exponentials; `scale_log2` must be > 0. BACKWARD: adds to acc [BM, BD], the gradient of q; `top` is the
     base-2 log-sum-exp and `total` the delta of the rows, and both stay as they are.
     """
     p_last = tl.max(p, 0)
+    if SPLIT:
+        p_last = tl.minimum(p_last, until - 1)
     if HAS_MEMORY:
         oldest = tl.minimum(tl.min(low, 0), 0)
         seam = tl.maximum(oldest, -position)  # from here on a slot is position + j, before it a capacity more
@@ -135,6 +139,8 @@ def visit_keys(
         for stretch in tl.range(0, STRETCHES, loop_unroll_factor=STRETCHES if UNROLLED else 1):
             low_end = tl.where(stretch == 0, oldest, tl.where(stretch == 1, seam, 0))
             high_end = tl.where(stretch == 0, seam, tl.where(stretch == 1, 0, p_last + 1))
+            if SPLIT:
+                high_end = tl.minimum(high_end, until)
             shift = tl.where(stretch == 0, position + capacity, tl.where(stretch == 1, position, 0))
             from_k, from_v, from_k_stride, from_v_stride = MK, MV, mk_stride, mv_stride
             if not QUANTISED:

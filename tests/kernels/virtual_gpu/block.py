@@ -116,6 +116,13 @@ class Block(Lanes):
         else:
             self.shared.write(at, data, self.warps[lanes])
 
+    def _atom(self, parts: Any, operands: Any, mask: Array | None) -> None:
+        if parts != ("atom", "global", "gpu", "acq_rel", "add", "u32") or mask is None or mask.sum() != 1:
+            raise Fault("an atomic operation that this machine does not know")
+        at, value = self._addresses(operands[1], True)[mask], self._lanes(operands[2], "u32")[mask]
+        old = self.memory.add(int(at[0]), int(value[0]), int(self.warps[mask][0]), self._moment)
+        self._put(operands[0], np.full(self.threads, old, np.int32).view(np.uint32), "b32", mask)
+
     def _bar(self, parts: Any, operands: Any, mask: Array | None) -> None:
         if parts == ("bar", "warp", "sync"):
             return  # the threads of a warp are in step

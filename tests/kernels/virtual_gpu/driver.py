@@ -111,5 +111,5 @@ def pretend(part: str) -> None:
     backend.unsupported = lambda *call: None
     for module in (launch, decode, step, training):
         module.architecture = lambda device: part
-    launch._on = lambda device: launch._NOWHERE
-    decode._processors = lambda device: 2
+    launch.on = lambda device: launch._NOWHERE
+    decode.processors, training.processors = lambda device: 8, lambda device: 16

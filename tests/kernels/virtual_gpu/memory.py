@@ -19,7 +19,9 @@ class GlobalMemory:
     """What one launch may touch: the storages of its tensors, at their own addresses.
 
     A byte to which one thread gives a new value while another one may read or write it has no certain value, and that
-    is a fault: threads of two blocks at any time, warps of a block between two barriers.
+    is a fault: warps of a block between two barriers, and threads of two blocks at any time, unless an atomic operation
+    puts them in order. What a block did before a barrier, and its atomic after it, comes before what another block does
+    behind its own later atomic at the same address, and a barrier. Blocks run one after another, in their numbers.
     """
 
     def __init__(self, storages: dict[int, int]) -> None:
@@ -31,9 +33,11 @@ class GlobalMemory:
             for start, size in zip(self._starts, self._sizes, strict=True)
         ]
         # When each byte was last written and read, by which warp; -1 = by several. A moment is block << 32 | barriers.
-        self._written, self._writers, self._read, self._readers = (
-            [np.zeros(size, np.int64) for size in self._sizes] for _ in range(4)
-        )
+        # Which block was the first to read it, and behind how many barriers any but the last one did so, at most.
+        self._written, self._writers, self._read, self._readers, self._first, self._deepest = self._notes = [
+            [np.zeros(size, np.int64) for size in self._sizes] for _ in range(6)
+        ]
+        self._order = _Order()
 
     def contents(self) -> list[Array]:
         """A copy of all bytes."""
@@ -43,9 +47,10 @@ class GlobalMemory:
         """Put a copy back, and forget who read and wrote."""
         for data, old in zip(self._bytes, contents, strict=True):
             data[:] = old
-        for notes in (self._written, self._writers, self._read, self._readers):
+        for notes in self._notes:
             for note in notes:
                 note[:] = 0
+        self._order = _Order()
 
     def _places(self, addresses: Array, width: int) -> list[tuple[int, Array, Array]]:
         """Storage, which of the accesses lie in it, and their bytes, for each storage that is touched."""
@@ -68,38 +73,105 @@ class GlobalMemory:
         out = np.empty((addresses.size, width), np.uint8)
         for storage, inside, at in self._places(addresses, width):
             by = np.broadcast_to(warps[inside][:, None], at.shape)
-            if _clash(self._written[storage][at], self._writers[storage][at], by, moment).any():
+            if self._order.clash(self._written[storage][at], self._writers[storage][at], by, moment).any():
                 raise Fault("a thread reads what another one writes")
-            read, readers = self._read[storage], self._readers[storage]
-            several = ((read[at] == moment) & (readers[at] != by)) | (read[at] >> 32 != moment >> 32) & (read[at] != 0)
-            readers[at] = by
-            several |= readers[at] != by  # of this very access
-            readers[at[several]] = -1
-            read[at] = np.where(read[at] >> 32 == moment >> 32, moment, np.where(read[at] == 0, moment, -1))
+            self._note_reading(storage, at, by, moment)
             out[inside] = self._bytes[storage][at]
         return out
+
+    def _note_reading(self, storage: int, at: Array, by: Array, moment: int) -> None:
+        read, readers, first, deepest = (
+            notes[storage] for notes in (self._read, self._readers, self._first, self._deepest)
+        )
+        then = read[at]
+        elsewhere = (then != 0) & (then >> 32 != moment >> 32)
+        deepest[at] = np.where(elsewhere, np.maximum(deepest[at], then & _BARRIERS), deepest[at])
+        first[at] = np.where(then == 0, moment >> 32, first[at])
+        several = (then == moment) & (readers[at] != by)
+        readers[at] = by
+        several |= readers[at] != by  # of this very access
+        readers[at[several]] = -1
+        read[at] = moment
+
+    def add(self, address: int, value: int, warp: int, moment: int) -> int:
+        """Add to an int32 in one piece, releasing and acquiring, and return what it was."""
+        [(storage, _, at)] = self._places(np.array([address]), 4)
+        by = np.full(at.shape, warp)
+        if self._order.clash(self._written[storage][at], self._writers[storage][at], by, moment).any():
+            raise Fault("a thread adds to what another one writes")
+        self._order.atomic(address, moment)
+        self._note_reading(storage, at, by, moment - 1)  # it is itself among what it releases
+        word = self._bytes[storage][at[0]].view(np.int32)
+        old = int(word[0])
+        self._bytes[storage][at[0]] = (word + np.int32(value)).view(np.uint8)
+        return old
 
     def write(self, addresses: Array, data: Array, warps: Array, moment: int) -> None:
         """data: [n, width] bytes."""
         for storage, inside, at in self._places(addresses, data.shape[1]):
             by, here = np.broadcast_to(warps[inside][:, None], at.shape), self._bytes[storage]
-            if _clash(self._read[storage][at], self._readers[storage][at], by, moment).any():
+            read = self._read[storage][at]
+            same = (read == moment) & (self._readers[storage][at] != by)
+            if same.any() or self._order.any_of(self._first[storage][at], read, self._deepest[storage][at], moment):
                 raise Fault("a thread writes what another one reads")
             written = self._written[storage]
-            other_block = (written[at] != 0) & (written[at] >> 32 != moment >> 32)
-            clash = _clash(written[at], self._writers[storage][at], by, moment) & (here[at] != data[inside])
-            if (other_block | clash).any():
+            clash = self._order.clash(written[at], self._writers[storage][at], by, moment)
+            if (clash & ((written[at] >> 32 != moment >> 32) | (here[at] != data[inside]))).any():
                 raise Fault("a thread writes what another one writes")
             written[at], self._writers[storage][at], here[at] = moment, by, data[inside]
             if (here[at] != data[inside]).any():
                 raise Fault("two threads write different values to the same memory at once")
 
 
-def _clash(then: Array, warps: Array, by: Array, now: int) -> Array:
-    """Whether what happened `then`, 0 = never and -1 = in several blocks, has no certain order to what warps `by` do
-    `now`."""
-    other_block = (then != 0) & (then >> 32 != now >> 32)
-    return other_block | (then == now) & (warps != by)
+_BARRIERS = (1 << 32) - 1  # of a moment
+
+
+class _Order:
+    """Which blocks' doings come before those of the one that runs."""
+
+    def __init__(self) -> None:
+        self._block = 0
+        self._released: dict[int, dict[int, int]] = {}  # address -> block -> its barriers by then
+        self._before: dict[int, tuple[int, int]] = {}  # block -> its barriers by then, and this one's
+
+    def atomic(self, address: int, moment: int) -> None:
+        """The block releases what it did, and acquires what others have released at an address."""
+        self._enter(moment)
+        released = self._released.setdefault(address, {})
+        for block, barriers in released.items():
+            self._before.setdefault(block, (barriers, moment & _BARRIERS))
+        released[moment >> 32] = moment & _BARRIERS
+        released.update({block: barriers for block, (barriers, _) in self._before.items() if block not in released})
+
+    def _enter(self, moment: int) -> None:
+        if moment >> 32 != self._block:
+            self._block, self._before = moment >> 32, {}
+
+    def _precedes(self, block: int, barriers: int, now: int) -> bool:
+        then, since = self._before.get(block, (0, 0))
+        return barriers < then and since < now & _BARRIERS
+
+    def clash(self, then: Array, warps: Array, by: Array, now: int) -> Array:
+        """Whether what happened `then`, 0 = never, has no certain order to what warps `by` do `now`."""
+        self._enter(now)
+        other_block = (then != 0) & (then >> 32 != now >> 32)
+        for moment in np.unique(then[other_block]).tolist():
+            if self._precedes(moment >> 32, moment & _BARRIERS, now):
+                other_block &= then != moment
+        return other_block | (then == now) & (warps != by)
+
+    def any_of(self, first: Array, last: Array, deepest: Array, now: int) -> bool:
+        """Whether any block but this one, from number `first` to the moment `last`, 0 = none, behind up to `deepest`
+        barriers, has no certain order to what happens `now`."""
+        self._enter(now)
+        other_block = (last != 0) & ((last >> 32 != now >> 32) | (first != now >> 32))
+        seen = np.stack([x[other_block] for x in (first, last, deepest)], 1)
+        for begin, moment, barriers in np.unique(seen, axis=0).tolist():
+            end = moment >> 32
+            barriers = max(barriers, moment & _BARRIERS) if end != now >> 32 else barriers
+            if not all(self._precedes(block, barriers, now) for block in range(begin, end + 1) if block != now >> 32):
+                return True
+        return False
 
 
 class SharedMemory:
