@@ -36,6 +36,7 @@ TRAINING = {
     "forward": ("forward", "forward_kernel"),
     "dq": ("backward", "dq_kernel"),
     "dkv": ("backward", "dkv_kernel"),
+    "dbias": ("bias", "dbias_kernel"),
 }
 DECODING = {
     "decode": ("decode", "decode_kernel"),
@@ -43,19 +44,24 @@ DECODING = {
     "combine": ("decode", "combine_kernel"),
     "step": ("step", "step_kernel"),
 }
-KERNELS = TRAINING | DECODING
-WITHOUT_PRODUCTS = ("combine", "step")
+BY_DISTANCE = {"table": ("bias", "table_kernel"), "bucket": ("bias", "bucket_kernel")}
+KERNELS = TRAINING | DECODING | BY_DISTANCE
+WITHOUT_PRODUCTS = ("combine", "step", "table", "bucket")
 # What is compiled in: the least that a call may need, the usual training call, and all options at once, without and
-# with a memory in int8 (which dK and dV have no part in).
+# with a memory in int8 (which dK and dV have no part in), and without and with a learned bias, which takes ALiBi in.
 _NONE = {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": False, "HAS_ALIBI": False, "DETACH": True}
+_NONE |= {"HAS_BIAS": False}
 _NONE |= {"HAS_OFFSETS": False, "HAS_LSE_GRAD": False, "NEEDS_Q": True, "NEEDS_K": True, "NEEDS_V": True}
 _NONE |= {"HAS_VISIBLE": False, "HAS_SINKS": False, "ROTATE": False, "DIRECT": False, "QUANTISED": False}
-_ALL = dict.fromkeys(_NONE, True) | {"DETACH": False, "DIRECT": False}
+_ALL = dict.fromkeys(_NONE, True) | {"DETACH": False, "DIRECT": False, "HAS_BIAS": False}
+_BIASED = _ALL | {"HAS_ALIBI": False, "HAS_BIAS": True}
 VARIANTS = {
     "bare": _NONE,
     "pieces": _NONE | {"HAS_PIECES": True, "HAS_VISIBLE": True, "ROTATE": True},
     "all": _ALL | {"QUANTISED": False},
     "int8": _ALL,
+    "biased": _BIASED | {"QUANTISED": False},
+    "biased8": _BIASED,
 }
 DIMS = (64, 128, 256)  # a table's entries; compiled with every variant
 OTHER_DIMS = (16, 32, 80, 192)  # those that share an entry, narrower or padded; compiled with one variant
@@ -115,7 +121,9 @@ class Compiled:
 
 
 _POINTERS = {"Length": "*i32", "Visible": "*i32", "Position": "*i64", "PieceStart": "*i32", "Offsets": "*i64"}
+_POINTERS |= {"Buckets": "*i64"}
 _FLOATS = ("Slopes", "Sinks", "Lse", "GradLse", "Delta", "KScale", "VScale", "Cos", "Sin", "Parts")
+_FLOATS += ("Bias", "Table", "DBias")
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -145,8 +153,8 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
     target, head_dim = TARGETS[case.target], case.head_dim
     module, name = KERNELS[case.kernel]
     function = getattr(importlib.import_module(f"dsmr_kernels.backends.triton.{module}"), name)
-    int8 = case.kernel + "_int8" if VARIANTS[case.variant]["QUANTISED"] else ""
-    entry = int8 if int8 in configs.INT8 else case.kernel
+    given = VARIANTS[case.variant]
+    entry = configs.named(case.kernel, given["QUANTISED"], given["HAS_BIAS"])
     config = config or configs.from_table(entry, target.name, head_dim, getattr(torch, case.dtype))
     dim = configs.padded(head_dim)
     constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "HEAD_DIM": head_dim}
@@ -222,15 +230,27 @@ def _read_amd(result: Any) -> tuple[int, int, str]:
     return registers, spilled, listing
 
 
+def _variants(kernel: str) -> Iterator[str]:
+    """Those that compile a kernel to something else."""
+    for variant, given in VARIANTS.items():
+        if given["QUANTISED"] and kernel == "dkv":  # nothing is computed for memory
+            continue
+        without = {"step": "HAS_BIAS", "dbias": "HAS_ALIBI"}.get(kernel)
+        if without is None or not given[without]:
+            yield variant
+
+
 def every_case() -> Iterator[Case]:
     """All that is shipped: both element sizes (float16 compiles as bfloat16 does), every width, every option."""
     for target, dtype, kernel in itertools.product(TARGETS, ("bfloat16", "float32"), KERNELS):
         if kernel == "combine":
             yield from (Case(kernel, target, head_dim, dtype, "bare") for head_dim in DIMS)
             continue
-        for head_dim, variant in itertools.product(DIMS, VARIANTS):
-            if (kernel, variant) != ("dkv", "int8"):  # nothing is computed for memory
-                yield Case(kernel, target, head_dim, dtype, variant)
+        if kernel in BY_DISTANCE:  # of no head_dim, and float32 whatever q is
+            yield from (Case(kernel, target, 64, dtype, variant) for variant in ("bare", "all") if dtype == "float32")
+            continue
+        for head_dim, variant in itertools.product(DIMS, _variants(kernel)):
+            yield Case(kernel, target, head_dim, dtype, variant)
         for head_dim in OTHER_DIMS:
             yield Case(kernel, target, head_dim, dtype, "pieces")
 
@@ -244,6 +264,8 @@ def sample() -> Iterator[Case]:
     yield from (Case(kernel, "sm_90", 128, "bfloat16", "bare") for kernel in DECODING)
     yield Case("decode", "gfx942", 80, "bfloat16", "int8")
     yield Case("step", "sm_90", 64, "bfloat16", "int8")
+    yield from (Case(kernel, "sm_90", 64, "float32", "bare") for kernel in BY_DISTANCE)
+    yield Case("forward", "sm_90", 64, "bfloat16", "biased")
     yield Case("forward", "sm_89", 256, "float32", "bare")
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsmr_kernels.backends.triton.configs import choose, padded
+from dsmr_kernels.backends.triton.configs import choose, named, padded
 from dsmr_kernels.backends.triton.launch import INTERPRETED, LOG2E, architecture, as_rows, launch_kernel, strides
 from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows, shares, softmax_step
 from dsmr_kernels.ring import Ring
@@ -24,11 +24,14 @@ from dsmr_kernels.ring import Ring
 @triton.jit
 def _decode_block(
     q, acc, top, total, start, stop, K, V, KScale, VScale, k_stride, v_stride, d, e, p, position, capacity, head_dim,
-    v_dim, scale_log2, slope,
-    MASKED: tl.constexpr, HAS_ALIBI: tl.constexpr, QUANTISED: tl.constexpr, WHOLE_DIM: tl.constexpr,
-    WHOLE_V: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
+    v_dim, scale_log2, slope, bias, Buckets, buckets,
+    MASKED: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, QUANTISED: tl.constexpr,
+    WHOLE_DIM: tl.constexpr, WHOLE_V: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One block of slots: updates acc [BM, BV], the running maximum and sum [BM] of base-2 exponentials."""
+    """One block of slots: updates acc [BM, BV], the running maximum and sum [BM] of base-2 exponentials.
+
+    `slope` [BM] is in base 2; `bias` [BM] points to the queries' rows of the learned bias.
+    """
     j = start + tl.arange(0, BN)
     in_range = j < stop
     rows = memory_rows(j, position, capacity)
@@ -39,6 +42,11 @@ def _decode_block(
         s *= tl.load(KScale + rows, mask=in_range, other=0.0)[None, :]
     if HAS_ALIBI:
         s -= slope[:, None] * (p[:, None] - j[None, :]).to(tl.float32)
+    if HAS_BIAS:  # noqa: SIM102, the one is decided when this is compiled, the other when it runs
+        # It always holds, but makes these loads none that come early: keys and values would come less early for them.
+        if buckets > 0:
+            distance = tl.minimum(tl.maximum(p[:, None] - j[None, :], 0), buckets - 1)
+            s += tl.load(bias[:, None] + tl.load(Buckets + distance)).to(tl.float32) * 1.4426950408889634
     if MASKED:
         s = tl.where((j[None, :] <= p[:, None]) & in_range[None, :], s, -float("inf"))
     w, shrink, top, total = softmax_step(s, top, total, scale_log2, False)  # [BM, BN]
@@ -51,15 +59,15 @@ def _decode_block(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["new", "capacity"])
+@triton.jit(do_not_specialize=["Bias", "Buckets", "columns", "buckets", "new", "capacity"])
 def decode_kernel(
-    Q, K, V, KScale, VScale, Length, Position, Visible, Slopes, Sinks, Out, Lse,
+    Q, K, V, KScale, VScale, Length, Position, Visible, Slopes, Sinks, Bias, Buckets, Out, Lse,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     ks_batch, ks_head, vs_batch, vs_head,
-    kv_heads, group, head_dim, v_dim, scale_log2, new, capacity,
-    HAS_VISIBLE: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, QUANTISED: tl.constexpr,
-    DIRECT: tl.constexpr, WHOLE_DIM: tl.constexpr, WHOLE_V: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    kv_heads, group, head_dim, v_dim, scale_log2, columns, buckets, new, capacity,
+    HAS_VISIBLE: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    QUANTISED: tl.constexpr, DIRECT: tl.constexpr, WHOLE_DIM: tl.constexpr, WHOLE_V: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Split `program_id(1)` of the slots, for one tile of the stacked queries of one KV head.
 
@@ -95,6 +103,7 @@ def decode_kernel(
     slope = tl.zeros([BM], dtype=tl.float32)
     if HAS_ALIBI:
         slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
+    bias = Bias + h.to(tl.int64) * columns
     k_base, v_base = K + b64 * k_batch + kv64 * k_head, V + b64 * v_batch + kv64 * v_head
     k_scale, v_scale = KScale, VScale
     if QUANTISED:
@@ -109,14 +118,14 @@ def decode_kernel(
     for start in tl.range(begin, outer, BN):
         acc, top, total = _decode_block(
             q, acc, top, total, start, outer, k_base, v_base, k_scale, v_scale, k_token, v_token, d, e, p,
-            position, capacity, head_dim, v_dim, scale_log2, slope,
-            False, HAS_ALIBI, QUANTISED, WHOLE_DIM, WHOLE_V, PRECISION, BN,
+            position, capacity, head_dim, v_dim, scale_log2, slope, bias, Buckets, buckets,
+            False, HAS_ALIBI, HAS_BIAS, QUANTISED, WHOLE_DIM, WHOLE_V, PRECISION, BN,
         )  # fmt: skip
     for start in tl.range(outer, stop, BN):
         acc, top, total = _decode_block(
             q, acc, top, total, start, stop, k_base, v_base, k_scale, v_scale, k_token, v_token, d, e, p,
-            position, capacity, head_dim, v_dim, scale_log2, slope,
-            True, HAS_ALIBI, QUANTISED, WHOLE_DIM, WHOLE_V, PRECISION, BN,
+            position, capacity, head_dim, v_dim, scale_log2, slope, bias, Buckets, buckets,
+            True, HAS_ALIBI, HAS_BIAS, QUANTISED, WHOLE_DIM, WHOLE_V, PRECISION, BN,
         )  # fmt: skip
 
     sum_or_one = tl.where(total > 0, total, 1.0)
@@ -176,7 +185,8 @@ def splits_of(capacity: int, programs: int, processors: int, block: int) -> int:
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor,
-    visible: Tensor | None, alibi: Tensor | None, sinks: Tensor | None, scale: float,
+    visible: Tensor | None, alibi: Tensor | None, sinks: Tensor | None, bias: Tensor | None,
+    buckets: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
     q, k, v = as_rows(q), as_rows(k), as_rows(v)
     length, position = length.contiguous(), position.contiguous()
@@ -187,7 +197,8 @@ def _launch(
         return out
     group, bd, bv, widest = heads // kv_heads, padded(dim), padded(v_dim), max(dim, v_dim)
     part = architecture(q.device)
-    config = choose("decode" if group * new <= 16 else "decode_many", part, widest, q.dtype)
+    kernel = named("decode" if group * new <= 16 else "decode_many", biased=bias is not None)
+    config = choose(kernel, part, widest, q.dtype)
     programs = triton.cdiv(group * new, config.bm) * batch * kv_heads
     splits = splits_of(capacity, programs, _processors(q.device), config.bn)
     direct = splits == 1
@@ -195,18 +206,22 @@ def _launch(
     lse = out if direct else torch.empty((*q.shape[:3], splits), dtype=torch.float32, device=q.device)
     scales = [as_rows(x) for x in (k_scale, v_scale) if x is not None]
     sink = q if sinks is None else sinks.contiguous()
+    by_distance, sizes = (q, q), (0, 0)
+    if bias is not None and buckets is not None:
+        by_distance, sizes = (bias.contiguous(), buckets.contiguous()), (bias.shape[1], buckets.shape[0])
     # A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
     tensors = (
         q, k, v, *(scales or (q, q)), length, position, length if visible is None else visible.contiguous(),
-        q if alibi is None else alibi.contiguous(), sink, parts, lse,
+        q if alibi is None else alibi.contiguous(), sink, *by_distance, parts, lse,
     )  # fmt: skip
     numbers = (
         *strides(q, k, v), *(strides(*scales, axes=2) or (0,) * 4),
-        kv_heads, group, dim, v_dim, scale * LOG2E, new, capacity,
+        kv_heads, group, dim, v_dim, scale * LOG2E, *sizes, new, capacity,
     )  # fmt: skip
     constants = {
         "HAS_VISIBLE": visible is not None,
         "HAS_ALIBI": alibi is not None,
+        "HAS_BIAS": bias is not None,
         "HAS_SINKS": sinks is not None,
         "QUANTISED": bool(scales),
         "DIRECT": direct,
@@ -247,7 +262,8 @@ def decode_attention(
     buckets: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """See `dsmr_kernels.decode_attention`; arguments are taken as checked, and `unsupported` refuses a bias."""
+    """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
     call = _operator if torch.compiler.is_compiling() else _launch
     scales = (memory.k_scale, memory.v_scale)
-    return call(q, memory.k, memory.v, *scales, memory.length, memory.position, visible, alibi_slopes, sinks, scale)
+    beside = (visible, alibi_slopes, sinks, bias, buckets)
+    return call(q, memory.k, memory.v, *scales, memory.length, memory.position, *beside, scale)
