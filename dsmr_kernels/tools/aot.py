@@ -49,9 +49,9 @@ KERNELS = TRAINING | DECODING | BY_DISTANCE
 WITHOUT_PRODUCTS = ("combine", "step", "table", "bucket")
 # What is compiled in: the least that a call may need, the usual training call, and all options at once, without and
 # with a memory in int8 (which dK and dV have no part in), and without and with a learned bias, which takes ALiBi in.
-_NONE = {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": False, "HAS_ALIBI": False, "DETACH": True}
-_NONE |= {"HAS_BIAS": False}
-_NONE |= {"HAS_OFFSETS": False, "HAS_LSE_GRAD": False, "NEEDS_Q": True, "NEEDS_K": True, "NEEDS_V": True}
+_NONE = {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": False, "HAS_ALIBI": False, "HAS_BIAS": False}
+_NONE |= {"HAS_OFFSETS": False, "HAS_LSE_GRAD": False, "DETACH": True}
+_NONE |= {"NEEDS_Q": True, "NEEDS_K": True, "NEEDS_V": True}
 _NONE |= {"HAS_VISIBLE": False, "HAS_SINKS": False, "ROTATE": False, "DIRECT": False, "QUANTISED": False}
 _ALL = dict.fromkeys(_NONE, True) | {"DETACH": False, "DIRECT": False, "HAS_BIAS": False}
 _BIASED = _ALL | {"HAS_ALIBI": False, "HAS_BIAS": True}
@@ -120,10 +120,10 @@ class Compiled:
         return row | {"occupancy": round(occupancy, 3), "seconds": round(self.seconds, 2), "faults": self.faults}
 
 
-_POINTERS = {"Length": "*i32", "Visible": "*i32", "Position": "*i64", "PieceStart": "*i32", "Offsets": "*i64"}
-_POINTERS |= {"Buckets": "*i64"}
-_FLOATS = ("Slopes", "Sinks", "Lse", "GradLse", "Delta", "KScale", "VScale", "Cos", "Sin", "Parts")
-_FLOATS += ("Bias", "Table", "DBias")
+_POINTERS = dict.fromkeys(("Length", "Visible", "PieceStart"), "*i32")
+_POINTERS |= dict.fromkeys(("Position", "Offsets", "Buckets"), "*i64")
+_FLOATS = ["Slopes", "Sinks", "Lse", "GradLse", "Delta", "KScale", "VScale", "Cos", "Sin", "Parts"]
+_FLOATS += ["Bias", "Table", "DBias"]
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -246,7 +246,7 @@ def every_case() -> Iterator[Case]:
         if kernel == "combine":
             yield from (Case(kernel, target, head_dim, dtype, "bare") for head_dim in DIMS)
             continue
-        if kernel in BY_DISTANCE:  # of no head_dim, and float32 whatever q is
+        if kernel in BY_DISTANCE:  # float32 whatever q is, and of no head_dim
             yield from (Case(kernel, target, 64, dtype, variant) for variant in ("bare", "all") if dtype == "float32")
             continue
         for head_dim, variant in itertools.product(DIMS, _variants(kernel)):

@@ -41,7 +41,7 @@ def test_a_sample_of_every_target_and_kernel_compiles_clean(tmp_path: Path) -> N
     for row in rows:
         assert 0 < row["registers"] <= 512
         assert 0 < row["occupancy"] <= 1
-        assert 0 < row["shared"] <= row["shared_limit"]
+        assert (row["kernel"] != "table") <= row["shared"] <= row["shared_limit"]
         assert (row["matrix"] > 0) == (row["dtype"] != "float32" and row["kernel"] not in WITHOUT_PRODUCTS)
         assert (row["tensor_columns"] > 0) == (row["target"] == "sm_100")
 

@@ -72,6 +72,7 @@ _AMPERE: Sizes = {
         "dq": Config(64, 64, 8, 2),  # 128 queries spill
         "dkv": Config(32, 64, 8, 2),  # 128 keys spill
         "dbias": Config(32, 64, 8, 2),  # 64 queries spill
+        "forward_biased_padded": Config(64, 32, 8, 2),
     },
     256: {
         "forward": Config(64, 32, 8, 2),  # 128 queries or 64 keys spill
@@ -80,6 +81,7 @@ _AMPERE: Sizes = {
         "forward_int8": Config(32, 16, 8, 2, 255),
         "dq_int8": Config(32, 16, 8, 1),
         "dbias": Config(16, 32, 8, 1),  # 32 queries spill
+        "forward_biased_padded": Config(32, 32, 8, 2, 255),
         "dq_biased": Config(32, 32, 8, 1),
     },
 }
@@ -101,14 +103,16 @@ _HOPPER: Sizes = {  # eight warps are two warpgroups, of 64 queries (or keys) ea
         "dkv_padded": Config(16, 128, 8, 2),  # with the masks of a narrower head_dim, 32 queries a step spill
         "forward_int8": Config(64, 64, 8, 2),
         "dq_int8": Config(64, 32, 8, 2),
-        "dbias": Config(64, 64, 8, 2),
+        "dbias": Config(64, 64, 8, 2),  # four warps spill with a memory in int8
         "forward_biased": Config(128, 32, 8, 2),
         "dkv_biased": Config(16, 128, 8, 2),
+        "dkv_biased_padded": Config(16, 64, 8, 2),
     },
     256: {
         "forward": Config(64, 64, 8, 2),  # 128 queries spill
         "dq": Config(64, 32, 8, 2),  # 128 queries spill, and under Triton 3.6 64 keys
-        "dkv": Config(16, 64, 8, 1),  # a second stage spills
+        # A second stage spills; with a bias, a padded head_dim spills 8 bytes, and every other tile tried more.
+        "dkv": Config(16, 64, 8, 1),
         "forward_int8": Config(64, 16, 8, 2),
         "dbias": Config(64, 64, 8, 1),
         "forward_biased": Config(64, 32, 8, 2),
@@ -126,7 +130,7 @@ _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 5
         "forward": Config(128, 64, 8, 2),  # four warps spill; 128 keys are clean, in all of the tensor memory
         "dq": Config(128, 32, 8, 2),  # 256 columns and 104 registers: two blocks share an SM; 64 keys spill
         "dkv": Config(32, 128, 8, 1),  # 64 queries a step or a second stage spill
-        "dbias": Config(64, 64, 4, 2),
+        "dbias": Config(64, 64, 8, 2),  # four warps spill
     },
     256: {
         "forward": Config(128, 32, 8, 2),  # 64 keys spill
@@ -297,7 +301,8 @@ def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype
     sizes = (FLOAT32_TABLE if dtype == torch.float32 else TABLE)[family(architecture)]
     entry = sizes.get(padded(head_dim), sizes[64])
     if kernel != plain:
-        return entry.get(kernel) or from_table(plain, architecture, head_dim, dtype)
+        narrower = entry.get(f"{kernel}_padded") if padded(head_dim) != head_dim else None
+        return narrower or entry.get(kernel) or from_table(plain, architecture, head_dim, dtype)
     if kernel in INT8 and kernel not in entry:
         whole = entry[kernel.removesuffix("_int8")]
         return replace(whole, bn=max(16, whole.bn // 2))
