@@ -14,7 +14,7 @@ from dsmr_kernels.spec import AttentionSpec, Inputs
 @dataclass
 class Case:
     """The inputs of one `memory_attention` call and the gradients that come from above, of out and perhaps of lse;
-    `learning` names those of q, k and v whose gradients are asked for."""
+    `learning` names those of q, k, v and b, the bias by distance, whose gradients are asked for."""
 
     q: Tensor
     k: Tensor
@@ -30,13 +30,18 @@ class Case:
         memory = None if self.memory is None else self.memory.to(device=device, dtype=dtype)
         q, k, v, grad = (x.to(device=device, dtype=dtype) for x in (self.q, self.k, self.v, self.grad))
         options = {name: x.to(device=device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        if dtype is not None and "distance_bias" in options:
+            options["distance_bias"] = options["distance_bias"].to(torch.promote_types(dtype, torch.float32))
         grad_lse = None if self.grad_lse is None else self.grad_lse.to(device=device)
         return replace(self, q=q, k=k, v=v, memory=memory, grad=grad, options=options, grad_lse=grad_lse)
 
     def differentiated(self, call: Callable[..., Any]) -> dict[str, Tensor]:
-        """out and lse of `call(q, k, v)`, and the gradients that are asked for: dq, dk, dv."""
+        """out and lse of `call(q, k, v)`, and the gradients that are asked for: dq, dk, dv, db. Where there is a bias
+        by distance, `call` is given that, too, as `distance_bias`."""
         inputs = {name: getattr(self, name).detach() for name in "qkv"}
-        leaves = [inputs[name].requires_grad_() for name in self.learning]
+        if "distance_bias" in self.options:
+            inputs["distance_bias"] = self.options["distance_bias"].detach()
+        leaves = [inputs["distance_bias" if name == "b" else name].requires_grad_() for name in self.learning]
         out, lse = call(**inputs)
         results, grads = [out], [self.grad]
         if self.grad_lse is not None:
@@ -50,7 +55,7 @@ class Case:
         options: dict[str, Any] = {"segment_length": None, "segment_offset": 0, "visibility": "segment"}
         options |= {"detach_segments": True} | self.options
         names = ("piece_start", "alibi_slopes", "distance_bias", "distance_buckets")
-        piece_start, alibi, bias, buckets = (options.pop(name, None) for name in names)
+        piece_start, alibi, _, buckets = (options.pop(name, None) for name in names)
         offsets = options["segment_offset"] if isinstance(options["segment_offset"], Tensor) else None
         if offsets is not None:
             options["segment_offset"] = 0
@@ -58,8 +63,8 @@ class Case:
             options["scale"] = self.q.shape[-1] ** -0.5
         spec = AttentionSpec(**options, return_lse=True)
 
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
-            inputs = Inputs(q, k, v, self.memory, piece_start, alibi, offsets, bias, buckets, spec)
+        def call(q: Tensor, k: Tensor, v: Tensor, distance_bias: Tensor | None = None) -> Any:
+            inputs = Inputs(q, k, v, self.memory, piece_start, alibi, offsets, distance_bias, buckets, spec)
             return memory_attention(inputs, **how)
 
         return self.differentiated(call)
@@ -112,11 +117,13 @@ def random_case(
     stored: torch.dtype | None = None,
     seed: int = 0,
     lse_gradient: bool = False,
-    learning: str = "qkv",
+    learning: str | None = None,
+    biased: bool = False,
     **options: Any,
 ) -> Case:
     """A case with normal inputs; `seen` as in `filled_memory`, None for no memory at all; `stored`: the memory's dtype,
-    if not the others'; `lse_gradient`: whether a gradient comes from lse, too."""
+    if not the others'; `lse_gradient`: whether a gradient comes from lse, too; `biased`: whether there is a learned
+    bias by distance, with fewer columns than distances."""
     generator = torch.Generator("cpu").manual_seed(seed)
     tokens = queries if tokens is None else tokens
 
@@ -132,4 +139,7 @@ def random_case(
     q, k = normal(heads, queries), normal(kv_heads, tokens)
     v, grad = normal(kv_heads, tokens, values), normal(heads, queries, values)
     grad_lse = _normal((batch, heads, queries), torch.float32, generator) if lse_gradient else None
-    return Case(q, k, v, memory, grad, options, grad_lse, learning)
+    if biased:
+        options["distance_bias"] = _normal((heads, 6), torch.promote_types(dtype, torch.float32), generator)
+        options["distance_buckets"] = torch.arange(1, 34, device="cpu").log2().long()  # 0, 1, 1, 2 ... 5
+    return Case(q, k, v, memory, grad, options, grad_lse, learning or ("qkvb" if biased else "qkv"))

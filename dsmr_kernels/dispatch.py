@@ -25,8 +25,8 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 # A graph takes what `choose` finds out for a constant: it is found out while Dynamo traces, and guarded by nothing.
 _constant = torch.compiler.assume_constant_result
-# Device, class of head_dim and dtype -> what the trial of the Triton kernels there ended with.
-_disagreements: dict[tuple[str, int, str], str | None] = {}
+# Device, class of head_dim, dtype and whether there is a bias -> what the trial of the Triton kernels there ended with.
+_disagreements: dict[tuple[str, int, str, bool], str | None] = {}
 _tiles_settled = False  # whether the Triton backend has been told which tile sizes to use
 
 
@@ -101,19 +101,20 @@ def _settle_tiles(device: str) -> None:
 
 
 @_constant
-def _tried_out(device: str, head_dim: int, dtype: str) -> bool:
-    """Whether the Triton kernels agree with the oracle on a GPU, for a class of head_dim and a dtype: tried out once a
-    process."""
-    key = (device, head_dim, dtype)
+def _tried_out(device: str, head_dim: int, dtype: str, biased: bool) -> bool:
+    """Whether the Triton kernels agree with the oracle on a GPU, for a class of head_dim and a dtype, without a learned
+    bias or with one: tried out once a process."""
+    key = (device, head_dim, dtype, biased)
     if key not in _disagreements:
         if torch.cuda.is_current_stream_capturing():
             return True  # nothing can be tried out here, and what is recorded stays
-        reason = trial.disagreement(torch.device(device), head_dim, getattr(torch, dtype))
+        reason = trial.disagreement(torch.device(device), head_dim, getattr(torch, dtype), biased)
         _disagreements[key] = reason
         if reason is not None:
             warnings.warn(
-                f"the Triton kernels fail on {device} at a head_dim of {head_dim} in {dtype} and backend 'sdpa' serves "
-                f"in their place ({reason}); DSMR_BACKEND=sdpa chooses it without this trial",
+                f"the Triton kernels fail on {device} at a head_dim of {head_dim} in {dtype}"
+                f"{' with a bias by distance' if biased else ''} and backend 'sdpa' serves in their place "
+                f"({reason}); DSMR_BACKEND=sdpa chooses it without this trial",
                 stacklevel=2,
             )
     return _disagreements[key] is None
@@ -126,7 +127,7 @@ def _unasked(q: Tensor, v_head_dim: int, biased: bool) -> str:
         device = str(q.device)
         _settle_tiles(device)  # before the trial: a file that cannot be used is no fault of the kernels
         widest = v_head_dim if v_head_dim > q.shape[3] else q.shape[3]
-        if _tried_out(device, trial.class_of(widest), str(q.dtype).removeprefix("torch.")):
+        if _tried_out(device, trial.class_of(widest), str(q.dtype).removeprefix("torch."), biased):
             return "triton"
     return (
         "sdpa" if sdpa.unsupported(q, v_head_dim, biased) is None else "reference"
@@ -138,7 +139,7 @@ def choose(q: Tensor, backend: str | None, *, v_head_dim: int | None = None, bia
 
     `v_head_dim` is that of the values, if not q's; `biased`, whether a learned bias by distance takes part. On a GPU,
     the first call of a dtype and class of head_dim that asks for none has the Triton kernels compile and compute a
-    small example first, except in the capture of a CUDA graph.
+    small example first, and the first one with a bias another, except in the capture of a CUDA graph.
 
     Raises:
         ValueError: if the one asked for does not exist or cannot serve inputs like `q`, or if DSMR_TUNED names a file

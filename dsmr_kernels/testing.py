@@ -25,9 +25,11 @@ __all__ = [
 
 
 def run(case: Case, backend: str) -> dict[str, Tensor]:
-    """out, lse and the gradients of q, k and v."""
+    """out, lse and the gradients of q, k and v, and of a bias by distance."""
     return case.differentiated(
-        lambda q, k, v: memory_attention(q, k, v, case.memory, **case.options, return_lse=True, backend=backend)
+        lambda q, k, v, **bias: memory_attention(
+            q, k, v, case.memory, **(case.options | bias), return_lse=True, backend=backend
+        )
     )
 
 

@@ -2,7 +2,8 @@
 
 Tried out are a forward and a backward over a wrapped memory, the same in a grid so small that programs share its tiles,
 and a token that is stored and decoded, by the tolerance rule, in each dtype and class of head_dim that is asked for,
-since each is compiled anew: whether this GPU, its driver and this Triton run our code, not every form that it takes.
+since each is compiled anew, and so is a learned bias by distance: whether this GPU, its driver and this Triton run our
+code, not every form that it takes.
 """
 
 import torch
@@ -23,8 +24,10 @@ def class_of(head_dim: int) -> int:
     return next((width for width in CLASSES if head_dim <= width), CLASSES[-1])
 
 
-def disagreement(device: torch.device, head_dim: int, dtype: torch.dtype) -> str | None:
+def disagreement(device: torch.device, head_dim: int, dtype: torch.dtype, biased: bool = False) -> str | None:
     """Why the kernels must not serve a head_dim in a dtype on a device, in a sentence; None if they may.
+
+    `biased`: asked of calls with a learned bias by distance.
 
     Compiles, which takes some seconds when a machine does it first; Triton keeps the result on disk. Waits for the
     device, and leaves every random generator as it is. An access that the GPU forbids ends its use by the process,
@@ -32,20 +35,21 @@ def disagreement(device: torch.device, head_dim: int, dtype: torch.dtype) -> str
     """
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            _compare(device, head_dim, dtype)
+            _compare(device, head_dim, dtype, biased)
     except Exception as failure:  # whatever a compiler, a driver or a comparison has to say
         said = str(failure).strip().split("\n")[0]
         return f"{type(failure).__name__}: {said}" if said else type(failure).__name__
     return None
 
 
-def _compare(device: torch.device, head_dim: int, dtype: torch.dtype) -> None:
+def _compare(device: torch.device, head_dim: int, dtype: torch.dtype, biased: bool) -> None:
     from dsmr_kernels.backends import triton  # not above: importing it fails where Triton is missing
 
     case = random_case(
-        queries=150, capacity=CAPACITY, seen=[1500, 70], horizon=250, segment_length=64, head_dim=head_dim, dtype=dtype
-    ).to(device=device)
-    if reason := triton.unsupported(case.q, head_dim, False):
+        queries=150, capacity=CAPACITY, seen=[1500, 70], horizon=250, segment_length=64, head_dim=head_dim, dtype=dtype,
+        biased=biased,
+    ).to(device=device)  # fmt: skip
+    if reason := triton.unsupported(case.q, head_dim, biased):
         raise ValueError(f"backend 'triton' cannot serve these inputs: {reason}")
     shared = random_case(
         batch=1, heads=4, kv_heads=1, queries=200, capacity=1500, seen=[1600], horizon=1500, head_dim=head_dim,
@@ -82,16 +86,21 @@ def _compare_a_step(case: Case) -> None:
     assert_within_rule("append_rotated", found, plain, exact, dtype)
 
     scale = q.shape[3] ** -0.5
+    bias, buckets = (case.options.get(name) for name in ("distance_bias", "distance_buckets"))
     held = KVMemory(memory.k.double(), memory.v.double(), memory.length, memory.position)
     keys, values, mask = memory.ordered()
     group = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
-    scores = ((turned @ keys.mT) * scale).masked_fill(~mask[:, None, None], -torch.inf)
+    scores = (turned @ keys.mT) * scale
+    if bias is not None and buckets is not None:  # the newest slot is at distance 0
+        distance = torch.arange(memory.capacity - 1, -1, -1, device=q.device).clamp(max=len(buckets) - 1)
+        scores = scores + bias[:, buckets[distance]].to(dtype).unsqueeze(1)
+    scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
     assert_within_rule(
         "decode_attention",
-        {"out": triton.decode_attention(turned, memory, None, None, None, None, None, scale)},
+        {"out": triton.decode_attention(turned, memory, None, None, None, bias, buckets, scale)},
         {"out": scores.softmax(-1) @ values},
-        {"out": reference.decode_attention(turned.double(), held, None, None, None, None, None, scale)},
+        {"out": reference.decode_attention(turned.double(), held, None, None, None, bias, buckets, scale)},
         dtype,
     )
 

@@ -36,6 +36,7 @@ TRAINING = {
     "forward": ("forward", "forward_kernel"),
     "dq": ("backward", "dq_kernel"),
     "dkv": ("backward", "dkv_kernel"),
+    "dbias": ("bias", "dbias_kernel"),
 }
 DECODING = {
     "decode": ("decode", "decode_kernel"),
@@ -43,22 +44,27 @@ DECODING = {
     "step": ("step", "step_kernel"),
 }
 TOGETHER = {"merge": ("splits", "merge_kernel"), "sum": ("splits", "sum_kernel")}
-KERNELS = TRAINING | DECODING | TOGETHER
-WITHOUT_PRODUCTS = ("step", *TOGETHER)
+BY_DISTANCE = {"table": ("bias", "table_kernel"), "bucket": ("bias", "bucket_kernel")}
+KERNELS = TRAINING | DECODING | TOGETHER | BY_DISTANCE
+WITHOUT_PRODUCTS = ("step", *TOGETHER, *BY_DISTANCE)
 # What is compiled in: the least that a call may need, the usual training call, and all options at once, without and
-# with a memory in int8 (which dK and dV have no part in).
-_NONE = {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": False, "HAS_ALIBI": False, "DETACH": True}
-_NONE |= {"HAS_OFFSETS": False, "HAS_LSE_GRAD": False, "NEEDS_Q": True, "NEEDS_K": True, "NEEDS_V": True}
+# with a memory in int8 (which dK and dV have no part in), and without and with a learned bias, which takes ALiBi in.
+_NONE = {"SLIDING": False, "HAS_MEMORY": True, "HAS_PIECES": False, "HAS_ALIBI": False, "HAS_BIAS": False}
+_NONE |= {"HAS_OFFSETS": False, "HAS_LSE_GRAD": False, "DETACH": True}
+_NONE |= {"NEEDS_Q": True, "NEEDS_K": True, "NEEDS_V": True}
 _NONE |= {"HAS_VISIBLE": False, "HAS_SINKS": False, "ROTATE": False, "QUANTISED": False}
 _SHARED = {"DIRECT": False, "ALONE": False, "SPLIT": False}
 _NONE |= _SHARED
-_ALL = dict.fromkeys(_NONE, True) | _SHARED | {"DETACH": False}
+_ALL = dict.fromkeys(_NONE, True) | _SHARED | {"DETACH": False, "HAS_BIAS": False}
+_BIASED = _ALL | {"HAS_ALIBI": False, "HAS_BIAS": True}
 VARIANTS = {
     "bare": _NONE,
     "pieces": _NONE | {"HAS_PIECES": True, "HAS_VISIBLE": True, "ROTATE": True},
     "all": _ALL | {"QUANTISED": False},
     "int8": _ALL,
     "split": _ALL | {"QUANTISED": False, "SPLIT": True},  # of the training call, where the grid is small
+    "biased": _BIASED | {"QUANTISED": False},
+    "biased8": _BIASED,
 }
 DIMS = (64, 128, 256)  # a table's entries; compiled with every variant
 OTHER_DIMS = (16, 32, 80, 192)  # those that share an entry, narrower or padded; compiled with one variant
@@ -117,22 +123,10 @@ class Compiled:
         return row | {"occupancy": round(occupancy, 3), "seconds": round(self.seconds, 2), "faults": self.faults}
 
 
-_POINTERS = {"Length": "*i32", "Visible": "*i32", "PieceStart": "*i32", "Counters": "*i32"}
-_POINTERS |= {"Position": "*i64", "Offsets": "*i64"}
-_FLOATS = (
-    "Slopes",
-    "Sinks",
-    "Lse",
-    "GradLse",
-    "Delta",
-    "KScale",
-    "VScale",
-    "Cos",
-    "Sin",
-    "Parts",
-    "PartLse",
-    "MoreParts",
-)
+_POINTERS = dict.fromkeys(("Length", "Visible", "PieceStart", "Counters"), "*i32")
+_POINTERS |= dict.fromkeys(("Position", "Offsets", "Buckets"), "*i64")
+_FLOATS = ["Slopes", "Sinks", "Lse", "GradLse", "Delta", "KScale", "VScale", "Cos", "Sin", "Parts"]
+_FLOATS += ["PartLse", "MoreParts", "Bias", "Table", "DBias"]
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -165,8 +159,8 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
     target, head_dim = TARGETS[case.target], case.head_dim
     module, name = KERNELS[case.kernel]
     function = getattr(importlib.import_module(f"dsmr_kernels.backends.triton.{module}"), name)
-    int8 = case.kernel + "_int8" if VARIANTS[case.variant]["QUANTISED"] else ""
-    entry = int8 if int8 in configs.INT8 else case.kernel
+    given = VARIANTS[case.variant]
+    entry = configs.named(case.kernel, given["QUANTISED"], given["HAS_BIAS"])
     config = config or configs.from_table(entry, target.name, head_dim, getattr(torch, case.dtype))
     dim = configs.padded(head_dim)
     constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "HEAD_DIM": head_dim}
@@ -245,16 +239,27 @@ def _read_amd(result: Any) -> tuple[int, int, str]:
     return registers, spilled, listing
 
 
+def _variants(kernel: str) -> Iterator[str]:
+    """Those that compile a kernel to something else."""
+    for variant, given in VARIANTS.items():
+        if given["QUANTISED"] and kernel == "dkv":  # nothing is computed for memory
+            continue
+        without = {"step": "HAS_BIAS", "dbias": "HAS_ALIBI"}.get(kernel)
+        if without is None or not given[without]:
+            yield variant
+
+
 def every_case() -> Iterator[Case]:
     """All that is shipped: both element sizes (float16 compiles as bfloat16 does), every width, every option."""
     for target, dtype, kernel in itertools.product(TARGETS, ("bfloat16", "float32"), KERNELS):
         if kernel in TOGETHER:
             yield from (Case(kernel, target, head_dim, dtype, "bare") for head_dim in DIMS)
             continue
-        for head_dim, variant in itertools.product(DIMS, VARIANTS):
-            # Nothing is computed for memory by dK and dV, and decoding has no variant with fewer splits.
-            if (kernel, variant) != ("dkv", "int8") and not (kernel in DECODING and variant == "split"):
-                yield Case(kernel, target, head_dim, dtype, variant)
+        if kernel in BY_DISTANCE:  # float32 whatever q is, and of no head_dim
+            yield from (Case(kernel, target, 64, dtype, variant) for variant in ("bare", "all") if dtype == "float32")
+            continue
+        for head_dim, variant in itertools.product(DIMS, _variants(kernel)):
+            yield Case(kernel, target, head_dim, dtype, variant)
         for head_dim in OTHER_DIMS:
             yield Case(kernel, target, head_dim, dtype, "pieces")
 
@@ -270,6 +275,8 @@ def sample() -> Iterator[Case]:
     yield from (Case(kernel, "sm_90", 64, "bfloat16", "bare") for kernel in TOGETHER)
     yield Case("decode", "gfx942", 80, "bfloat16", "int8")
     yield Case("step", "sm_90", 64, "bfloat16", "int8")
+    yield from (Case(kernel, "sm_90", 64, "float32", "bare") for kernel in BY_DISTANCE)
+    yield Case("forward", "sm_90", 64, "bfloat16", "biased")
     yield Case("forward", "sm_89", 256, "float32", "bare")
 
 

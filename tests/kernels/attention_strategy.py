@@ -39,7 +39,7 @@ def attention_calls(
     most_tokens: int = 40,
     most_heads: int = 6,
 ) -> Case:
-    """Any call: sizes, memory, visibility, pieces, ALiBi, layouts; never more than `most_heads` rows times heads."""
+    """Any call: sizes, memory, visibility, pieces, ALiBi, bias, layouts; at most `most_heads` rows times heads."""
     kv_heads = draw(st.integers(1, 2))
     group = draw(st.integers(1, min(3, most_heads // kv_heads)))
     batch = draw(st.integers(1, max(1, min(3, most_heads // (kv_heads * group)))))
@@ -70,6 +70,7 @@ def attention_calls(
         seen=draw(st.none() | st.lists(st.integers(0, 70), min_size=batch, max_size=batch)),
         dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 1000)),
+        biased=draw(st.booleans()),
         **options,
     )
     for name in ("q", "k", "v", "grad"):

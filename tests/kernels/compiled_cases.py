@@ -36,8 +36,16 @@ def buffers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
         {"stored": torch.int8, "lse_gradient": True, "v_head_dim": 32, "segment_offset": torch.tensor([9, 3])},
         {"learning": "k", "v_head_dim": 70},
         {"learning": "v"},
+        {"biased": True, "segment_offset": torch.tensor([9, 3])},
+        {"biased": True, "stored": torch.int8, "learning": "b", "alibi_slopes": torch.tensor([0.5, 0.1])},
     ],
-    ids=["int8, gradient of lse, values narrower, offsets", "keys alone, values wider", "values alone"],
+    ids=[
+        "int8, gradient of lse, values narrower, offsets",
+        "keys alone, values wider",
+        "values alone",
+        "bias",
+        "bias alone, int8",
+    ],
 )
 def test_what_else_a_call_may_be_told(options: dict) -> None:
     sizes = {"head_dim": 64, "heads": 2, "kv_heads": 1, "queries": 40, "seen": [57, 30], "capacity": 40, "horizon": 30}
@@ -118,7 +126,8 @@ def test_storing_and_decoding(new: int, group: int, dtype: torch.dtype, stored: 
     visible = torch.tensor([200, 40], dtype=torch.int32)
     held = KVMemory(*memory.values(torch.float32), memory.length, memory.position).to(dtype=torch.float64)
     more = {"alibi_slopes": torch.rand(2 * group), "sinks": torch.rand(2 * group)}
-    for options in ({}, {"visible": visible, **more}):
+    bias = {"distance_bias": torch.randn(2 * group, 3), "distance_buckets": torch.tensor([0, 1, 1, 2])}
+    for options in ({}, {"visible": visible, **more}, {"visible": visible, **bias}):
         out = decode_attention(turned, memory, backend="triton", **options)
         exact = decode_attention(turned.double(), held, backend="reference", **options)
         assert error(out, exact) <= 8 * torch.finfo(dtype).eps * float(held.v.abs().max())

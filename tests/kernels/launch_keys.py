@@ -18,7 +18,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from dsmr_kernels import KVMemory
-from dsmr_kernels.backends.triton import append_rotated, decode_attention, launch, training
+from dsmr_kernels.backends.triton import append_rotated, bias, decode_attention, launch, training
 from dsmr_kernels.backends.triton import decode as _decode
 from dsmr_kernels.backends.triton import step as _step
 from dsmr_kernels.cases import Case, filled_memory, random_case
@@ -64,15 +64,16 @@ def _record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> _C
     return _Compiled(self, key, {name: value for name, value in kwargs.items() if name not in names})
 
 
-def _launch(case: Case, slopes: torch.Tensor | None, **options: Any) -> None:
+def _launch(case: Case, slopes: torch.Tensor | None, columns: int = 0, **options: Any) -> None:
     spec = AttentionSpec(**options, visibility="segment", detach_segments=True, scale=0.25, return_lse=True)
     starts = torch.full((case.k.shape[0], case.k.shape[2] + 1), -1, dtype=torch.int32)[:, 1:]
-    inputs = Inputs(case.q, case.k, case.v, case.memory, starts, slopes, None, None, None, spec)
+    learned = (torch.rand(4, columns + 1)[:, 1:], torch.zeros(columns + 3).long()) if columns else (None, None)
+    inputs = Inputs(case.q, case.k, case.v, case.memory, starts, slopes, None, *learned, spec)
     out, lse = training.forward(inputs)
-    training.backward(inputs, out, lse, case.grad, None, Needs())
+    training.backward(inputs, out, lse, case.grad, None, Needs(bias=columns > 0))
 
 
-def count(head_dim: int) -> dict[str, int]:
+def count(head_dim: int, biased: bool = False) -> dict[str, int]:
     """Keys of each kernel over calls that differ in what is known at run time only."""
     KEYS.clear()
     slopes = torch.rand(5)
@@ -88,6 +89,7 @@ def count(head_dim: int) -> dict[str, int]:
             _launch(
                 case,
                 slopes[step % 2 : step % 2 + 4],
+                (1, 5, 16, 32)[step % 4] if biased else 0,
                 horizon=(0, 1, 16, 17, 1 << 40)[step % 5],
                 segment_length=length,
                 segment_offset=min(step * 5, (length or 100) - 1),
@@ -116,14 +118,15 @@ def decode() -> dict[str, int]:
 
 if __name__ == "__main__":
     triton.JITFunction.run = _record
-    for module in (training, _decode, _step):
+    for module in (training, bias, _decode, _step):
         module.architecture = lambda device: "sm_90"
     launch.on = lambda device: contextlib.nullcontext()
     _decode.processors = lambda device: 132
     training.processors = lambda device: 1  # where the grid is small another kernel is compiled
     triton.runtime.driver.set_active(_Driver())
     found = {head_dim: count(head_dim) for head_dim in (16, 20, 40, 64, 80)}
+    learned = count(64, biased=True)
     decode()
     again = dict(STARTS)
     decode()
-    print(json.dumps({"keys": found, "starts": again, "starts again": STARTS}))
+    print(json.dumps({"keys": found, "with a bias": learned, "starts": again, "starts again": STARTS}))

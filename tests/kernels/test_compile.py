@@ -115,6 +115,13 @@ def test_one_sweep_is_one_compilation_of_each_triton_kernel(launch_keys) -> None
 
 
 @pytest.mark.slow
+def test_with_a_bias_it_is_one_of_each_again(launch_keys) -> None:
+    """And the number of its buckets and distances is a run-time value, too."""
+    kernels = ("table", "forward", "dq", "dkv", "dbias", "bucket")
+    assert launch_keys["with a bias"] == {f"{kernel}_kernel": 1 for kernel in kernels}
+
+
+@pytest.mark.slow
 def test_a_launch_like_an_earlier_one_asks_triton_for_nothing(launch_keys) -> None:
     """And it runs the kernel that Triton would have chosen: `launch_keys.py` works that out at every launch."""
     first, second = launch_keys["starts"], launch_keys["starts again"]

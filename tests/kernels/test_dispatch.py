@@ -100,8 +100,8 @@ def test_a_backend_that_was_asked_for_is_never_replaced(asked: str, monkeypatch:
         call(backend="triton" if asked == "argument" else None)
 
 
-Tried = tuple[torch.device, int, torch.dtype]
-CPU16 = (torch.device("cpu"), 16, torch.float16)
+Tried = tuple[torch.device, int, torch.dtype, bool]
+CPU16 = (torch.device("cpu"), 16, torch.float16, False)
 
 
 @pytest.fixture
@@ -136,12 +136,39 @@ def test_each_class_of_head_dim_and_each_dtype_is_tried_out_once(as_gpu: list[Tr
     for head_dim in (16, 17, 32, 96, 128, 100, 256, 16):
         choose(half(head_dim), None)
         choose(half(head_dim).to(torch.float16), None, v_head_dim=16)
-    assert as_gpu == [(CPU16[0], width, torch.float16) for width in (16, 32, 128, 256)]
+    assert as_gpu == [(CPU16[0], width, torch.float16, False) for width in (16, 32, 128, 256)]
     from dsmr_kernels.backends.triton.configs import padded
 
     assert all(trial.class_of(head_dim) == padded(head_dim) for head_dim in range(1, 257))
     choose(half(16), None, v_head_dim=64)
-    assert as_gpu[4:] == [(CPU16[0], 64, torch.float16)]
+    assert as_gpu[4:] == [(CPU16[0], 64, torch.float16, False)]
+
+
+@needs_triton
+def test_a_bias_is_tried_out_only_where_one_is_asked_for(as_gpu: list[Tried]) -> None:
+    for biased in (False, True, False, True):
+        assert choose(half(16), None, biased=biased).__name__ == "dsmr_kernels.backends.triton"
+    assert as_gpu == [CPU16, (*CPU16[:3], True)]
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_trial_of_a_bias_passes_and_sees_one_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsmr_kernels.backends import triton
+
+    def small(**options: Any) -> Case:
+        return random_case(**options | {"queries": 9, "capacity": 20, "seen": [30, 7], "horizon": 20})
+
+    what = torch.device("cpu"), 16, torch.float16, True
+    monkeypatch.setattr(trial, "random_case", small)
+    assert trial.disagreement(*what) is None
+    bucketed, decodes = triton.training.bucketed, triton.decode_attention
+    with monkeypatch.context() as wrong:
+        wrong.setattr(triton.training, "bucketed", lambda *given: bucketed(*given).roll(1, 1))
+        assert "db errs by" in str(trial.disagreement(*what))
+    with monkeypatch.context() as wrong:
+        wrong.setattr(triton, "decode_attention", lambda *given: decodes(*given[:5], None, None, given[7]))
+        assert "decode_attention: out errs by" in str(trial.disagreement(*what))
 
 
 def _in_the_trial(monkeypatch: pytest.MonkeyPatch) -> Case:

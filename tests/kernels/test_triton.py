@@ -1,6 +1,7 @@
 """The Triton kernels against the oracle, on CPU through Triton's interpreter: correct here means correct arithmetic and
 indexing; speed, bfloat16 and real memory bounds are for a GPU to show (`test_triton_gpu.py`)."""
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -89,7 +90,9 @@ def test_any_strides(layout: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rows differ", "more keys than queries, segments", "memory in int8"])
+@pytest.mark.parametrize(
+    "name", ["rows differ", "more keys than queries, segments", "memory in int8", "a learned bias"]
+)
 def test_nothing_around_the_tensors_is_read_and_no_empty_slot(name: str) -> None:
     case = random_case(**small(name) | {"head_dim": 20})
     expected = run(case, "triton")
@@ -161,11 +164,41 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed(buffers: Buffers) -> No
         assert sorted(buffers.sizes) == sorted([q, rows, *made]), learning  # out, lse, and what is asked for
 
 
+def test_a_bias_takes_room_for_its_distances_alone(buffers: Buffers) -> None:
+    """Its table in the forward and again in the backward, and there what of its gradient belongs to each distance."""
+    from dsmr_kernels.backends.triton.primitives import MARGIN
+
+    options = {"batch": 2, "heads": 2, "kv_heads": 1, "queries": 5, "capacity": 60, "seen": [70, 3], "biased": True}
+    q, rows, heads = 2 * 2 * 5 * 16, 2 * 2 * 5, 2
+    for horizon, distances, blocks in ((20, 21, 3), (0, 1, 1), (1 << 40, 65, 5)):
+        buffers.sizes.clear()
+        run(random_case(**options, horizon=horizon, visibility="sliding", learning="b"), "triton")
+        table = heads * (distances + 2 * MARGIN.value)
+        parts, bias = 2 * heads * 2 * blocks * 16, heads * 6
+        assert sorted(buffers.sizes) == sorted([q, rows, rows, table, table, parts, bias])
+
+
+def test_distances_of_a_call_are_those_that_are_seen() -> None:
+    from dsmr_kernels.backends.triton.training import _limits, distances_seen
+
+    tokens, capacity = 9, 5
+    p = torch.arange(tokens)
+    for length, offset, horizon, sliding in itertools.product((None, 3, 7, 40), (0, 2), (0, 4, 99), (False, True)):
+        visibility = "sliding" if sliding else "segment"
+        low = lowest_visible(
+            p, horizon=horizon, segment_length=length, segment_offset=offset, visibility=visibility
+        ).clamp(min=-capacity)
+        spec = AttentionSpec(horizon, length, offset, visibility, True, 1.0, False)
+        for rows in (False, True):
+            found = distances_seen(_limits(spec, rows, tokens, capacity), sliding, tokens, capacity)
+            assert int((p - low).max()) < found <= tokens + capacity
+
+
 def test_a_call_like_an_earlier_one_is_not_worked_out_anew() -> None:
     from dsmr_kernels.backends.triton import training
 
-    plans = (training._forward, training._dq, training._dkv)
-    options = {"batch": 1, "heads": 1, "kv_heads": 1, "queries": 3, "capacity": 9, "horizon": 7}
+    plans = (training._forward, training._dq, training._dkv, training._dbias)
+    options = {"batch": 1, "heads": 1, "kv_heads": 1, "queries": 3, "capacity": 9, "horizon": 7, "biased": True}
     run(random_case(**options, seen=[20]), "triton")
     before = [plan.cache_info() for plan in plans]
     run(random_case(**options, seen=[5], seed=1), "triton")  # other tensors, another place in the ring

@@ -45,6 +45,14 @@ def expected(q: Tensor, memory: KVMemory, **options) -> Tensor:
     return decode_attention(q.double(), clean.to(dtype=torch.float64), backend="reference", **options)
 
 
+def a_bias(heads: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A bias by distance of fewer buckets than there are distances."""
+    return {
+        "distance_bias": torch.randn(heads, 5).to(dtype),
+        "distance_buckets": torch.tensor([0, 1, 2, 2, 3, 3, 3, 3, 4]),
+    }
+
+
 def allowed(memory: KVMemory) -> float:
     return 8 * torch.finfo(memory.k.dtype).eps * float(memory.v.nan_to_num().abs().max())
 
@@ -72,7 +80,8 @@ def test_decode_agrees_with_oracle(
     poison_what_is_not_held(memory)
     q = torch.randn(len(seen), kv_heads * group, new, head_dim).to(dtype)
     limited = torch.tensor([max(new, count // 3) for count in seen], dtype=torch.int32)
-    for options in ({}, {"visible": limited, "alibi_slopes": torch.rand(kv_heads * group)}):
+    more = {"visible": limited, "alibi_slopes": torch.rand(kv_heads * group)}
+    for options in ({}, more, a_bias(kv_heads * group), more | a_bias(kv_heads * group, dtype)):
         out = decode_attention(q, memory, backend="triton", **options)
         assert out.dtype == dtype
         assert error(out, expected(q, memory, **options)) <= allowed(memory)
@@ -191,7 +200,7 @@ def test_operators_pass_opcheck() -> None:
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
         torch.ops.dsmr_kernels.triton_decode,
-        (q, *ring, memory.length, torch.rand(2), torch.rand(2), 0.25),
+        (q, *ring, memory.length, torch.rand(2), torch.rand(2), *a_bias(2).values(), 0.25),
         test_utils=checks,
     )
     cos, sin = torch.rand(2, 1, 1, 8), torch.rand(2, 1, 1, 8)
@@ -233,6 +242,22 @@ class TestOnGpu:
         exact = expected(q, memory, visible=visible)
         out = decode_attention(q.cuda(), memory.to("cuda"), visible=visible.cuda(), backend="triton")
         assert error(out.cpu(), exact) <= allowed(memory)
+
+    def test_a_bias_by_distance_agrees_with_oracle(
+        self, group: int, new: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        memory = filled_memory(3, 2, 700, head_dim, [9000, 17, 650], dtype=dtype)
+        q = torch.randn(3, 2 * group, new, head_dim).to(dtype)
+        given = a_bias(2 * group) | {
+            "distance_buckets": torch.arange(1, 600).log2().long().clamp(max=4),
+            "alibi_slopes": torch.full((2 * group,), 0.01),
+        }
+        for stored in (dtype, torch.int8):
+            held = memory.to(dtype=stored)
+            exact = expected(q, held.to(dtype=torch.float32), **given)
+            on_device = {name: x.cuda() for name, x in given.items()}
+            out = decode_attention(q.cuda(), held.to("cuda"), **on_device, backend="triton")
+            assert error(out.cpu(), exact) <= allowed(memory)
 
     def test_a_captured_step_advances_on_the_device(
         self, group: int, new: int, head_dim: int, dtype: torch.dtype

@@ -75,6 +75,18 @@ LARGE = {
         "piece_start": pieces([-1] * 700 + [700] * 1300, [0] * 5 + [5] * 1000 + [1005] * 995),
         "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.01]),
     },
+    "a learned bias": {"queries": 1024, "capacity": 2048, "seen": [3000, 700], "horizon": 2048, "biased": True},
+    "a learned bias, many segments, ALiBi": {
+        "queries": 1001,
+        "tokens": 1111,
+        "capacity": 1000,
+        "seen": [999, 5000],
+        "horizon": 777,
+        "segment_length": 333,
+        "segment_offset": torch.tensor([5, 200]),
+        "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.01]),
+        "biased": True,
+    },
     "pieces, sliding, not detached": {
         "queries": 2000,
         "capacity": 300,
@@ -100,6 +112,17 @@ def test_every_head_dim_agrees_with_oracle(head_dim: int, dtype: torch.dtype) ->
     case = case_of(
         queries=300, capacity=200, seen=[500, 77], horizon=190, segment_length=128, head_dim=head_dim, dtype=dtype
     )
+    assert_agrees_with_oracle(case, "triton")
+
+
+@every_dtype
+@pytest.mark.parametrize("stored", [None, torch.int8], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128, 192, 256])
+def test_a_bias_agrees_with_oracle_at_every_head_dim(
+    head_dim: int, stored: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    options = {"queries": 300, "capacity": 200, "seen": [500, 77], "horizon": 190, "segment_length": 128}
+    case = case_of(**options, biased=True, head_dim=head_dim, stored=stored, dtype=dtype)
     assert_agrees_with_oracle(case, "triton")
 
 
@@ -159,10 +182,11 @@ def test_it_serves_unasked_in_half_precision(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_call_does_not_wait_for_the_device() -> None:
     options = {"piece_start": pieces([-1] * 100, [3] * 100).clamp(max=0), "alibi_slopes": torch.rand(4)}
-    options |= {"segment_offset": torch.tensor([3, 7]), "stored": torch.int8}
+    options |= {"segment_offset": torch.tensor([3, 7]), "stored": torch.int8, "biased": True}
     case = case_of(queries=100, seen=[57, 30], horizon=40, segment_length=20, head_dim=64, **options)
     run(case, "triton")  # compiles
     leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    case.options["distance_bias"].requires_grad_()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -41,7 +41,7 @@ def test_a_sample_of_every_target_and_kernel_compiles_clean(tmp_path: Path) -> N
     for row in rows:
         assert 0 < row["registers"] <= 512
         assert 0 < row["occupancy"] <= 1
-        assert 0 < row["shared"] <= row["shared_limit"]
+        assert (row["kernel"] != "table") <= row["shared"] <= row["shared_limit"]
         assert (row["matrix"] > 0) == (row["dtype"] != "float32" and row["kernel"] not in WITHOUT_PRODUCTS)
         assert (row["tensor_columns"] > 0) == (row["target"] == "sm_100")
 
@@ -140,7 +140,7 @@ def test_the_table_shows_the_worst_case_of_each_kernel_and_target() -> None:
     assert sum(line.startswith("| forward") for line in lines) == 2
     assert "3 cases, 2 of them faulty, with Triton 3.7 from kernels of source hash `abc`" in lines[0]
     every = markdown({"triton": "3.7", "sources": "abc", "rows": [_row(case) for case in every_case()]})
-    assert len(every.splitlines()) <= 60
+    assert len(every.splitlines()) <= 80
 
 
 def test_the_table_has_an_entry_for_every_target_and_dtype() -> None:

@@ -1,11 +1,12 @@
 """Fused Triton kernels: one online softmax over ring memory and current keys, forward and backward.
 
 `primitives` holds the visibility rule for a tile, `walk` its way over its keys, `forward` and `backward` the kernels,
-`splits` the sharing of tiles in small grids, `configs` tile sizes by architecture, `launch` the way to the GPU and
-`training` that of one call; `decode` serves the newest tokens alone, `step` stores them before, `arrivals` tells which
-program of several is the last; `tuned` reads measured tile sizes. Under TRITON_INTERPRET=1 they run on CPU tensors, for
-tests. They may import the contract and `autograd`, and Triton, which need not be installed: nothing but the dispatcher,
-its trial and the tools may import this room, and only when it is asked for.
+`splits` the sharing of tiles in small grids, `bias` the kernels of a learned bias by distance, `configs` tile sizes by
+architecture, `launch` the way to the GPU and `training` that of one call; `decode` serves the newest tokens alone,
+`step` stores them before, `arrivals` tells which program of several is the last; `tuned` reads measured tile sizes.
+Under TRITON_INTERPRET=1 they run on CPU tensors, for tests. They may import the contract and `autograd`, and Triton,
+which need not be installed: nothing but the dispatcher, its trial and the tools may import this room, and only when it
+is asked for.
 """
 
 import torch
@@ -38,8 +39,6 @@ def unsupported(q: Tensor, v_head_dim: int, biased: bool) -> str | None:
         if not least <= dim <= most:
             edge = least if dim < least else most
             return f"it serves head_dim{whose} from {least} to {most}, not {dim}; nearest: {edge}; {_ELSEWHERE}"
-    if biased:
-        return f"it has no learned bias by distance; {_ELSEWHERE}"
     return None
 
 

@@ -14,6 +14,8 @@ from dsmr_kernels.backends.triton.primitives import (
     RUNTIME,
     head_of,
     load_rows,
+    move_of,
+    moved,
     offset_of,
     query_tile,
     scales_of,
@@ -31,9 +33,10 @@ def dq_kernel(
     mk_batch, mk_head, mk_token, mv_batch, mv_head, mv_token, ks_batch, ks_head, vs_batch, vs_head,
     g_batch, g_head, g_token,
     piece_stride, heads, group, scale_log2, scale, queries, tokens, capacity, horizon, segment_length, segment_offset,
+    width,
     SLIDING: tl.constexpr, HAS_MEMORY: tl.constexpr, QUANTISED: tl.constexpr, HAS_PIECES: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_LSE_GRAD: tl.constexpr, NEEDS_Q: tl.constexpr,
-    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OFFSETS: tl.constexpr, HAS_LSE_GRAD: tl.constexpr,
+    NEEDS_Q: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     UNROLLED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -71,9 +74,7 @@ def dq_kernel(
         lse = tl.load(Lse + at, mask=valid, other=0.0) * 1.4426950408889634
         q = head_of(Q, b, h, q_batch, q_head, UNIT)
         q = load_rows(q, row, q_token, d, valid, HEAD_DIM, HEAD_DIM == BD, False, UNIT)  # [BM, BD]
-        slope = 0.0
-        if HAS_ALIBI:
-            slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
+        move = move_of(Slopes, h, width, HAS_ALIBI, HAS_BIAS)
         k_scale, v_scale = scales_of(KScale, VScale, b, kv, ks_batch, ks_head, vs_batch, vs_head, QUANTISED)
         dq, _, _ = visit_keys(
             q, grad, tl.zeros([BM, BD], dtype=tl.float32), lse, delta,
@@ -81,8 +82,8 @@ def dq_kernel(
             k_scale, v_scale, mk_token, mv_token,
             head_of(K, b, kv, k_batch, k_head, UNIT), head_of(V, b, kv, v_batch, v_head, UNIT),
             k_token, v_token,
-            d, e, p, low, position, capacity, until, scale_log2, slope,
-            SPLIT, True, HAS_MEMORY, QUANTISED, HAS_ALIBI, PRECISION, HEAD_DIM, V_DIM, UNIT, BN, UNROLLED,
+            d, e, p, low, position, capacity, until, scale_log2, move,
+            SPLIT, True, HAS_MEMORY, QUANTISED, HAS_ALIBI, HAS_BIAS, PRECISION, HEAD_DIM, V_DIM, UNIT, BN, UNROLLED,
         )  # fmt: skip
         if SPLIT:
             line += tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(queries, BM))
@@ -121,9 +122,9 @@ def _blind_from(
 
 @triton.jit
 def _dkv_block(
-    k, v, dk, dv, j, until, start, stop, edge, Q, Grad, Lse, Delta, q_stride, g_stride, d, e, shift, scale_log2, slope,
-    HAS_ALIBI: tl.constexpr, NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr,
+    k, v, dk, dv, j, until, start, stop, edge, Q, Grad, Lse, Delta, q_stride, g_stride, d, e, shift, scale_log2, move,
+    HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """A block of queries from start on: adds its share to dk [BN, BD], dv [BN, BV]. Scores are transposed, [BN, BM]."""
     p = start + tl.arange(0, BM)
@@ -132,8 +133,7 @@ def _dkv_block(
     grad = load_rows(Grad, p - shift, g_stride, e, valid, V_DIM, e.shape[0] == V_DIM, False, UNIT)  # [BM, BV]
     lse = tl.load(Lse + (p - shift), mask=valid, other=0.0) * 1.4426950408889634
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2  # [BN, BM]
-    if HAS_ALIBI:
-        s -= slope * (p[None, :] - j[:, None]).to(tl.float32)
+    s = moved(s, move, p[None, :] - j[:, None], HAS_ALIBI, HAS_BIAS)
     if edge:
         seen = (j[:, None] <= p[None, :]) & (p[None, :] < until[:, None])
         s = tl.where(seen, s, -float("inf"))
@@ -154,8 +154,9 @@ def dkv_kernel(
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     g_batch, g_head, g_token,
     piece_stride, kv_heads, group, scale_log2, scale, queries, tokens, horizon, segment_length, segment_offset,
+    width,
     SLIDING: tl.constexpr, DETACH: tl.constexpr, HAS_PIECES: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr, NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_OFFSETS: tl.constexpr, NEEDS_K: tl.constexpr, NEEDS_V: tl.constexpr,
     PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -193,9 +194,7 @@ def dkv_kernel(
         h = kv * group + g
         q_base, g_base = head_of(Q, b, h, q_batch, q_head, UNIT), head_of(Grad, b, h, g_batch, g_head, UNIT)
         at = ((b * kv_heads * group) + h) * queries
-        slope = 0.0
-        if HAS_ALIBI:
-            slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
+        move = move_of(Slopes, h, width, HAS_ALIBI, HAS_BIAS)
         low, high = begin, stop
         if SPLIT:
             skipped = tl.program_id(1) * share - g * blocks
@@ -205,7 +204,8 @@ def dkv_kernel(
             edge = (start < j_last) | (start + BM > every)  # masked; in the blocks between, every query sees every key
             dk, dv = _dkv_block(
                 k, v, dk, dv, j, until, start, stop, edge, q_base, g_base, Lse + at, Delta + at, q_token, g_token,
-                d, e, shift, scale_log2, slope, HAS_ALIBI, NEEDS_K, NEEDS_V, PRECISION, HEAD_DIM, V_DIM, UNIT, BM,
+                d, e, shift, scale_log2, move, HAS_ALIBI, HAS_BIAS, NEEDS_K, NEEDS_V, PRECISION, HEAD_DIM, V_DIM, UNIT,
+                BM,
             )  # fmt: skip
     if SPLIT:
         line += tl.program_id(1) * (tl.num_programs(0) // tiles)

@@ -21,6 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INT8 = ("forward_int8", "dq_int8")
 DECODING = ("decode", "decode_many", "step")
 TOGETHER = ("merge", "sum")
+BY_DISTANCE = ("table", "bucket")  # beside "dbias"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ def padded(head_dim: int) -> int:
 
 # architecture -> padded head_dim -> kernel -> Config; head dimensions that have none take the entry of 64. Where the
 # memory is int8, a block of keys is converted in registers, which with all of the keys spills: half of them are taken,
-# but for the entries of `INT8`, where those spill, too. An entry "..._padded" is for head dimensions that are padded.
+# but for the entries of `INT8`, where those spill, too. An entry "..._padded" is for head dimensions that are padded,
+# and "..._biased" for calls with a learned bias where the other one spills with it. "dbias" takes no more queries than
+# keys, with a memory in int8 too.
 Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
@@ -64,11 +67,16 @@ _AMPERE: Sizes = {
         "dq": Config(128, 64, 8, 2),  # 256 queries or 128 keys spill
         "dkv": Config(16, 128, 8, 2),  # 32 queries a step spill, with 64 keys too
         "dq_int8": Config(64, 32, 8, 2),
+        "dbias": Config(32, 64, 8, 2),  # 64 queries spill
+        "forward_biased": Config(128, 64, 8, 2, 255),
+        "forward_int8_biased": Config(64, 32, 8, 2),
     },
     128: {
         "forward": Config(64, 64, 8, 2),  # 128 queries spill
         "dq": Config(64, 64, 8, 2),  # 128 queries spill
         "dkv": Config(32, 64, 8, 2),  # 128 keys spill
+        "dbias": Config(32, 64, 8, 2),  # 64 queries spill
+        "forward_biased_padded": Config(64, 32, 8, 2),
     },
     256: {
         "forward": Config(64, 32, 8, 2),  # 128 queries or 64 keys spill
@@ -76,6 +84,9 @@ _AMPERE: Sizes = {
         "dkv": Config(16, 32, 8, 2),  # 64 keys spill with ALiBi, and so do four warps
         "forward_int8": Config(32, 16, 8, 2, 255),
         "dq_int8": Config(32, 16, 8, 1),
+        "dbias": Config(16, 32, 8, 1),  # 32 queries spill
+        "forward_biased_padded": Config(32, 32, 8, 2, 255),
+        "dq_biased": Config(32, 32, 8, 1),
     },
 }
 _AMPERE[32] = {**_AMPERE[64], "forward": Config(128, 64, 4, 2)}  # with eight warps the compiler keeps to 128 registers
@@ -89,6 +100,9 @@ _HOPPER: Sizes = {
         "dkv": Config(64, 64, 4, 2, may_spill=192),  # 1.1 to 1.2 of the speed of 128 keys with eight warps
         "forward_int8": Config(64, 64, 4, 3),
         "dq_int8": Config(64, 64, 4, 3),
+        "dbias": Config(64, 64, 4, 2),
+        "forward_biased": Config(128, 64, 8, 2),
+        "forward_int8_biased": Config(128, 32, 8, 2),
     },
     128: {
         "forward": Config(128, 64, 8, 3),  # 1.1 to 1.9 times as fast as ten others
@@ -97,13 +111,21 @@ _HOPPER: Sizes = {
         "dkv_padded": Config(16, 128, 8, 2),
         "forward_int8": Config(64, 64, 8, 2),
         "dq_int8": Config(64, 32, 8, 2),
+        "dbias": Config(64, 64, 8, 2),  # four warps spill with a memory in int8
+        "forward_biased": Config(128, 32, 8, 2),
+        "dkv_biased": Config(16, 128, 8, 2),
+        "dkv_biased_padded": Config(16, 64, 8, 2),
     },
     256: {
         "forward": Config(128, 32, 8, 3, may_spill=64),  # twice as fast as the fastest clean one
         "dq": Config(128, 32, 8, 2, may_spill=32),  # twice as fast as the fastest that is clean under Triton 3.6
-        "dkv": Config(16, 64, 8, 1),  # a second stage spills
+        # A second stage spills; with a bias, a padded head_dim spills 8 bytes, and every other tile tried more.
+        "dkv": Config(16, 64, 8, 1),
         "forward_int8": Config(64, 16, 8, 2),
         "dq_int8": Config(64, 16, 8, 2),
+        "dbias": Config(64, 64, 8, 1),
+        "forward_biased": Config(64, 32, 8, 2),
+        "forward_int8_biased": Config(64, 16, 8, 1),
     },
 }
 _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 512 columns of it
@@ -111,17 +133,20 @@ _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 5
         "forward": Config(128, 64, 8, 3, 255),  # without a limit the compiler keeps to 128 registers; 128 keys spill
         "dq": Config(128, 64, 8, 2),  # 256 columns: two blocks share an SM
         "dkv": Config(64, 128, 8, 1),  # a second stage, or 128 queries a step, spill
+        "dbias": Config(64, 64, 4, 2),
     },
     128: {
         "forward": Config(128, 64, 8, 2),  # four warps spill; 128 keys are clean, in all of the tensor memory
         "dq": Config(128, 32, 8, 2),  # 256 columns and 104 registers: two blocks share an SM; 64 keys spill
         "dkv": Config(32, 128, 8, 1),  # 64 queries a step or a second stage spill
+        "dbias": Config(64, 64, 8, 2),  # four warps spill
     },
     256: {
         "forward": Config(128, 32, 8, 2),  # 64 keys spill
         "dq": Config(64, 32, 8, 2),  # 128 queries spill with ALiBi, with 16 keys too
         "dkv": Config(32, 32, 8, 2),  # 64 keys, the least that tensor memory serves, spill: see OLDER_INSTRUCTIONS
         "forward_int8": Config(64, 32, 8, 2),
+        "dbias": Config(64, 64, 8, 1),
     },
 }
 _CDNA: Sizes = {  # 64 KiB of shared memory, no asynchronous copies to pipeline: one stage
@@ -129,16 +154,19 @@ _CDNA: Sizes = {  # 64 KiB of shared memory, no asynchronous copies to pipeline:
         "forward": Config(128, 64, 4, 1),  # the largest of the clean tiles tried
         "dq": Config(64, 64, 4, 1),  # likewise
         "dkv": Config(64, 64, 4, 1),  # likewise
+        "dbias": Config(64, 64, 4, 1),
     },
     128: {
         "forward": Config(128, 64, 4, 1),  # likewise
         "dq": Config(64, 32, 4, 1),  # 64 keys spill with everything compiled in
         "dkv": Config(32, 64, 4, 1),  # likewise
+        "dbias": Config(32, 32, 4, 1),
     },
     256: {
         "forward": Config(64, 16, 4, 1),  # 32 keys spill with everything compiled in
         "dq": Config(32, 16, 4, 1),  # likewise
         "dkv": Config(32, 32, 4, 1),  # likewise
+        "dbias": Config(16, 16, 4, 1),
     },
 }
 # Float32 is computed in exact arithmetic, without matrix units, for checking: small tiles, and the clean ones at that.
@@ -147,23 +175,26 @@ _FLOAT32: Sizes = {
         "forward": Config(16, 16, 4, 1, 255),  # 32 keys spill at head_dim 16 and on Ada
         "dq": Config(32, 32, 8, 1, 255),  # four warps spill
         "dkv": Config(32, 32, 8, 1, 255),  # four warps spill under Triton 3.6
+        "dbias": Config(32, 32, 8, 1, 255),
     },
     128: {
         "forward": Config(16, 16, 8, 1, 255),  # 32 queries spill on Ada
         "dq": Config(16, 16, 4, 1, 255),  # the largest of the clean tiles tried
         "dkv": Config(32, 32, 8, 1, 255),  # likewise
+        "dbias": Config(16, 16, 4, 1, 255),
     },
     256: {
         "forward": Config(16, 16, 8, 2, 255),  # with one stage, or other warps, the compiler spills 8 to 32 bytes
         "forward_int8": Config(16, 16, 8, 1, 255),
         "dq": Config(16, 16, 8, 1, 255),  # the least tile
         "dkv": Config(16, 32, 16, 1, 128),  # with 16 keys, or fewer warps, the compiler spills 8 to 16 bytes
+        "dbias": Config(16, 16, 8, 1, 255),
     },
 }
 _CDNA_FLOAT32: Sizes = {  # the largest of the clean tiles tried, and at 256 the least that there is
-    64: dict.fromkeys(("forward", "dq", "dkv"), Config(32, 32, 4, 1)),
-    128: dict.fromkeys(("forward", "dq", "dkv"), Config(16, 32, 4, 1)),
-    256: dict.fromkeys(("forward", "dq", "dkv"), Config(16, 16, 4, 1)),
+    64: dict.fromkeys(("forward", "dq", "dkv", "dbias"), Config(32, 32, 4, 1)),
+    128: dict.fromkeys(("forward", "dq", "dkv", "dbias"), Config(16, 32, 4, 1)),
+    256: dict.fromkeys(("forward", "dq", "dkv", "dbias"), Config(16, 16, 4, 1)),
 }
 # Ada and workstation Blackwell multiply as Ampere does: its tiles fit their 99 KiB of shared memory, too.
 TABLE = {
@@ -180,7 +211,11 @@ OLDER_INSTRUCTIONS = {("dkv", "sm_100", 256)}
 # At head_dim 64, with lower limits than these, some variants spill under Triton 3.6 or 3.7.
 _DECODE = {
     64: {"decode": Config(16, 64, 4, 3, 168), "decode_many": Config(32, 64, 4, 2, 200)},
-    128: {"decode": Config(16, 64, 4, 3), "decode_many": Config(32, 64, 4, 2)},
+    128: {
+        "decode": Config(16, 64, 4, 3),
+        "decode_many": Config(32, 64, 4, 2),
+        "decode_many_biased": Config(32, 32, 4, 2, 255),
+    },
     256: {"decode": Config(16, 32, 4, 3), "decode_many": Config(32, 32, 8, 2, 255)},
 }
 _ADA_DECODE = _DECODE | {128: _DECODE[128] | {"decode": Config(16, 64, 4, 2)}}  # three stages spill
@@ -190,10 +225,17 @@ _CDNA_DECODE = {
     256: {"decode": Config(16, 32, 4, 1), "decode_many": Config(32, 32, 4, 1)},
 }
 _DECODE_FLOAT32 = {
-    64: {"decode": Config(16, 32, 4, 1), "decode_many": Config(16, 32, 4, 1)},
+    64: {
+        "decode": Config(16, 32, 4, 1),
+        "decode_many": Config(16, 32, 4, 1),
+        "decode_biased": Config(16, 32, 8, 1),  # four warps spill with a memory in int8
+        "decode_many_biased": Config(16, 32, 8, 1),  # likewise
+    },
     128: {"decode": Config(16, 32, 8, 1), "decode_many": Config(16, 32, 8, 1)},
     256: {"decode": Config(16, 16, 8, 1, 255), "decode_many": Config(16, 16, 8, 1, 255)},  # 32 keys spill in Triton 3.6
 }
+_TABLE = Config(0, 256, 4, 1)  # `bn` distances at a time
+_BUCKET = Config(16, 256, 4, 1)  # `bm` columns of the bias, `bn` distances at a time
 _STEP_ELEMENTS = 1024
 # What puts the shares of a small grid together: "merge" takes `bm` rows, "sum" `bm` numbers. Both wait for memory.
 _TOGETHER = {"merge": Config(16, 0, 4, 1), "sum": Config(1024, 0, 4, 1)}
@@ -208,7 +250,8 @@ def _for_decoding(kernel: str, architecture: str, head_dim: int, dtype: torch.dt
         sizes = _DECODE_FLOAT32
     else:
         sizes = {"gfx942": _CDNA_DECODE, "sm_90": _DECODE, "sm_100": _DECODE}.get(part, _ADA_DECODE)
-    return sizes[max(64, padded(head_dim))][kernel]
+    entry = sizes[max(64, padded(head_dim))]
+    return entry.get(kernel) or entry[kernel.removesuffix("_biased")]
 
 
 def family(architecture: str) -> str:
@@ -236,8 +279,8 @@ _trial: dict[str, Config] = {}  # by `trying`: kernel -> Config
 
 
 def choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
-    """The configuration of a kernel: "forward", "dq", "dkv" or one of `DECODING` or `TOGETHER`; the table's, unless
-    `use` was told of a measured one."""
+    """The configuration of a kernel: "forward", "dq", "dkv", "dbias", or one of `DECODING`, `TOGETHER` or of
+    `BY_DISTANCE`; the table's, unless `use` was told of a measured one. See `named` for what else is in the name."""
     return _trial.get(kernel) or _choose(kernel, architecture, head_dim, dtype)
 
 
@@ -249,14 +292,27 @@ def _choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -
     return measured or from_table(kernel, architecture, head_dim, dtype)
 
 
+def named(kernel: str, quantised: bool = False, biased: bool = False) -> str:
+    """The name under which a kernel's configuration is chosen where the memory is int8 or a learned bias takes part."""
+    if quantised and kernel + "_int8" in INT8:
+        kernel += "_int8"
+    return kernel + "_biased" if biased else kernel
+
+
 def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
     """The table's configuration of a kernel."""
     if kernel in TOGETHER:
         return _TOGETHER[kernel]
-    if kernel in DECODING:
+    if kernel in BY_DISTANCE:
+        return _TABLE if kernel == "table" else _BUCKET
+    plain = kernel.removesuffix("_biased")
+    if plain in DECODING:
         return _for_decoding(kernel, architecture, head_dim, dtype)
     sizes = (FLOAT32_TABLE if dtype == torch.float32 else TABLE)[family(architecture)]
     entry = sizes.get(padded(head_dim), sizes[64])
+    if kernel != plain:
+        narrower = entry.get(f"{kernel}_padded") if padded(head_dim) != head_dim else None
+        return narrower or entry.get(kernel) or from_table(plain, architecture, head_dim, dtype)
     if kernel in INT8 and kernel not in entry:
         whole = entry[kernel.removesuffix("_int8")]
         return replace(whole, bn=max(16, whole.bn // 2))

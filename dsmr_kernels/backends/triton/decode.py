@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsmr_kernels.backends.triton import configs
 from dsmr_kernels.backends.triton.arrivals import MOST_COUNTERS, arrives_last, launch_counting
-from dsmr_kernels.backends.triton.configs import choose, padded
+from dsmr_kernels.backends.triton.configs import choose, named, padded
 from dsmr_kernels.backends.triton.launch import LOG2E, Launch, architecture, as_rows, processors
 from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows, shares, softmax_step
 from dsmr_kernels.ring import Ring
@@ -26,11 +26,14 @@ from dsmr_kernels.ring import Ring
 @triton.jit
 def _decode_block(
     q, acc, top, total, start, stop, K, V, KScale, VScale, k_stride, v_stride, d, e, p, position, capacity, head_dim,
-    v_dim, scale_log2, slope,
-    MASKED: tl.constexpr, HAS_ALIBI: tl.constexpr, QUANTISED: tl.constexpr, WHOLE_DIM: tl.constexpr,
-    WHOLE_V: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
+    v_dim, scale_log2, slope, bias, Buckets, buckets,
+    MASKED: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, QUANTISED: tl.constexpr,
+    WHOLE_DIM: tl.constexpr, WHOLE_V: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One block of slots: updates acc [BM, BV], the running maximum and sum [BM] of base-2 exponentials."""
+    """One block of slots: updates acc [BM, BV], the running maximum and sum [BM] of base-2 exponentials.
+
+    `slope` [BM] is in base 2; `bias` [BM] points to the queries' rows of the learned bias.
+    """
     j = start + tl.arange(0, BN)
     in_range = j < stop
     rows = memory_rows(j, position, capacity)
@@ -41,6 +44,11 @@ def _decode_block(
         s *= tl.load(KScale + rows, mask=in_range, other=0.0)[None, :]
     if HAS_ALIBI:
         s -= slope[:, None] * (p[:, None] - j[None, :]).to(tl.float32)
+    if HAS_BIAS:  # noqa: SIM102, the one is decided when this is compiled, the other when it runs
+        # It always holds, but makes these loads none that come early: keys and values would come less early for them.
+        if buckets > 0:
+            distance = tl.minimum(tl.maximum(p[:, None] - j[None, :], 0), buckets - 1)
+            s += tl.load(bias[:, None] + tl.load(Buckets + distance)).to(tl.float32) * 1.4426950408889634
     if MASKED:
         s = tl.where((j[None, :] <= p[:, None]) & in_range[None, :], s, -float("inf"))
     w, shrink, top, total = softmax_step(s, top, total, scale_log2, False)  # [BM, BN]
@@ -93,15 +101,15 @@ def _combine(
     tl.store(pointers, out.to(Out.dtype.element_ty), mask=valid[:, None] & (e < v_dim)[None, :])
 
 
-@triton.jit(do_not_specialize=["new", "capacity"])
+@triton.jit(do_not_specialize=["Bias", "Buckets", "columns", "buckets", "new", "capacity"])
 def decode_kernel(
-    Q, K, V, KScale, VScale, Length, Position, Visible, Slopes, Sinks, Out, Parts, Counters,
+    Q, K, V, KScale, VScale, Length, Position, Visible, Slopes, Sinks, Bias, Buckets, Out, Parts, Counters,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     ks_batch, ks_head, vs_batch, vs_head,
-    kv_heads, group, head_dim, v_dim, scale_log2, new, capacity,
-    HAS_VISIBLE: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_SINKS: tl.constexpr, QUANTISED: tl.constexpr,
-    DIRECT: tl.constexpr, WHOLE_DIM: tl.constexpr, WHOLE_V: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    kv_heads, group, head_dim, v_dim, scale_log2, columns, buckets, new, capacity,
+    HAS_VISIBLE: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    QUANTISED: tl.constexpr, DIRECT: tl.constexpr, WHOLE_DIM: tl.constexpr, WHOLE_V: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     ROWS: tl.constexpr, AT_ONCE: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """Split `program_id(1)` of the slots, for one tile of the stacked queries of one KV head.
@@ -138,6 +146,7 @@ def decode_kernel(
     slope = tl.zeros([BM], dtype=tl.float32)
     if HAS_ALIBI:
         slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
+    bias = Bias + h.to(tl.int64) * columns
     k_base, v_base = K + b64 * k_batch + kv64 * k_head, V + b64 * v_batch + kv64 * v_head
     k_scale, v_scale = KScale, VScale
     if QUANTISED:
@@ -152,14 +161,14 @@ def decode_kernel(
     for start in tl.range(begin, outer, BN):
         acc, top, total = _decode_block(
             q, acc, top, total, start, outer, k_base, v_base, k_scale, v_scale, k_token, v_token, d, e, p,
-            position, capacity, head_dim, v_dim, scale_log2, slope,
-            False, HAS_ALIBI, QUANTISED, WHOLE_DIM, WHOLE_V, PRECISION, BN,
+            position, capacity, head_dim, v_dim, scale_log2, slope, bias, Buckets, buckets,
+            False, HAS_ALIBI, HAS_BIAS, QUANTISED, WHOLE_DIM, WHOLE_V, PRECISION, BN,
         )  # fmt: skip
     for start in tl.range(outer, stop, BN):
         acc, top, total = _decode_block(
             q, acc, top, total, start, stop, k_base, v_base, k_scale, v_scale, k_token, v_token, d, e, p,
-            position, capacity, head_dim, v_dim, scale_log2, slope,
-            True, HAS_ALIBI, QUANTISED, WHOLE_DIM, WHOLE_V, PRECISION, BN,
+            position, capacity, head_dim, v_dim, scale_log2, slope, bias, Buckets, buckets,
+            True, HAS_ALIBI, HAS_BIAS, QUANTISED, WHOLE_DIM, WHOLE_V, PRECISION, BN,
         )  # fmt: skip
 
     sum_or_one = tl.where(total > 0, total, 1.0)
@@ -203,6 +212,7 @@ class _Call(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]  # of q, k and v
     strides: tuple[tuple[int, ...], ...]
     scale_strides: tuple[int, ...]  # of batch and head
+    by_distance: tuple[int, int]  # columns of a learned bias, and distances that have a bucket; 0 = no bias
     quantised: bool
     has_visible: bool
     has_alibi: bool
@@ -218,17 +228,20 @@ def _plan(of: _Call) -> tuple[Launch, int, int]:
     (batch, heads, new, dim), (_, kv_heads, capacity, _), (*_, v_dim) = of.shapes
     group, bd, bv = heads // kv_heads, padded(dim), padded(v_dim)
     stacked, part = group * new, architecture(of.device)
-    config = choose("decode" if stacked <= 16 else "decode_many", part, max(dim, v_dim), of.dtypes[0])
+    biased = of.by_distance[0] > 0
+    kernel = named("decode" if stacked <= 16 else "decode_many", biased=biased)
+    config = choose(kernel, part, max(dim, v_dim), of.dtypes[0])
     programs = triton.cdiv(stacked, config.bm) * batch * kv_heads
     splits = splits_of(capacity, programs, of.processors, config.bn)
     rows = 1 if splits == 1 else min(triton.next_power_of_2(stacked), config.bm)
     numbers = (
         *(stride for strides in of.strides for stride in strides[:3]), *of.scale_strides,
-        kv_heads, group, dim, v_dim, of.scale * LOG2E, new, capacity,
+        kv_heads, group, dim, v_dim, of.scale * LOG2E, *of.by_distance, new, capacity,
     )  # fmt: skip
     constants = {
         "HAS_VISIBLE": of.has_visible,
         "HAS_ALIBI": of.has_alibi,
+        "HAS_BIAS": biased,
         "HAS_SINKS": of.has_sinks,
         "QUANTISED": of.quantised,
         "DIRECT": splits == 1,
@@ -254,7 +267,8 @@ def _plan(of: _Call) -> tuple[Launch, int, int]:
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor,
-    visible: Tensor | None, alibi: Tensor | None, sinks: Tensor | None, scale: float, keep: bool = True,
+    visible: Tensor | None, alibi: Tensor | None, sinks: Tensor | None, bias: Tensor | None, buckets: Tensor | None,
+    scale: float, keep: bool = True,
 ) -> Tensor:  # fmt: skip
     q, k, v = as_rows(q), as_rows(k), as_rows(v)
     v_dim, device = v.shape[3], q.device
@@ -266,10 +280,13 @@ def _launch(
     if k_scale is not None and v_scale is not None:
         scales = k_scale, v_scale = as_rows(k_scale), as_rows(v_scale)
         scale_strides = (*k_scale.stride()[:2], *v_scale.stride()[:2])  # type: ignore[assignment]
+    table, by_distance = (q, q), (0, 0)
+    if bias is not None and buckets is not None:
+        table, by_distance = (bias.contiguous(), buckets.contiguous()), (bias.shape[1], buckets.shape[0])
     length = length.contiguous()
     tensors = (
         q, k, v, *scales, length, position.contiguous(), length if visible is None else visible.contiguous(),
-        q if alibi is None else alibi.contiguous(), q if sinks is None else sinks.contiguous(),
+        q if alibi is None else alibi.contiguous(), q if sinks is None else sinks.contiguous(), *table,
     )  # fmt: skip
     launch, programs, splits = _plan(
         _Call(
@@ -278,6 +295,7 @@ def _launch(
             (q.shape, k.shape, v.shape),
             (q.stride(), k.stride(), v.stride()),
             scale_strides,
+            by_distance,
             k_scale is not None,
             visible is not None,
             alibi is not None,
@@ -297,9 +315,10 @@ def _launch(
 
 def _compiled(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor,
-    visible: Tensor | None, alibi: Tensor | None, sinks: Tensor | None, scale: float,
+    visible: Tensor | None, alibi: Tensor | None, sinks: Tensor | None, bias: Tensor | None, buckets: Tensor | None,
+    scale: float,
 ) -> Tensor:  # fmt: skip
-    return _launch(q, k, v, k_scale, v_scale, length, position, visible, alibi, sinks, scale, keep=False)
+    return _launch(q, k, v, k_scale, v_scale, length, position, visible, alibi, sinks, bias, buckets, scale, keep=False)
 
 
 _operator = torch.library.custom_op("dsmr_kernels::triton_decode", _compiled, mutates_args=())
@@ -320,7 +339,8 @@ def decode_attention(
     buckets: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """See `dsmr_kernels.decode_attention`; arguments are taken as checked, and `unsupported` refuses a bias."""
+    """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
     call = _operator if torch.compiler.is_compiling() else _launch
     scales = (memory.k_scale, memory.v_scale)
-    return call(q, memory.k, memory.v, *scales, memory.length, memory.position, visible, alibi_slopes, sinks, scale)
+    beside = (visible, alibi_slopes, sinks, bias, buckets)
+    return call(q, memory.k, memory.v, *scales, memory.length, memory.position, *beside, scale)

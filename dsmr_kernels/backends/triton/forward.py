@@ -11,6 +11,7 @@ from dsmr_kernels.backends.triton.primitives import (
     RUNTIME,
     head_of,
     load_rows,
+    move_of,
     query_tile,
     scales_of,
     share_of_keys,
@@ -25,8 +26,9 @@ def forward_kernel(
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     mk_batch, mk_head, mk_token, mv_batch, mv_head, mv_token, ks_batch, ks_head, vs_batch, vs_head,
     piece_stride, heads, group, scale_log2, queries, tokens, capacity, horizon, segment_length, segment_offset,
+    width,
     SLIDING: tl.constexpr, HAS_MEMORY: tl.constexpr, QUANTISED: tl.constexpr, HAS_PIECES: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, HAS_OFFSETS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_OFFSETS: tl.constexpr, PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     UNROLLED: tl.constexpr, SPLIT: tl.constexpr,
@@ -47,9 +49,7 @@ def forward_kernel(
     d, e = tl.arange(0, BD), tl.arange(0, BV)
     q = head_of(Q, b, h, q_batch, q_head, UNIT)
     q = load_rows(q, row, q_token, d, row < queries, HEAD_DIM, HEAD_DIM == BD, False, UNIT)  # [BM, BD]
-    slope = 0.0
-    if HAS_ALIBI:
-        slope = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
+    move = move_of(Slopes, h, width, HAS_ALIBI, HAS_BIAS)
     k_scale, v_scale = scales_of(KScale, VScale, b, kv, ks_batch, ks_head, vs_batch, vs_head, QUANTISED)
     acc, top, total = visit_keys(
         q, q, tl.zeros([BM, BV], dtype=tl.float32), tl.full([BM], -1.0e30, dtype=tl.float32),
@@ -58,8 +58,8 @@ def forward_kernel(
         k_scale, v_scale, mk_token, mv_token,
         head_of(K, b, kv, k_batch, k_head, UNIT), head_of(V, b, kv, v_batch, v_head, UNIT),
         k_token, v_token,
-        d, e, p, low, position, capacity, until, scale_log2, slope,
-        SPLIT, False, HAS_MEMORY, QUANTISED, HAS_ALIBI, PRECISION, HEAD_DIM, V_DIM, UNIT, BN, UNROLLED,
+        d, e, p, low, position, capacity, until, scale_log2, move,
+        SPLIT, False, HAS_MEMORY, QUANTISED, HAS_ALIBI, HAS_BIAS, PRECISION, HEAD_DIM, V_DIM, UNIT, BN, UNROLLED,
     )  # fmt: skip
     if SPLIT:
         line += tl.program_id(1) * (tl.num_programs(0) // tl.cdiv(queries, BM))

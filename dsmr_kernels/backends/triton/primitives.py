@@ -9,12 +9,16 @@ for every stride.
 import triton
 import triton.language as tl
 
+# Distances of the table of a learned bias (`bias`) beyond those that are seen, on either side: at least the queries and
+# keys of a tile together.
+MARGIN = tl.constexpr(512)
+
 # No value of these arguments compiles a kernel anew: neither 1 nor a multiple of 16 is a special case.
 RUNTIME = (
     [f"{tensor}_{axis}" for tensor in ("q", "k", "v", "mk", "mv", "g") for axis in ("batch", "head", "token")]
     + [f"{tensor}_{axis}" for tensor in ("ks", "vs") for axis in ("batch", "head")]
     + ["Length", "Position", "PieceStart", "Slopes", "Offsets", "KScale", "VScale", "GradLse"]
-    + ["piece_stride", "heads", "kv_heads", "group", "queries", "tokens", "capacity"]
+    + ["piece_stride", "width", "blocks", "heads", "kv_heads", "group", "queries", "tokens", "capacity"]
     + ["horizon", "segment_length", "segment_offset"]
 )
 
@@ -136,6 +140,28 @@ def store_rows(Base, line, rows, count, d, x, HEAD_DIM: tl.constexpr):
     """Write x [N, BD] to rows below `count` of matrix `line` of a contiguous (lines, count, head_dim) tensor."""
     pointers = Base + ((line.to(tl.int64) * count + rows) * HEAD_DIM)[:, None] + d[None, :]
     tl.store(pointers, x.to(Base.dtype.element_ty), mask=(rows < count)[:, None] & (d < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def move_of(Slopes, h, width, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """What moves the scores of head h by distance: its slope in base 2, or where its row of the table of `bias`, which
+    then stands in the place of the slopes, has distance 0."""
+    move = 0.0
+    if HAS_BIAS:
+        move = Slopes + h.to(tl.int64) * width + MARGIN
+    elif HAS_ALIBI:
+        move = tl.load(Slopes + h).to(tl.float32) * 1.4426950408889634
+    return move
+
+
+@triton.jit
+def moved(s, move, distance, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Scores s in base 2 with what the distances of their keys add; `move` is that of `move_of`."""
+    if HAS_BIAS:
+        s += tl.load(move + distance)
+    elif HAS_ALIBI:
+        s -= move * distance.to(tl.float32)
+    return s
 
 
 @triton.jit

@@ -1,10 +1,11 @@
-"""The training call: forward and backward of one `memory_attention`, as launches of their three kernels, each followed
-by one that puts shares together where the grid is small (`splits`).
+"""The training call: forward and backward of one `memory_attention`, as launches of their kernels, each followed by one
+that puts shares together where the grid is small (`splits`).
 
 Sizes, strides, horizons and offsets reach the kernels as run-time numbers; what compiles a kernel anew is the dtype,
-the head dimensions, the alignment of the strides, whether tiles are shared, and which of memory, pieces, ALiBi and row
-offsets there are. What follows from shapes, strides and options alone is worked out once and kept (`_forward`, `_dq`,
-`_dkv`): a step of training asks for the same again and again, and working it out takes longer than launching.
+the head dimensions, the alignment of the strides, whether tiles are shared, and which of memory, pieces, ALiBi, bias
+and row offsets there are. What follows from shapes, strides and options alone is worked out once and kept (`_forward`,
+`_dq`, `_dkv`, `_dbias`): a step of training asks for the same again and again, and working it out takes longer than
+launching.
 """
 
 import functools
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from dsmr_kernels.backends.triton import configs
 from dsmr_kernels.backends.triton.backward import dkv_kernel, dq_kernel
-from dsmr_kernels.backends.triton.configs import choose, padded, unrolled
+from dsmr_kernels.backends.triton.bias import bucketed, dbias_kernel, table_of
+from dsmr_kernels.backends.triton.configs import choose, named, padded, unrolled
 from dsmr_kernels.backends.triton.forward import forward_kernel
 from dsmr_kernels.backends.triton.launch import LOG2E, Launch, architecture, as_rows, in_units, processors
+from dsmr_kernels.backends.triton.primitives import MARGIN
 from dsmr_kernels.backends.triton.splits import LEAST_KEYS, LEAST_QUERIES, merge_kernel, shares_of, sum_kernel
 from dsmr_kernels.spec import AttentionSpec, Gradients, Inputs, Needs
 
@@ -47,6 +50,14 @@ def bounded_rows(offsets: Tensor, length: int | None, tokens: int, capacity: int
     return torch.where(left >= tokens, offsets.clamp(max=capacity), most - left)
 
 
+def distances_seen(limits: tuple[int, int, int], sliding: bool, tokens: int, capacity: int) -> int:
+    """How many distances a pair of query and key may have, of a call that is limited so (`bounded`): 0 ... n - 1."""
+    horizon, length, _ = limits
+    if sliding:
+        return min(horizon + 1, tokens + capacity)
+    return min(horizon + length if length else tokens + capacity, tokens + capacity)
+
+
 class _Signature(NamedTuple):
     """What the launches of a call depend on: everything but where its tensors lie."""
 
@@ -61,6 +72,7 @@ class _Signature(NamedTuple):
     quantised: bool
     has_pieces: bool
     has_alibi: bool
+    width: int  # of the bias's table; 0 = no bias
     has_offsets: bool
     processors: int
     generation: int
@@ -69,7 +81,8 @@ class _Signature(NamedTuple):
 def _read(inputs: Inputs) -> tuple[tuple[Tensor, ...], _Signature]:
     """The tensors that the kernels over queries begin with, and the call's signature.
 
-    A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
+    A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read. The table of a
+    bias holds ALiBi's slopes, too, and takes their place.
     """
     q, k, v, memory, spec = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec
     ring, scale_strides = (k, v, q, q, q, q), (0, 0, 0, 0)
@@ -84,6 +97,10 @@ def _read(inputs: Inputs) -> tuple[tuple[Tensor, ...], _Signature]:
     piece_start, alibi, offsets = inputs.piece_start, inputs.alibi, inputs.offsets
     pieces = q if piece_start is None else as_rows(piece_start)
     slopes = q if alibi is None else alibi.contiguous()
+    width = 0
+    if inputs.bias is not None and inputs.buckets is not None:
+        slopes, alibi = table_of(inputs.bias, inputs.buckets, alibi, _distances(inputs)), None
+        width = slopes.shape[1]
     if offsets is not None:
         offsets = bounded_rows(offsets, spec.segment_length, k.shape[2], memory.capacity if memory is not None else 0)
     tensors = (q, k, v, *ring, pieces, slopes, q if offsets is None else offsets)
@@ -100,6 +117,7 @@ def _read(inputs: Inputs) -> tuple[tuple[Tensor, ...], _Signature]:
         quantised,
         piece_start is not None,
         alibi is not None,
+        width,
         offsets is not None,
         processors(q.device),
         configs.generation,
@@ -119,6 +137,21 @@ class _Plan(NamedTuple):
         return torch.empty((self.splits, *shape), dtype=torch.float32, device=like.device)
 
 
+def _limits(spec: AttentionSpec, has_offsets: bool, tokens: int, capacity: int) -> tuple[int, int, int]:
+    """Horizon, segment length and offset of a call, the rows of which may have offsets of their own."""
+    limits = bounded(spec, tokens, capacity)
+    if has_offsets:  # a segment that ends in no row may end in one
+        limits = (limits[0], min(spec.segment_length or 0, tokens + capacity), 0)
+    return limits
+
+
+def _distances(inputs: Inputs) -> int:
+    """How many distances are seen in a call."""
+    tokens, capacity = inputs.k.shape[2], 0 if inputs.memory is None else inputs.memory.capacity
+    limits = _limits(inputs.spec, inputs.offsets is not None, tokens, capacity)
+    return distances_seen(limits, inputs.spec.visibility == "sliding", tokens, capacity)
+
+
 class _Sizes:
     """What the launches of a signature have in common."""
 
@@ -127,18 +160,17 @@ class _Sizes:
             of.shapes
         )
         self.v_head_dim = v[3]
+        self.widest = max(self.head_dim, self.v_head_dim)
         self.capacity = ring[2] if of.has_memory else 0
         self.group, self.scale = self.heads // self.kv_heads, of.spec.scale
-        self.limits = bounded(of.spec, self.tokens, self.capacity)
-        if of.has_offsets:  # a segment that ends in no row may end in one
-            most = self.tokens + self.capacity
-            self.limits = (self.limits[0], min(of.spec.segment_length or 0, most), 0)
+        self.limits = _limits(of.spec, of.has_offsets, self.tokens, self.capacity)
         self.constants = {
             "SLIDING": of.spec.visibility == "sliding",
             "HAS_MEMORY": of.has_memory,
             "QUANTISED": of.quantised,
             "HAS_PIECES": of.has_pieces,
             "HAS_ALIBI": of.has_alibi,
+            "HAS_BIAS": of.width > 0,
             "HAS_OFFSETS": of.has_offsets,
             "PRECISION": "ieee" if of.dtypes[0] == torch.float32 else "tf32",
             "HEAD_DIM": self.head_dim,
@@ -162,7 +194,8 @@ class _Sizes:
         """A program for every tile of a head, of queries, or for "dkv" of keys, or for every share of one. The last
         `outputs` tensors are what is put together; 0: nothing that may be split."""
         part = architecture(of.device)
-        config = choose(name, part, max(self.head_dim, self.v_head_dim), of.dtypes[0])
+        quantised = of.quantised and name != "dkv"
+        config = choose(named(name, quantised, of.width > 0), part, self.widest, of.dtypes[0])
         keys = name == "dkv"
         count, tile, heads = (self.tokens, config.bn, self.kv_heads) if keys else (self.queries, config.bm, self.heads)
         programs = -(-count // tile) * self.batch * heads
@@ -210,10 +243,10 @@ def _forward(of: _Signature) -> _Plan:
     unit, strides = in_units(list(of.shapes), list(of.strides))
     numbers = (
         *strides, *of.scale_strides, of.piece_stride, sizes.heads, sizes.group, sizes.scale * LOG2E,
-        sizes.queries, sizes.tokens, sizes.capacity, *sizes.limits,
+        sizes.queries, sizes.tokens, sizes.capacity, *sizes.limits, of.width,
     )  # fmt: skip
     dtypes = (*of.dtypes, of.dtypes[0], torch.float32)
-    return sizes.plan(forward_kernel, "forward_int8" if of.quantised else "forward", of, unit, dtypes, 2, numbers)
+    return sizes.plan(forward_kernel, "forward", of, unit, dtypes, 2, numbers)
 
 
 @functools.lru_cache(_KEPT)
@@ -223,12 +256,12 @@ def _dq(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]], lse_grad:
     unit, strides = in_units([*of.shapes, grad[0]], [*of.strides, grad[1]])
     numbers = (
         *strides[:15], *of.scale_strides, *strides[15:], of.piece_stride, sizes.heads, sizes.group,
-        sizes.scale * LOG2E, sizes.scale, sizes.queries, sizes.tokens, sizes.capacity, *sizes.limits,
+        sizes.scale * LOG2E, sizes.scale, sizes.queries, sizes.tokens, sizes.capacity, *sizes.limits, of.width,
     )  # fmt: skip
     low = of.dtypes[0]
     dtypes = (*of.dtypes, low, torch.float32 if lse_grad else low, low, torch.float32, torch.float32, low)
     return sizes.plan(
-        dq_kernel, "dq_int8" if of.quantised else "dq", of, unit, dtypes, int(needed), numbers,
+        dq_kernel, "dq", of, unit, dtypes, int(needed), numbers,
         HAS_LSE_GRAD=lse_grad, NEEDS_Q=needed,
     )  # fmt: skip
 
@@ -239,7 +272,7 @@ def _dkv(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]], needs_k:
     unit, strides = in_units([*of.shapes[:3], grad[0]], [*of.strides[:3], grad[1]])
     numbers = (
         *strides, of.piece_stride, sizes.kv_heads, sizes.group, sizes.scale * LOG2E, sizes.scale,
-        sizes.queries, sizes.tokens, *sizes.limits,
+        sizes.queries, sizes.tokens, *sizes.limits, of.width,
     )  # fmt: skip
     low = of.dtypes[0]
     dtypes = (low, low, low, *of.dtypes[-3:], low, torch.float32, torch.float32, low, low)
@@ -247,6 +280,27 @@ def _dkv(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]], needs_k:
         dkv_kernel, "dkv", of, unit, dtypes, 2, numbers, ("HAS_MEMORY", "QUANTISED"),
         DETACH=of.spec.detach_segments, NEEDS_K=needs_k, NEEDS_V=needs_v,
     )  # fmt: skip
+
+
+@functools.lru_cache(_KEPT)
+def _dbias(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Launch, int, int]:
+    """Also the blocks of distances, and the distances of a block."""
+    sizes = _Sizes(of)
+    part = architecture(of.device)
+    config = choose("dbias", part, sizes.widest, of.dtypes[0])
+    assert config.bm <= config.bn
+    blocks = -(-(of.width - 2 * MARGIN.value - 1) // config.bn) + 1
+    unit, strides = in_units([*of.shapes, grad[0]], [*of.strides, grad[1]])
+    numbers = (
+        *strides[:15], *of.scale_strides, *strides[15:], of.piece_stride, sizes.heads, sizes.group,
+        sizes.scale * LOG2E, sizes.queries, sizes.tokens, sizes.capacity, *sizes.limits, of.width, blocks,
+    )  # fmt: skip
+    dtypes = (*of.dtypes, of.dtypes[0], torch.float32, torch.float32, torch.float32)
+    constants = {key: x for key, x in sizes.constants.items() if key not in ("HAS_ALIBI", "HAS_BIAS")}
+    constants |= {"UNIT": unit, "BM": config.bm, "BN": config.bn}
+    grid = (sizes.batch * sizes.heads * blocks, 1, 1)
+    launch = Launch(dbias_kernel, grid, of.device, dtypes, numbers, constants, config.launch_options(part))
+    return launch, blocks, config.bn
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -277,20 +331,27 @@ def backward(
         for x, need in zip((q, k, v), needs[:3], strict=True)
     )
     if q.numel() == 0:
-        return Gradients(dq, None if dk is None else dk.zero_(), None if dv is None else dv.zero_())
+        dbias = torch.zeros_like(inputs.bias) if inputs.bias is not None and needs.bias else None
+        return Gradients(dq, None if dk is None else dk.zero_(), None if dv is None else dv.zero_(), dbias)
     out, lse, grad = out.contiguous(), lse.contiguous(), as_rows(grad)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     tensors, signature = _read(inputs)
     laid_out = grad.shape, grad.stride()
     delta = lse  # for the gradient of v alone nothing else is needed
-    if needs.q or needs.k:
+    if needs.q or needs.k or needs.bias:
         delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
         plan = _dq(signature, laid_out, grad_lse is not None, needs.q)
         _in_shares(plan, (*tensors, grad, q if grad_lse is None else grad_lse, out, lse, delta), (dq,), q)
     if needs.k or needs.v:
         plan = _dkv(signature, laid_out, needs.k, needs.v)
         _in_shares(plan, (q, k, v, *tensors[-3:], grad, lse, delta), (dk, dv), k)
-    return Gradients(dq, dk, dv)
+    dbias = None
+    if inputs.bias is not None and inputs.buckets is not None and needs.bias:
+        launch, blocks, keys = _dbias(signature, laid_out)
+        parts = torch.empty((*q.shape[:2], 2, blocks * keys), dtype=torch.float32, device=q.device)
+        launch(*tensors, grad, lse, delta, parts)
+        dbias = bucketed(parts, inputs.bias, inputs.buckets, _distances(inputs), keys)
+    return Gradients(dq, dk, dv, dbias)
 
 
 def _in_shares(plan: _Plan, tensors: tuple[Tensor, ...], results: tuple[Tensor | None, ...], unread: Tensor) -> None:

@@ -8,7 +8,7 @@ Blocks that every query of the tile sees are computed without a mask; only those
 import triton
 import triton.language as tl
 
-from dsmr_kernels.backends.triton.primitives import load_rows, shares, softmax_step
+from dsmr_kernels.backends.triton.primitives import load_rows, moved, shares, softmax_step
 
 
 @triton.jit
@@ -35,15 +35,16 @@ def edge_block(i, before, begin, inner, outer, high_end, B: tl.constexpr):
 @triton.jit
 def _block(
     q, grad, acc, top, total, start, stop, shift, K, V, KScale, VScale, k_stride, v_stride, d, e, p, low, scale_log2,
-    slope,
+    move,
     MASKED: tl.constexpr, QUANTISED: tl.constexpr, BACKWARD: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, start ... stop - 1 or BN of them, key j in row j + shift; see `visit_keys`.
 
-    The forward without ALiBi leaves the scaling to `softmax_step`.
+    The forward without ALiBi or a bias leaves the scaling to `softmax_step`.
     """
-    LATE: tl.constexpr = not (BACKWARD or HAS_ALIBI)
+    LATE: tl.constexpr = not (BACKWARD or HAS_ALIBI or HAS_BIAS)
     j = start + tl.arange(0, BN)
     in_range = j < stop
     rows = j + shift
@@ -58,8 +59,7 @@ def _block(
         s *= k_scale[None, :]
     if not LATE:
         s *= scale_log2
-    if HAS_ALIBI:
-        s -= slope * (p[:, None] - j[None, :]).to(tl.float32)
+    s = moved(s, move, p[:, None] - j[None, :], HAS_ALIBI, HAS_BIAS)
     if MASKED:
         s = tl.where((j[None, :] >= low[:, None]) & (j[None, :] <= p[:, None]) & in_range[None, :], s, -float("inf"))
     if BACKWARD:
@@ -87,9 +87,9 @@ def _block(
 @triton.jit
 def _stretch(
     q, grad, acc, top, total, low_end, high_end, shift, K, V, KScale, VScale, k_stride, v_stride, d, e, p, low,
-    scale_log2, slope,
-    QUANTISED: tl.constexpr, BACKWARD: tl.constexpr, HAS_ALIBI: tl.constexpr, PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr,
+    scale_log2, move,
+    QUANTISED: tl.constexpr, BACKWARD: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The keys low_end ... high_end - 1: first the blocks that every query sees, then those on the edges.
 
@@ -100,14 +100,14 @@ def _stretch(
     for start in tl.range(inner, outer, BN, disable_licm=True):
         acc, top, total = _block(
             q, grad, acc, top, total, start, outer, shift, K, V, KScale, VScale, k_stride, v_stride, d, e, p, low,
-            scale_log2, slope, False, QUANTISED, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, V_DIM, UNIT, BN,
+            scale_log2, move, False, QUANTISED, BACKWARD, HAS_ALIBI, HAS_BIAS, PRECISION, HEAD_DIM, V_DIM, UNIT, BN,
         )  # fmt: skip
     before = tl.cdiv(inner - begin, BN)
     for i in tl.range(0, before + tl.cdiv(high_end - outer, BN), disable_licm=True):
         start, end = edge_block(i, before, begin, inner, outer, high_end, BN)
         acc, top, total = _block(
             q, grad, acc, top, total, start, end, shift, K, V, KScale, VScale, k_stride, v_stride, d, e, p, low,
-            scale_log2, slope, True, QUANTISED, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, V_DIM, UNIT, BN,
+            scale_log2, move, True, QUANTISED, BACKWARD, HAS_ALIBI, HAS_BIAS, PRECISION, HEAD_DIM, V_DIM, UNIT, BN,
         )  # fmt: skip
     return acc, top, total
 
@@ -115,11 +115,11 @@ def _stretch(
 @triton.jit
 def visit_keys(
     q, grad, acc, top, total, MK, MV, KScale, VScale, mk_stride, mv_stride, K, V, k_stride, v_stride, d, e, p, low,
-    position, capacity, until, scale_log2, slope,
+    position, capacity, until, scale_log2, move,
     SPLIT: tl.constexpr,
     BACKWARD: tl.constexpr, HAS_MEMORY: tl.constexpr, QUANTISED: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr,
-    UNROLLED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, UNIT: tl.constexpr,
+    BN: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
     """Every key that a query of the tile sees, in memory and in the call; blocks that none of them sees are skipped.
     With SPLIT only keys before `until`.
@@ -149,12 +149,12 @@ def visit_keys(
                 from_v_stride = tl.where(stretch < 2, mv_stride, v_stride)
             acc, top, total = _stretch(
                 q, grad, acc, top, total, low_end, high_end, shift, from_k, from_v, KScale, VScale, from_k_stride,
-                from_v_stride, d, e, p, low, scale_log2, slope,
-                QUANTISED, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, V_DIM, UNIT, BN,
+                from_v_stride, d, e, p, low, scale_log2, move,
+                QUANTISED, BACKWARD, HAS_ALIBI, HAS_BIAS, PRECISION, HEAD_DIM, V_DIM, UNIT, BN,
             )  # fmt: skip
     if QUANTISED or not HAS_MEMORY:
         acc, top, total = _stretch(
             q, grad, acc, top, total, 0, p_last + 1, 0, K, V, KScale, VScale, k_stride, v_stride, d, e, p, low,
-            scale_log2, slope, False, BACKWARD, HAS_ALIBI, PRECISION, HEAD_DIM, V_DIM, UNIT, BN,
+            scale_log2, move, False, BACKWARD, HAS_ALIBI, HAS_BIAS, PRECISION, HEAD_DIM, V_DIM, UNIT, BN,
         )  # fmt: skip
     return acc, top, total

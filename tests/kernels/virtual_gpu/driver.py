@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 
 from dsmr_kernels import dispatch
 from dsmr_kernels.backends import triton as backend
-from dsmr_kernels.backends.triton import decode, launch, step, training
+from dsmr_kernels.backends.triton import bias, decode, launch, step, training
 from virtual_gpu.block import Block
 from virtual_gpu.memory import GlobalMemory
 from virtual_gpu.program import Fault, Program
@@ -109,7 +109,7 @@ def pretend(part: str) -> None:
     triton.runtime.driver.set_active(_Driver(int(part.removeprefix("sm_"))))
     dispatch._why_no_triton = lambda: None
     backend.unsupported = lambda *call: None
-    for module in (launch, decode, step, training):
+    for module in (launch, bias, decode, step, training):
         module.architecture = lambda device: part
     launch.on = lambda device: launch._NOWHERE
     decode.processors, training.processors = lambda device: 8, lambda device: 16
