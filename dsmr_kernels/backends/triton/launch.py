@@ -116,6 +116,19 @@ class Launch:
         return self._run is not None
 
 
+def launch_kernel(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    device: torch.device,
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Launch a kernel, whose arguments are tensors, then numbers, then constants, once."""
+    Launch(kernel, grid, device, tuple(x.dtype for x in tensors), numbers, constants, options)(*tensors)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """`x` with a contiguous last dimension: itself, if it has one."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
