@@ -18,11 +18,11 @@ ROW = 2**32
 """Between the samples of two rows that keep samples of their own: more than a model has layers."""
 
 
-def check_retention(retention: str, visibility: str, position: str) -> None:
+def check_retention(retention: str, horizon: int, visibility: str, position: str) -> None:
     """`ValueError` for what a memory that keeps others than the newest tokens cannot serve."""
     if retention not in RETENTIONS:
         raise ValueError(f"retention must be one of {', '.join(RETENTIONS)}, got {retention!r}")
-    if retention == "newest":
+    if retention == "newest" or not horizon:
         return
     for name, value, refused in (("visibility", visibility, "sliding"), ("position", position, "alibi")):
         if value == refused:
@@ -93,7 +93,7 @@ class DSMRAttention(nn.Module):
             raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {visibility!r}")
         if position not in POSITIONS:
             raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
-        check_retention(retention, visibility, position)
+        check_retention(retention, horizon, visibility, position)
         self.head_dim = d_model // n_heads
         if position == "rope" and self.head_dim % 2:
             raise ValueError(f"rope needs an even head_dim, got d_model / n_heads = {self.head_dim}")

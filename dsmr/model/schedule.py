@@ -117,7 +117,7 @@ class MemorySchedule:
 
     @classmethod
     def full(
-        cls, layers: int, length: int, kv_heads: KVHeads = None, retention: Retention = NEWEST
+        cls, layers: int, length: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
     ) -> "MemorySchedule":
         """Every layer holds the whole piece, up to `length` tokens."""
         _check_layers(layers)
@@ -125,7 +125,7 @@ class MemorySchedule:
 
     @classmethod
     def uniform(
-        cls, layers: int, horizon: int, kv_heads: KVHeads = None, retention: Retention = NEWEST
+        cls, layers: int, horizon: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
     ) -> "MemorySchedule":
         """Every layer holds `horizon` tokens."""
         _check_layers(layers)
@@ -133,7 +133,7 @@ class MemorySchedule:
 
     @classmethod
     def two_scale(
-        cls, layers: int, long: int, short: int, n_long: int, kv_heads: KVHeads = None, retention: Retention = NEWEST
+        cls, layers: int, long: int, short: int, n_long: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
     ) -> "MemorySchedule":
         """The lowest `n_long` layers hold `long` tokens, the others `short`: the paper's main instance."""
         _check_layers(layers)
@@ -145,7 +145,7 @@ class MemorySchedule:
 
     @classmethod
     def reverse_two_scale(
-        cls, layers: int, long: int, short: int, n_long: int, kv_heads: KVHeads = None, retention: Retention = NEWEST
+        cls, layers: int, long: int, short: int, n_long: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
     ) -> "MemorySchedule":
         """The highest `n_long` layers hold `long` tokens, the others `short`."""
         _check_layers(layers)
@@ -157,14 +157,14 @@ class MemorySchedule:
 
     @classmethod
     def ascending(
-        cls, layers: int, shortest: int, longest: int, kv_heads: KVHeads = None, retention: Retention = NEWEST
+        cls, layers: int, shortest: int, longest: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
     ) -> "MemorySchedule":
         """Horizons grow evenly from `shortest` in the lowest layer to `longest` in the highest (our reading)."""
         return cls._progressive("ascending", layers, shortest, longest, kv_heads, retention)
 
     @classmethod
     def descending(
-        cls, layers: int, shortest: int, longest: int, kv_heads: KVHeads = None, retention: Retention = NEWEST
+        cls, layers: int, shortest: int, longest: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
     ) -> "MemorySchedule":
         """Horizons shrink evenly from `longest` in the lowest layer to `shortest` in the highest."""
         return cls._progressive("descending", layers, shortest, longest, kv_heads, retention)
@@ -185,7 +185,7 @@ class MemorySchedule:
 
     @classmethod
     def alternating(
-        cls, layers: int, long: int, short: int, kv_heads: KVHeads = None, retention: Retention = NEWEST
+        cls, layers: int, long: int, short: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
     ) -> "MemorySchedule":
         """`long` and `short` by turns, the lowest layer `long`."""
         _check_layers(layers)
@@ -194,7 +194,13 @@ class MemorySchedule:
 
     @classmethod
     def binary(
-        cls, layers: int, horizon: int, carriers: Sequence[int], kv_heads: KVHeads = None, retention: Retention = NEWEST
+        cls,
+        layers: int,
+        horizon: int,
+        carriers: Sequence[int],
+        kv_heads: KVHeads = None,
+        *,
+        retention: Retention = NEWEST,
     ) -> "MemorySchedule":
         """The layers named in `carriers` (0 = the lowest) hold `horizon` tokens, the others none."""
         _check_layers(layers)
@@ -207,20 +213,22 @@ class MemorySchedule:
         )
 
     @classmethod
-    def none(cls, layers: int, kv_heads: KVHeads = None, retention: Retention = NEWEST) -> "MemorySchedule":
+    def none(cls, layers: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST) -> "MemorySchedule":
         """No layer has a memory: each segment stands alone."""
         _check_layers(layers)
         return cls._make("none", [0] * layers, kv_heads, retention, layers=layers)
 
     @classmethod
-    def fhcr(cls, layers: int, length: int, kv_heads: KVHeads = 2, retention: Retention = NEWEST) -> "MemorySchedule":
+    def fhcr(
+        cls, layers: int, length: int, kv_heads: KVHeads = 2, *, retention: Retention = NEWEST
+    ) -> "MemorySchedule":
         """Full-Horizon Compressed Recurrence: every position is kept, up to `length`, with few KV heads."""
         _check_layers(layers)
         return cls._make("fhcr", [length] * layers, kv_heads, retention, layers=layers, length=length)
 
     @classmethod
     def explicit(
-        cls, horizons: Sequence[int], kv_heads: KVHeads = None, retention: Retention = NEWEST
+        cls, horizons: Sequence[int], kv_heads: KVHeads = None, *, retention: Retention = NEWEST
     ) -> "MemorySchedule":
         """A horizon for each layer, the lowest first."""
         return cls._make("explicit", list(horizons), kv_heads, retention, horizons=list(horizons))

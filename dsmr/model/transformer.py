@@ -91,8 +91,7 @@ class DSMRConfig:
             raise ValueError(f"d_model must be a multiple of n_heads, got {self.d_model} and {self.n_heads}")
         self.schedule.heads(self.n_heads)
         for retention, horizon in zip(self.schedule.retention, self.schedule.horizons, strict=True):
-            if horizon:
-                check_retention(retention, self.visibility, self.position)
+            check_retention(retention, horizon, self.visibility, self.position)
 
     @property
     def head_dim(self) -> int:
