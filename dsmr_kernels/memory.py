@@ -4,6 +4,9 @@ Whoever needs the present contents later takes a `snapshot`, as a recorded atten
 run: the memory then copies itself before it next writes, and only then. Everything else happens where the tensors lie,
 the counters included, so that a captured graph may replay an append and goes on where it is.
 
+Which tokens are kept, the newest or others, is a matter of `append`: `dsmr_kernels.appending` and
+`dsmr_kernels.retention`.
+
 A recomputation (activation checkpointing) must read what the first computation read. It does if it was given a
 snapshot, or a memory that nothing was ever written to; any other memory may have moved on since, and says so.
 """
@@ -54,7 +57,8 @@ class MemorySnapshot(Ring):
 
 
 class KVMemory(Ring):
-    """Ring of detached keys and values, one row of the batch independent of the other. Attributes as of `Ring`.
+    """Detached keys and values in a ring, or a set of them, one row of the batch independent of the other. Attributes
+    as of `Ring`.
 
     Examples:
         A step of training under activation checkpointing::
@@ -224,7 +228,7 @@ class KVMemory(Ring):
     # --- what it is for -----------------------------------------------------------------------------------------------
 
     def append(self, k: Tensor, v: Tensor, piece_start: Tensor | None = None, *, counts: Tensor | None = None) -> None:
-        """Store the newest tokens, in place, detached; the oldest give way.
+        """Store the newest tokens, in place, detached; the oldest give way, or those that the set passes by.
 
         Where somebody still needs the old contents (a snapshot, or a recorded attention call that has not run its
         backward yet), they keep them: only then is the memory copied before it is written.
