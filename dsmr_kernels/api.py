@@ -12,12 +12,14 @@ from dsmr_kernels.visibility import VISIBILITIES
 
 
 def _readable(memory: KVMemory | MemorySnapshot) -> Ring:
-    """A memory whose parts are contiguous in their last dimension: itself, or a copy of what is not."""
+    """A ring whose parts are contiguous in their last dimension: itself, or a copy of what is not; a set is a ring that
+    is read from its mark backwards."""
     k, v = border.rows(memory.k), border.rows(memory.v)
-    if k is memory.k and v is memory.v:
+    if k is memory.k and v is memory.v and memory.mark is None:
         return memory
     view = memory.held()
     view.k, view.v = k, v
+    view.position = memory.position if memory.mark is None else memory.mark
     return view
 
 
@@ -59,7 +61,8 @@ def memory_attention(
         k: (batch, Hkv, S, head_dim), S >= T, Hq a multiple of Hkv.
         v: (batch, Hkv, S, v_head_dim); v_head_dim may be another than head_dim.
         memory: the tokens before the call, in q's dtype or int8, or a snapshot of them; read, never changed; the caller
-            appends afterwards. None = none.
+            appends afterwards. None = none. Of one that keeps others than the newest tokens every query sees all, so
+            that the call must lie in one segment, `horizon` reach as far as the memory, and nothing ask for distances.
         horizon: how many tokens before the segment (before the query, if sliding) a query sees, >= 0.
         segment_length: tokens of a segment; None = the whole call lies in one segment.
         segment_offset: how many tokens before the call its first segment began, >= 0 and < `segment_length`; or
@@ -124,10 +127,15 @@ def memory_attention(
     if sinks is not None:
         border.check_sinks(sinks, q)
     border.check_bias(distance_bias, distance_buckets, q)
+    if memory is not None and memory.mark is not None:
+        by_age = visibility != "segment" or alibi_slopes is not None or distance_bias is not None
+        border.check_set(memory, horizon, by_age)
+        border.check_one_segment(memory, k, segment_length, segment_offset)
     live = isinstance(memory, KVMemory) and memory.capacity > 0
     if live:
         assert isinstance(memory, KVMemory)
         memory.check_read()
+        memory.settle()  # what the last append left: a segment that is over
         live = memory.moved
         learning = any(x is not None and x.requires_grad for x in (q, k, v, distance_bias, sinks))
         if torch.compiler.is_compiling() and torch.is_grad_enabled() and learning:
@@ -210,6 +218,9 @@ def decode_attention(
     if sinks is not None:
         border.check_sinks(sinks, q)
     border.check_bias(distance_bias, distance_buckets, q)
+    if memory.mark is not None:
+        border.check_room(memory)
+        border.check_set(memory, None, visible is not None or alibi_slopes is not None or distance_bias is not None)
     if may_look(q):
         sees = memory.length if visible is None else torch.minimum(visible, memory.length)
         if (few := sees < q.shape[2]).any():
@@ -273,6 +284,8 @@ def append_rotated(
             f"q must hold at least one new token, no more than the memory's capacity of {memory.capacity}, got {new}"
         )
     border.check_angles(cos, sin, q)
+    if memory.mark is not None:
+        border.check_room(memory, new)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError("append_rotated is for inference: call it under torch.no_grad()")
     chosen = choose(q, backend, v_head_dim=memory.v_head_dim)

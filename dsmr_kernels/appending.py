@@ -7,8 +7,44 @@ for the device and a captured graph may replay it.
 import torch
 from torch import Tensor
 
+from dsmr_kernels.holding import INFERENCE, may_look
 from dsmr_kernels.quantise import quantise
-from dsmr_kernels.ring import along_slots, ring_slices
+from dsmr_kernels.ring import Ring, along_slots, ring_slices
+
+
+def check_new(memory: Ring, k: Tensor, v: Tensor, piece_start: Tensor | None, counts: Tensor | None) -> None:
+    """The arguments of `KVMemory.append`; raises `ValueError` or `TypeError` where they do not fit."""
+    tokens = k.shape[2] if k.dim() == 4 else -1
+    for name, tensor, dim in (("k", k, memory.head_dim), ("v", v, memory.v_head_dim)):
+        if tuple(tensor.shape) != (memory.batch, memory.kv_heads, tokens, dim):
+            raise ValueError(
+                f"{name} must have shape (batch, kv_heads, S, head_dim) = ({memory.batch}, {memory.kv_heads}, S, "
+                f"{dim}), S the same for k and v, to fit this memory; got {tuple(tensor.shape)}"
+            )
+        if memory.k_scale is not None:
+            if not tensor.dtype.is_floating_point:
+                raise TypeError(f"{name} must be of a floating dtype, to be stored in int8, got {tensor.dtype}")
+        elif tensor.dtype != memory.k.dtype:
+            raise TypeError(f"{name} must have the memory's dtype {memory.k.dtype}, got {tensor.dtype}")
+    if not torch.compiler.is_compiling() and memory.k.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"this memory {INFERENCE}")
+    if piece_start is not None:
+        if tuple(piece_start.shape) != (memory.batch, tokens) or piece_start.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"piece_start must be int32 of shape (batch, S) = ({memory.batch}, {tokens}), got "
+                f"{piece_start.dtype} of shape {tuple(piece_start.shape)}"
+            )
+        if tokens and may_look(piece_start) and bool((piece_start[:, -1] >= tokens).any()):
+            raise ValueError(f"piece_start must lie before the end of the call, got {piece_start[:, -1].tolist()}")
+    if counts is None:
+        return
+    if counts.dtype != torch.int64 or tuple(counts.shape) != (memory.batch,):
+        raise ValueError(
+            f"counts must be int64 of shape (batch,) = ({memory.batch},), got {counts.dtype} of shape "
+            f"{tuple(counts.shape)}"
+        )
+    if may_look(counts) and bool(((counts < 0) | (counts > tokens)).any()):
+        raise ValueError(f"counts must lie between 0 and the {tokens} tokens of the call, got {counts.tolist()}")
 
 
 def append(

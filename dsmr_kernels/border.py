@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from dsmr_kernels.memory import INFERENCE, KVMemory, MemorySnapshot, may_look
+from dsmr_kernels.holding import INFERENCE, may_look
+from dsmr_kernels.memory import KVMemory, MemorySnapshot
 from dsmr_kernels.ring import Ring
 
 
@@ -112,6 +113,45 @@ def check_memory(memory: Ring, q: Tensor, kv_heads: int, v_head_dim: int | None,
         raise ValueError(f"memory {INFERENCE}")
     if (memory.dtype == torch.int8) != (memory.k_scale is not None and memory.v_scale is not None):
         raise ValueError("memory must have k_scale and v_scale exactly where it is int8")
+
+
+def check_set(memory: Ring, horizon: int | None, by_age: bool) -> None:
+    """What a memory that keeps others than the newest tokens cannot serve: it does not know how old a slot is."""
+    if by_age:
+        raise ValueError(
+            f"a memory with retention {memory.retention!r} does not know how old its slots are: it serves no sliding "
+            "visibility, no ALiBi, no bias by distance and no limit on what is visible"
+        )
+    if horizon is not None and horizon < memory.kept:
+        raise ValueError(
+            f"horizon must be at least the {memory.kept} tokens that a memory with retention {memory.retention!r} "
+            f"keeps, all of which are seen, got {horizon}"
+        )
+
+
+def check_one_segment(memory: Ring, k: Tensor, segment_length: int | None, segment_offset: int | Tensor) -> None:
+    """That a call behind a set lies in one segment: what the next one sees is only known when the first is over."""
+    if segment_length is None or (isinstance(segment_offset, Tensor) and not may_look(segment_offset)):
+        return
+    if isinstance(segment_offset, Tensor):
+        segment_offset = int(segment_offset.max()) if segment_offset.numel() else 0
+    if segment_offset + k.shape[2] > segment_length:
+        raise ValueError(
+            f"a call behind a memory with retention {memory.retention!r} must lie in one segment, but {k.shape[2]} "
+            f"tokens from token {segment_offset} of a segment of {segment_length} on do not: call it segment by segment"
+        )
+
+
+def check_room(memory: Ring, new: int = 0) -> None:
+    """That a set can take `new` tokens that see one another before any of them has to give way."""
+    left = memory.room
+    if new and left and isinstance(memory.seen, int):
+        left -= memory.seen % memory.room
+    if left < max(new, 1):
+        raise ValueError(
+            f"a memory with retention {memory.retention!r} has room for {left} more tokens of the segment in progress, "
+            f"but {max(new, 1)} are to be seen: make it with room=..., and step within a segment"
+        )
 
 
 def check_alibi(slopes: Tensor, q: Tensor) -> None:

@@ -4,73 +4,24 @@ Whoever needs the present contents later takes a `snapshot`, as a recorded atten
 run: the memory then copies itself before it next writes, and only then. Everything else happens where the tensors lie,
 the counters included, so that a captured graph may replay an append and goes on where it is.
 
+Which tokens are kept, the newest or others, is a matter of `append`: `dsmr_kernels.appending` and
+`dsmr_kernels.retention`.
+
 A recomputation (activation checkpointing) must read what the first computation read. It does if it was given a
 snapshot, or a memory that nothing was ever written to; any other memory may have moved on since, and says so.
 """
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsmr_kernels.appending import append, append_operator
+from dsmr_kernels.appending import append, append_operator, check_new
+from dsmr_kernels.holding import MOVED, Holders, Lease, in_backward, may_look, ordinary, this_backward
 from dsmr_kernels.quantise import quantise
-from dsmr_kernels.ring import COUNTERS, STORAGE, Ring
-
-MOVED = (
-    "a KVMemory is used inside a backward pass, as activation checkpointing does to compute again, but it may have "
-    "moved on since: give the checkpointed call memory.snapshot(), taken outside of it, or let "
-    "DSMRModel(..., checkpoint_layers=True) do the checkpointing"
-)
-
-
-INFERENCE = (
-    "holds tensors that were made under torch.inference_mode and must stay in it: use KVMemory.empty, whose tensors "
-    "may go everywhere, or memory.clone()"
-)
-
-
-def may_look(tensor: Tensor) -> bool:
-    """Whether a tensor's values may be looked at: elsewhere than on a CPU that makes the device wait, which
-    `DSMR_CHECK=1` in the environment allows."""
-    return not torch.compiler.is_compiling() and (tensor.device.type == "cpu" or os.environ.get("DSMR_CHECK") == "1")
-
-
-def _this_backward() -> int:
-    """The number of the backward pass that runs in this thread; -1 outside of one."""
-    return torch._C._current_graph_task_id()
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread: what is computed now is computed again."""
-    return _this_backward() != -1
-
-
-@contextlib.contextmanager
-def _ordinary() -> Iterator[None]:
-    """Tensors made inside are ordinary ones, that may be written to anywhere, whatever the mode outside."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-class Holders:
-    """How many need a memory's present contents."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-
-class Lease:
-    """Held by whoever needs a memory's present contents: while it lives, the memory copies before it writes."""
-
-    def __init__(self, holders: Holders) -> None:
-        self.holders = holders
-        holders.count += 1
-
-    def __del__(self) -> None:
-        self.holders.count -= 1
+from dsmr_kernels.retention import UNKNOWN, WITHIN, empty_set, retain, retain_operator, settle, settle_operator
+from dsmr_kernels.ring import COUNTERS, SETS, STORAGE, Ring
 
 
 class MemorySnapshot(Ring):
@@ -88,7 +39,7 @@ class MemorySnapshot(Ring):
 
     def held(self) -> "MemorySnapshot":
         """Another view of the same, to be let go of apart."""
-        view = MemorySnapshot(**self.tensors(), seen=self.seen)
+        view = MemorySnapshot(**self.tensors(), seen=self.seen, room=self.room)
         view._lease = None if self._lease is None else Lease(self._lease.holders)
         return view
 
@@ -106,7 +57,8 @@ class MemorySnapshot(Ring):
 
 
 class KVMemory(Ring):
-    """Ring of detached keys and values, one row of the batch independent of the other. Attributes as of `Ring`.
+    """Detached keys and values in a ring, or a set of them, one row of the batch independent of the other. Attributes
+    as of `Ring`.
 
     Examples:
         A step of training under activation checkpointing::
@@ -131,8 +83,15 @@ class KVMemory(Ring):
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
         seen: int | Tensor = 0,
+        *,
+        settled: Tensor | None = None,
+        mark: Tensor | None = None,
+        seeds: Tensor | None = None,
+        room: int = 0,
     ) -> None:
-        super().__init__(k, v, length, position, k_scale, v_scale, seen)
+        super().__init__(
+            k, v, length, position, k_scale, v_scale, seen, settled=settled, mark=mark, seeds=seeds, room=room
+        )
         self._holders = Holders()  # of the present contents
         self._read_in_graph = False  # a compiled call may need the present contents in its backward, and holds no lease
         self._written: int | None = None  # never, in this backward pass (its number), or -1: outside of one
@@ -148,15 +107,24 @@ class KVMemory(Ring):
         v_head_dim: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        retention: str = "newest",
+        room: int = 0,
+        seed: int | Tensor = 0,
     ) -> "KVMemory":
         """A memory that holds nothing yet; `capacity` 0 is legal and stays empty.
 
         Args:
             v_head_dim: of the values; default: head_dim.
             dtype: of the keys and values: a floating one, or int8 for about half the bytes of bfloat16.
+            retention: which tokens are kept: the "newest", or for a set of another choice "uniform" (every n-th) or
+                "random" (a sample), see `dsmr_kernels.retention`.
+            room: of a set, slots of the capacity for the tokens of the segment in progress, which has as many; with
+                none every append is a segment of its own.
+            seed: of a random sample, for all rows alike, or (batch,) int64 for each.
 
         Raises:
-            ValueError: if `batch` or `capacity` is negative, or `kv_heads` or `head_dim` is not positive.
+            ValueError: if `batch` or `capacity` is negative, or `kv_heads` or `head_dim` is not positive, or if the
+                set has no slot besides its room.
         """
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         for name, value, least in (
@@ -169,15 +137,28 @@ class KVMemory(Ring):
             if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-            with _ordinary():
-                return cls.empty(batch, kv_heads, capacity, head_dim, v_head_dim=v_head_dim, dtype=dtype, device=device)
+            with ordinary():
+                return cls.empty(
+                    batch,
+                    kv_heads,
+                    capacity,
+                    head_dim,
+                    v_head_dim=v_head_dim,
+                    dtype=dtype,
+                    device=device,
+                    retention=retention,
+                    room=room,
+                    seed=seed,
+                )
         shape = (batch, kv_heads, capacity)
+        scales = [torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2 * (dtype == torch.int8))]
         return cls(
             torch.zeros((*shape, head_dim), dtype=dtype, device=device),
             torch.zeros((*shape, v_head_dim), dtype=dtype, device=device),
             torch.zeros(batch, dtype=torch.int32, device=device),
             torch.zeros(batch, dtype=torch.int64, device=device),
-            *(torch.zeros(shape, device=device, dtype=torch.float32) for _ in range(2 * (dtype == torch.int8))),
+            *scales,
+            **empty_set(batch, capacity, retention, room, seed, device),
         )
 
     def __copy__(self) -> "KVMemory":
@@ -198,13 +179,15 @@ class KVMemory(Ring):
             RuntimeError: inside a recomputation: take the snapshot outside of what is recomputed.
         """
         self.check_read()
+        self.settle()
         return self.held()
 
     def held(self) -> MemorySnapshot:
         """`snapshot` for who has checked the read already."""
         seen = self.seen.clone() if isinstance(self.seen, Tensor) else self.seen
-        view = MemorySnapshot(**self.tensors(), seen=seen)
-        view._lease = Lease(self._holders)
+        view = MemorySnapshot(**self.tensors(), seen=seen, room=self.room)
+        if not torch.compiler.is_compiling():
+            view._lease = Lease(self._holders)
         return view
 
     @property
@@ -219,7 +202,7 @@ class KVMemory(Ring):
         Raises:
             RuntimeError: see above. In compiled code the attention operators see to it.
         """
-        if not torch.compiler.is_compiling() and in_backward() and self._written not in (None, _this_backward()):
+        if not torch.compiler.is_compiling() and in_backward() and self._written not in (None, this_backward()):
             raise RuntimeError(MOVED)
 
     def note_graph_read(self) -> None:
@@ -237,15 +220,15 @@ class KVMemory(Ring):
         compiling = torch.compiler.is_compiling()
         if self.leased or (compiling and torch.is_grad_enabled()):  # the graph's backward may need what is there
             copy = _copied(self)
-            for name in (*STORAGE, *COUNTERS):
+            for name in (*STORAGE, *COUNTERS, *SETS):
                 setattr(self, name, getattr(copy, name))
             self._holders, self._read_in_graph = Holders(), False
-        self._written = -1 if compiling else _this_backward()
+        self._written = -1 if compiling else this_backward()
 
     # --- what it is for -----------------------------------------------------------------------------------------------
 
     def append(self, k: Tensor, v: Tensor, piece_start: Tensor | None = None, *, counts: Tensor | None = None) -> None:
-        """Store the newest tokens, in place, detached; the oldest give way.
+        """Store the newest tokens, in place, detached; the oldest give way, or those that the set passes by.
 
         Where somebody still needs the old contents (a snapshot, or a recorded attention call that has not run its
         backward yet), they keep them: only then is the memory copied before it is written.
@@ -262,49 +245,49 @@ class KVMemory(Ring):
             TypeError: if the dtypes do not.
             RuntimeError: inside a backward pass, where a recomputation would append a second time.
         """
-        self._check_new(k, v, piece_start, counts)
+        check_new(self, k, v, piece_start, counts)
         tokens = k.shape[2]
         if tokens == 0:
             return
+        self._store(k.detach(), v.detach(), piece_start, counts, self._filled())
+
+    def append_within(self, k: Tensor, v: Tensor) -> None:
+        """`append` of tokens that the segment in progress has room for, for a captured graph: nothing in it asks
+        whether a segment is over. Whoever replays it calls `settle` where one begins."""
+        check_new(self, k, v, None, None)
+        self._store(k.detach(), v.detach(), None, None, WITHIN)
+
+    def _store(self, k: Tensor, v: Tensor, piece_start: Tensor | None, counts: Tensor | None, filled: int) -> None:
         self.unshare()
-        store: Callable[..., None] = append_operator if torch.compiler.is_compiling() else append
+        compiling = torch.compiler.is_compiling()
+        tensors = (self.k, self.v, self.k_scale, self.v_scale, self.length, self.position)
+        new = (k, v, piece_start, counts)
+        with torch.no_grad():
+            if self.mark is None:
+                (append_operator if compiling else append)(*tensors, *new)
+            else:
+                store: Callable[..., None] = retain_operator if compiling else retain
+                store(*tensors, self.settled, self.mark, *new, self.seeds, self.room, filled)
+        self.seen = self.seen + (k.shape[2] if counts is None else counts)
+
+    def _filled(self) -> int:
+        """Tokens of the segment in progress, in every row; `UNKNOWN` where they differ, or where what is done now is
+        done again at another time."""
+        if self.room == 0 or torch.compiler.is_compiling() or isinstance(self.seen, Tensor):
+            return UNKNOWN
+        if self.k.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return UNKNOWN
+        return self.seen % self.room
+
+    def settle(self) -> None:
+        """Have a set choose from the segment that is over, if one is, as the next append would."""
+        if self.mark is None or self.room == 0 or self._filled() > 0:
+            return
+        self.unshare()
+        choose: Callable[..., None] = settle_operator if torch.compiler.is_compiling() else settle
         with torch.no_grad():
             scales = (self.k_scale, self.v_scale)
-            store(self.k, self.v, *scales, self.length, self.position, k.detach(), v.detach(), piece_start, counts)
-        self.seen = self.seen + (tokens if counts is None else counts)
-
-    def _check_new(self, k: Tensor, v: Tensor, piece_start: Tensor | None, counts: Tensor | None) -> None:
-        tokens = k.shape[2] if k.dim() == 4 else -1
-        for name, tensor, dim in (("k", k, self.head_dim), ("v", v, self.v_head_dim)):
-            if tuple(tensor.shape) != (self.batch, self.kv_heads, tokens, dim):
-                raise ValueError(
-                    f"{name} must have shape (batch, kv_heads, S, head_dim) = ({self.batch}, {self.kv_heads}, S, "
-                    f"{dim}), S the same for k and v, to fit this memory; got {tuple(tensor.shape)}"
-                )
-            if self.k_scale is not None:
-                if not tensor.dtype.is_floating_point:
-                    raise TypeError(f"{name} must be of a floating dtype, to be stored in int8, got {tensor.dtype}")
-            elif tensor.dtype != self.k.dtype:
-                raise TypeError(f"{name} must have the memory's dtype {self.k.dtype}, got {tensor.dtype}")
-        if not torch.compiler.is_compiling() and self.k.is_inference() and not torch.is_inference_mode_enabled():
-            raise ValueError(f"this memory {INFERENCE}")
-        if piece_start is not None:
-            if tuple(piece_start.shape) != (self.batch, tokens) or piece_start.dtype not in (torch.int32, torch.int64):
-                raise ValueError(
-                    f"piece_start must be int32 of shape (batch, S) = ({self.batch}, {tokens}), got "
-                    f"{piece_start.dtype} of shape {tuple(piece_start.shape)}"
-                )
-            if tokens and may_look(piece_start) and bool((piece_start[:, -1] >= tokens).any()):
-                raise ValueError(f"piece_start must lie before the end of the call, got {piece_start[:, -1].tolist()}")
-        if counts is None:
-            return
-        if counts.dtype != torch.int64 or tuple(counts.shape) != (self.batch,):
-            raise ValueError(
-                f"counts must be int64 of shape (batch,) = ({self.batch},), got {counts.dtype} of shape "
-                f"{tuple(counts.shape)}"
-            )
-        if may_look(counts) and bool(((counts < 0) | (counts > tokens)).any()):
-            raise ValueError(f"counts must lie between 0 and the {tokens} tokens of the call, got {counts.tolist()}")
+            choose(self.k, self.v, *scales, self.length, self.settled, self.mark, self.seeds, self.room)
 
     def reset(self, rows: Tensor | None = None) -> None:
         """Forget: all rows, or those where the boolean mask `rows` (batch,) is true. A reset row is a fresh row,
@@ -319,18 +302,23 @@ class KVMemory(Ring):
             )
         self.unshare()
         with torch.no_grad():
-            for counter in (self.length, self.position):
-                counter.zero_() if rows is None else counter.masked_fill_(rows.to(counter.device), 0)
+            for counter in (self.length, self.position, self.settled):
+                if counter is not None:
+                    counter.zero_() if rows is None else counter.masked_fill_(rows.to(counter.device), 0)
         if rows is None:
             self.seen = 0
+            if self.mark is not None:
+                self.mark.fill_(self.kept)
 
     def crop(self, count: int | Tensor) -> None:
         """Take back the newest `count` tokens, in every row or (batch,) int64 of each: they are as never appended, save
         that what they pushed out is gone.
 
         Raises:
-            ValueError: if `count` is negative, or a row does not hold as many.
+            ValueError: if `count` is negative, or a row does not hold as many, or the memory is a set.
         """
+        if self.mark is not None:
+            raise ValueError(f"a memory with retention {self.retention!r} cannot be cropped: what gave way is gone")
         if may_look(self.length) and bool(((self.length < count) | (torch.as_tensor(count) < 0)).any()):
             raise ValueError(
                 f"count must lie between 0 and the tokens that each row holds, {self.length.tolist()}, got "
@@ -361,13 +349,13 @@ class KVMemory(Ring):
         return self._rearranged(lambda x: x.repeat_interleave(count, 0))
 
     def _rearranged(self, how: Callable[[Tensor], Tensor]) -> "KVMemory":
-        with _ordinary():
+        with ordinary():
             seen = how(self.seen) if isinstance(self.seen, Tensor) else self.seen
-            return KVMemory(**{name: how(x) for name, x in self.tensors().items()}, seen=seen)
+            return KVMemory(**{name: how(x) for name, x in self.tensors().items()}, seen=seen, room=self.room)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "KVMemory":
         """The same memory on another device or in another dtype: a copy, or the memory itself if nothing changes."""
-        with _ordinary():
+        with ordinary():
             if dtype in (None, self.k.dtype):
                 storage = [x.to(device=device) for x in self.storage()]
             elif dtype == torch.int8:
@@ -377,15 +365,18 @@ class KVMemory(Ring):
                 storage = [x.to(device=device) for x in self.values(dtype)]
             if storage[0] is self.k:  # two memories over one storage would overwrite each other's slots
                 return self
-            counters = [x.to(device=device, copy=True) for x in (self.length, self.position)]
-            seen = self.seen.to(device=device, copy=True) if isinstance(self.seen, Tensor) else self.seen
-            return KVMemory(storage[0], storage[1], *counters, *storage[2:], seen=seen)  # type: ignore[misc]
+            moved: dict[str, Any] = dict(zip(STORAGE, storage, strict=False))
+            counters = [
+                (name, x) for name in (*COUNTERS, *SETS, "seen") if isinstance(x := getattr(self, name), Tensor)
+            ]
+            moved |= {name: x.to(device=device, copy=True) for name, x in counters}
+            return KVMemory(**{"seen": self.seen, **moved}, room=self.room)
 
 
 def _copied(ring: Ring) -> KVMemory:
     """A memory of its own with the same contents; slots that are not held come along as they are."""
     seen = ring.seen.clone() if isinstance(ring.seen, Tensor) else ring.seen
     if torch.compiler.is_compiling():
-        return KVMemory(**{name: x.clone() for name, x in ring.tensors().items()}, seen=seen)
-    with _ordinary():
-        return KVMemory(**{name: x.clone() for name, x in ring.tensors().items()}, seen=seen)
+        return KVMemory(**{name: x.clone() for name, x in ring.tensors().items()}, seen=seen, room=ring.room)
+    with ordinary():
+        return KVMemory(**{name: x.clone() for name, x in ring.tensors().items()}, seen=seen, room=ring.room)

@@ -15,6 +15,7 @@ from dsmr_kernels.quantise import dequantise, quantise
 
 COUNTERS = ("length", "position")
 STORAGE = ("k", "v", "k_scale", "v_scale")
+SETS = ("settled", "mark", "seeds")  # of a memory that keeps others than the newest tokens
 
 
 def ring_slices(position: int, capacity: int, first: int, count: int) -> list[tuple[int, int]]:
@@ -44,6 +45,10 @@ class Ring:
             None.
         seen: tokens appended since the memory was made or wholly reset, whatever their pieces: how far a stream is
             into its segments. An integer, or (batch,) int64 once rows have advanced by different numbers.
+        settled, mark, seeds: (batch,) int64, of a memory that keeps others than the newest tokens, see
+            `dsmr_kernels.retention`: tokens of the piece that were offered to the set, the slot that the next token is
+            written to, which is `capacity` where a segment is over, and what the sample follows from; else None.
+        room: slots of the capacity that such a memory sets aside for the segment in progress.
     """
 
     def __init__(
@@ -55,9 +60,15 @@ class Ring:
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
         seen: int | Tensor = 0,
+        *,
+        settled: Tensor | None = None,
+        mark: Tensor | None = None,
+        seeds: Tensor | None = None,
+        room: int = 0,
     ) -> None:
         self.k, self.v, self.length, self.position = k, v, length, position
         self.k_scale, self.v_scale, self.seen = k_scale, v_scale, seen
+        self.settled, self.mark, self.seeds, self.room = settled, mark, seeds, room
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -65,7 +76,7 @@ class Ring:
         return f"{type(self).__name__}({sizes}, {dtype} on {self.k.device})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*STORAGE, *COUNTERS, "seen")}
+        return {name: getattr(self, name) for name in (*STORAGE, *COUNTERS, *SETS, "seen", "room")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # a memory read from a file is in nobody's hands yet
@@ -95,13 +106,26 @@ class Ring:
         return self.k.dtype
 
     @property
+    def retention(self) -> str:
+        """Which tokens are kept: "newest", "uniform" or "random"."""
+        if self.mark is None:
+            return "newest"
+        return "uniform" if self.seeds is None else "random"
+
+    @property
+    def kept(self) -> int:
+        """Past tokens that there are slots for beside the segment in progress."""
+        return self.capacity - self.room
+
+    @property
     def nbytes(self) -> int:
         """Bytes of `k` and `v` and their scales, which is what the schedule's budget counts."""
         return sum(x.nbytes for x in self.storage())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of it, by attribute: `KVMemory(**memory.tensors(), seen=memory.seen)` has the same storage."""
-        names = ("k", "v", "length", "position", "k_scale", "v_scale")
+        """Every tensor of it, by attribute: `KVMemory(**memory.tensors(), seen=memory.seen, room=memory.room)` has the
+        same storage."""
+        names = ("k", "v", "length", "position", "k_scale", "v_scale", *SETS)
         return {name: x for name in names if (x := getattr(self, name)) is not None}
 
     def storage(self) -> list[Tensor]:
@@ -109,7 +133,8 @@ class Ring:
         return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]
 
     def ordered(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Oldest-first copies, right-aligned, and the mask of what is held.
+        """Oldest-first copies, right-aligned, and the mask of what is held. A set comes in the order of its slots, and
+        the segment in progress behind it.
 
         Returns:
             k, v: (batch, kv_heads, capacity, head_dim); the last entry is the newest token, and what is not held is 0.
@@ -121,7 +146,8 @@ class Ring:
         k, v = self.values(torch.float32 if self.k_scale is not None else self.k.dtype)
         if self.capacity == 0:
             return k.clone(), v.clone(), mask
-        slots = (self.position[:, None] + back).remainder(self.capacity)
+        position = self.position if self.mark is None else self.mark
+        slots = (position[:, None] + back).remainder(self.capacity)
         k, v = (x.gather(2, along_slots(slots, x)).masked_fill_(~mask[:, None, :, None], 0.0) for x in (k, v))
         return k, v, mask
 

@@ -249,7 +249,8 @@ def run_memory_use(
 
 
 def keeping_only(model: DSMRModel, k: int) -> DSMRModel:
-    """The same weights with every horizon cut to the last `k` tokens."""
+    """The same weights with every horizon cut to the last `k` tokens. A layer that keeps others than the newest tokens
+    keeps the newest instead: as many as it has slots, and at most `k`."""
     schedule = model.config.schedule
     cut = MemorySchedule.explicit([min(horizon, k) for horizon in schedule.horizons], schedule.kv_heads)
     weight = next(model.parameters())
@@ -279,8 +280,8 @@ def _retained(
     k: int,
     how: dict[str, Any],
 ) -> Retained:
-    cut = list(losses)  # nothing is lost where no horizon is longer
-    if max(model.config.schedule.horizons) > k:
+    cut = list(losses)  # nothing is lost where no horizon is longer, and no layer remembers what is older
+    if max(model.config.schedule.horizons) > k or not model.config.schedule.newest:
         cut = piece_losses(keeping_only(model, k), corpus, pieces, **how)
     deltas = [np.asarray(a, np.float64) - b for a, b in zip(cut, losses, strict=True)]
     whole = _interval(*_totals(deltas))

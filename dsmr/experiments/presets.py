@@ -18,7 +18,7 @@ RETENTION = "retention"
 """What a memory needs beyond its horizon to keep another choice of past tokens than the newest."""
 NEEDS = {RETENTION: "a retention policy of KVMemory.append, which this version does not have"}
 """What a preset may have to wait for, in words."""
-PROVIDED: frozenset[str] = frozenset()
+PROVIDED: frozenset[str] = frozenset({RETENTION})
 """Those of `NEEDS` that this version has."""
 
 
@@ -122,8 +122,8 @@ def _progressive(size: Size) -> tuple[int, int]:
     return shortest, 2 * size.mean - shortest
 
 
-def _retained(size: Size) -> MemorySchedule:
-    return MemorySchedule.uniform(size.layers, size.mean)
+def _retained(retention: str) -> Callable[[Size], MemorySchedule]:
+    return lambda size: MemorySchedule.uniform(size.layers, size.mean, retention=retention)
 
 
 _BUDGET = "the budget of two-scale"
@@ -149,7 +149,7 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "retain_newest",
             "selective retention, sliding",
-            _retained,
+            _retained("newest"),
             "Each layer keeps the same number of past tokens, the newest.",
             f"Our reading: {_BUDGET}, spread evenly; to keep the newest is what a horizon does.",
             Paper(6.51, 0.0014, 7.8),
@@ -157,16 +157,16 @@ PRESETS: dict[str, Preset] = {
         Preset(
             "retain_uniform",
             "selective retention, uniform",
-            _retained,
+            _retained("uniform"),
             "Each layer keeps every n-th past token.",
-            f"Our reading: {_BUDGET}, spread evenly; n grows with the piece.",
+            f"Our reading: {_BUDGET}, spread evenly; n is a power of two that grows with the piece.",
             Paper(6.52, 0.0017, 7.8),
             (RETENTION,),
         ),
         Preset(
             "retain_random",
             "selective retention, random",
-            _retained,
+            _retained("random"),
             "Each layer keeps a random sample of the past.",
             f"Our reading: {_BUDGET}, spread evenly; the sample is a reservoir.",
             Paper(6.53, 0.0014, 8.0),

@@ -10,8 +10,26 @@ from torch import Tensor, nn
 from dsmr.model.positions import POSITIONS, Rotary, alibi_slopes, sinusoids, token_positions
 from dsmr_kernels import KVMemory, MemorySnapshot, memory_attention
 from dsmr_kernels.costing.cost import memory_capacity
-from dsmr_kernels.memory import may_look
+from dsmr_kernels.holding import may_look
+from dsmr_kernels.retention import RETENTIONS
 from dsmr_kernels.visibility import VISIBILITIES
+
+ROW = 2**32
+"""Between the samples of two rows that keep samples of their own: more than a model has layers."""
+
+
+def check_retention(retention: str, horizon: int, visibility: str, position: str) -> None:
+    """`ValueError` for what a memory that keeps others than the newest tokens cannot serve."""
+    if retention not in RETENTIONS:
+        raise ValueError(f"retention must be one of {', '.join(RETENTIONS)}, got {retention!r}")
+    if retention == "newest" or not horizon:
+        return
+    for name, value, refused in (("visibility", visibility, "sliding"), ("position", position, "alibi")):
+        if value == refused:
+            raise ValueError(
+                f"retention {retention!r} does not go with {name} {value!r}: such a memory does not know how old its "
+                "slots are"
+            )
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
@@ -36,6 +54,11 @@ class DSMRAttention(nn.Module):
         detach_segments: as in `memory_attention`.
         rope_base: base of the rotary frequencies.
         backend: as in `memory_attention`.
+        retention: which `horizon` past tokens the memory holds: the "newest", or "uniform" or "random" ones of the
+            whole piece, see `dsmr_kernels.retention`. Of the latter a query sees all, and what its segment sees is
+            settled when the segment begins: a call must then lie in one segment, visibility be "segment", and the
+            position scheme not depend on distances between slots ("alibi").
+        sample: what a random sample follows from; layers of one model have different ones.
 
     Raises:
         ValueError: if the sizes do not divide or are negative, or `position` or `visibility` is unknown.
@@ -54,6 +77,8 @@ class DSMRAttention(nn.Module):
         detach_segments: bool = True,
         rope_base: float = 10000.0,
         backend: str | None = None,
+        retention: str = "newest",
+        sample: int = 0,
     ) -> None:
         super().__init__()
         kv_heads = n_heads if n_kv_heads is None else n_kv_heads
@@ -68,6 +93,7 @@ class DSMRAttention(nn.Module):
             raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {visibility!r}")
         if position not in POSITIONS:
             raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
+        check_retention(retention, horizon, visibility, position)
         self.head_dim = d_model // n_heads
         if position == "rope" and self.head_dim % 2:
             raise ValueError(f"rope needs an even head_dim, got d_model / n_heads = {self.head_dim}")
@@ -77,6 +103,7 @@ class DSMRAttention(nn.Module):
         self.horizon, self.segment_length, self.visibility = horizon, segment_length, visibility
         self.position, self.rope_base = position, rope_base
         self.detach_segments, self.backend = detach_segments, backend
+        self.retention, self.sample = retention if horizon else "newest", sample
         self.qkv = nn.Linear(d_model, (n_heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
         self._slopes: Tensor | None = None  # made where and when they are needed, so that they are never stale
@@ -102,12 +129,14 @@ class DSMRAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         aligned: bool = False,
+        apart: bool = False,
     ) -> KVMemory:
         """An empty memory for `batch` streams, in the dtype that the projections come out in.
 
         Args:
             aligned: calls will always be whole segments, so the memory holds exactly `horizon` tokens; otherwise it
                 also has room for the segment in progress and serves calls of any size.
+            apart: each row keeps a random sample of its own; otherwise a row's does not depend on its place.
         """
         weight = self.qkv.weight
         capacity = self.horizon if aligned else memory_capacity(self.horizon, self.segment_length, self.visibility)
@@ -118,6 +147,9 @@ class DSMRAttention(nn.Module):
             self.head_dim,
             dtype=dtype or compute_dtype(weight),
             device=device or weight.device,
+            retention=self.retention,
+            room=0 if self.retention == "newest" else capacity - self.horizon,
+            seed=self.sample + torch.arange(batch) * ROW if apart else self.sample,
         )
 
     @torch.no_grad()
@@ -192,6 +224,11 @@ class DSMRAttention(nn.Module):
         found, expected = (memory.kv_heads, memory.head_dim), (self.n_kv_heads, self.head_dim)
         if found != expected:
             raise ValueError(f"the memory has (kv_heads, head_dim) = {found}, this layer {expected}")
+        if memory.retention != self.retention or (memory.retention != "newest" and memory.kept != self.horizon):
+            raise ValueError(
+                f"the memory keeps {memory.kept} tokens by retention {memory.retention!r}, this layer {self.horizon} "
+                f"by {self.retention!r}: make it with new_memory of this layer"
+            )
         begun = 0 if self.visibility == "sliding" else self._farthest(segment_offset)
         if memory.capacity < self.horizon + begun:
             within = f", {begun} tokens into a segment," if begun else ""

@@ -1,9 +1,10 @@
 """Memory schedules: how a budget of recurrent state is spread over depth.
 
 A schedule gives every layer a horizon, the number of past tokens that its memory holds, and optionally a number of KV
-heads. It is written as a call, `two_scale(layers=12, long=4096, short=512, n_long=3)`, the same in configuration files,
-on the command line and in Python. The names are those of Depth-Structured Music Recurrence (arXiv 2602.19816); where
-the paper leaves a parameter open, the choice here is our reading.
+heads and a choice of those tokens (`dsmr_kernels.retention`). It is written as a call,
+`two_scale(layers=12, long=4096, short=512, n_long=3)`, the same in configuration files, on the command line and in
+Python. The names are those of Depth-Structured Music Recurrence (arXiv 2602.19816); where the paper leaves a parameter
+open, the choice here is our reading.
 """
 
 import ast
@@ -12,8 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dsmr_kernels.costing.cost import attention_flops, human_bytes, memory_bytes, steady_keys, visible_pairs
+from dsmr_kernels.retention import RETENTIONS
 
 KVHeads = int | Sequence[int | None] | None
+Retention = str | Sequence[str]
+NEWEST = "newest"
 
 
 MOST_LAYERS = 10_000
@@ -45,14 +49,26 @@ class MemorySchedule:
         horizons: past tokens that each layer's memory holds; 0 = none.
         kv_heads: KV heads of each layer; None = as many as the model has query heads.
         text: the schedule as it is written; `parse(text)` gives the same schedule.
+        retention: which past tokens each layer keeps: the "newest", or "uniform" or "random" ones of the whole piece;
+            empty = all layers the newest.
     """
 
     horizons: tuple[int, ...]
     kv_heads: tuple[int | None, ...]
     text: str
+    retention: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_layers(len(self.horizons))
+        if not self.retention:
+            object.__setattr__(self, "retention", (NEWEST,) * len(self.horizons))
+        if len(self.retention) != len(self.horizons):
+            raise ValueError(
+                f"retention must have one entry for each of the {len(self.horizons)} layers, got {len(self.retention)}"
+            )
+        for layer, kept in enumerate(self.retention):
+            if kept not in RETENTIONS:
+                raise ValueError(f"retention must be one of {', '.join(RETENTIONS)}, but layer {layer} has {kept!r}")
         if len(self.kv_heads) != len(self.horizons):
             raise ValueError(
                 f"kv_heads must have one entry for each of the {len(self.horizons)} layers, got {len(self.kv_heads)}"
@@ -73,10 +89,17 @@ class MemorySchedule:
     def layers(self) -> int:
         return len(self.horizons)
 
+    @property
+    def newest(self) -> bool:
+        """Whether every layer that has a memory keeps the newest tokens: then many segments can go in one call."""
+        return all(kept == NEWEST or not horizon for kept, horizon in zip(self.retention, self.horizons, strict=True))
+
     # Constructors, under the names that `parse` knows
 
     @classmethod
-    def _make(cls, name: str, per_layer: Sequence[int], kv_heads: KVHeads, /, **arguments: object) -> "MemorySchedule":
+    def _make(
+        cls, name: str, per_layer: Sequence[int], kv_heads: KVHeads, retention: Retention, /, **arguments: object
+    ) -> "MemorySchedule":
         for key in ("length", "horizon", "long", "short"):
             if key in arguments:
                 _check_horizon(key, arguments[key])
@@ -86,51 +109,70 @@ class MemorySchedule:
                 arguments["kv_heads"] = kv_heads
         else:
             arguments["kv_heads"] = list(kv_heads)
+        kept = (retention,) * len(per_layer) if isinstance(retention, str) else tuple(retention)
+        if retention != NEWEST:
+            arguments["retention"] = retention if isinstance(retention, str) else list(retention)
         written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        return cls(tuple(per_layer), heads, f"{name}({written})")
+        return cls(tuple(per_layer), heads, f"{name}({written})", kept)
 
     @classmethod
-    def full(cls, layers: int, length: int, kv_heads: KVHeads = None) -> "MemorySchedule":
+    def full(
+        cls, layers: int, length: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
+    ) -> "MemorySchedule":
         """Every layer holds the whole piece, up to `length` tokens."""
         _check_layers(layers)
-        return cls._make("full", [length] * layers, kv_heads, layers=layers, length=length)
+        return cls._make("full", [length] * layers, kv_heads, retention, layers=layers, length=length)
 
     @classmethod
-    def uniform(cls, layers: int, horizon: int, kv_heads: KVHeads = None) -> "MemorySchedule":
+    def uniform(
+        cls, layers: int, horizon: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
+    ) -> "MemorySchedule":
         """Every layer holds `horizon` tokens."""
         _check_layers(layers)
-        return cls._make("uniform", [horizon] * layers, kv_heads, layers=layers, horizon=horizon)
+        return cls._make("uniform", [horizon] * layers, kv_heads, retention, layers=layers, horizon=horizon)
 
     @classmethod
-    def two_scale(cls, layers: int, long: int, short: int, n_long: int, kv_heads: KVHeads = None) -> "MemorySchedule":
+    def two_scale(
+        cls, layers: int, long: int, short: int, n_long: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
+    ) -> "MemorySchedule":
         """The lowest `n_long` layers hold `long` tokens, the others `short`: the paper's main instance."""
         _check_layers(layers)
         _check_count("n_long", n_long, layers)
         horizons = [long] * n_long + [short] * (layers - n_long)
-        return cls._make("two_scale", horizons, kv_heads, layers=layers, long=long, short=short, n_long=n_long)
+        return cls._make(
+            "two_scale", horizons, kv_heads, retention, layers=layers, long=long, short=short, n_long=n_long
+        )
 
     @classmethod
     def reverse_two_scale(
-        cls, layers: int, long: int, short: int, n_long: int, kv_heads: KVHeads = None
+        cls, layers: int, long: int, short: int, n_long: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
     ) -> "MemorySchedule":
         """The highest `n_long` layers hold `long` tokens, the others `short`."""
         _check_layers(layers)
         _check_count("n_long", n_long, layers)
         horizons = [short] * (layers - n_long) + [long] * n_long
-        return cls._make("reverse_two_scale", horizons, kv_heads, layers=layers, long=long, short=short, n_long=n_long)
+        return cls._make(
+            "reverse_two_scale", horizons, kv_heads, retention, layers=layers, long=long, short=short, n_long=n_long
+        )
 
     @classmethod
-    def ascending(cls, layers: int, shortest: int, longest: int, kv_heads: KVHeads = None) -> "MemorySchedule":
+    def ascending(
+        cls, layers: int, shortest: int, longest: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
+    ) -> "MemorySchedule":
         """Horizons grow evenly from `shortest` in the lowest layer to `longest` in the highest (our reading)."""
-        return cls._progressive("ascending", layers, shortest, longest, kv_heads)
+        return cls._progressive("ascending", layers, shortest, longest, kv_heads, retention)
 
     @classmethod
-    def descending(cls, layers: int, shortest: int, longest: int, kv_heads: KVHeads = None) -> "MemorySchedule":
+    def descending(
+        cls, layers: int, shortest: int, longest: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
+    ) -> "MemorySchedule":
         """Horizons shrink evenly from `longest` in the lowest layer to `shortest` in the highest."""
-        return cls._progressive("descending", layers, shortest, longest, kv_heads)
+        return cls._progressive("descending", layers, shortest, longest, kv_heads, retention)
 
     @classmethod
-    def _progressive(cls, name: str, layers: int, shortest: int, longest: int, kv_heads: KVHeads) -> "MemorySchedule":
+    def _progressive(
+        cls, name: str, layers: int, shortest: int, longest: int, kv_heads: KVHeads, retention: Retention
+    ) -> "MemorySchedule":
         _check_layers(layers)
         _check_horizon("shortest", shortest)
         _check_horizon("longest", longest)
@@ -139,41 +181,57 @@ class MemorySchedule:
         steps = max(layers - 1, 1)
         horizons = [shortest + round((longest - shortest) * layer / steps) for layer in range(layers)]
         horizons = horizons if name == "ascending" else horizons[::-1]
-        return cls._make(name, horizons, kv_heads, layers=layers, shortest=shortest, longest=longest)
+        return cls._make(name, horizons, kv_heads, retention, layers=layers, shortest=shortest, longest=longest)
 
     @classmethod
-    def alternating(cls, layers: int, long: int, short: int, kv_heads: KVHeads = None) -> "MemorySchedule":
+    def alternating(
+        cls, layers: int, long: int, short: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST
+    ) -> "MemorySchedule":
         """`long` and `short` by turns, the lowest layer `long`."""
         _check_layers(layers)
         horizons = [short if layer % 2 else long for layer in range(layers)]
-        return cls._make("alternating", horizons, kv_heads, layers=layers, long=long, short=short)
+        return cls._make("alternating", horizons, kv_heads, retention, layers=layers, long=long, short=short)
 
     @classmethod
-    def binary(cls, layers: int, horizon: int, carriers: Sequence[int], kv_heads: KVHeads = None) -> "MemorySchedule":
+    def binary(
+        cls,
+        layers: int,
+        horizon: int,
+        carriers: Sequence[int],
+        kv_heads: KVHeads = None,
+        *,
+        retention: Retention = NEWEST,
+    ) -> "MemorySchedule":
         """The layers named in `carriers` (0 = the lowest) hold `horizon` tokens, the others none."""
         _check_layers(layers)
         for layer in carriers:
             if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < layers:
                 raise ValueError(f"carriers must name layers from 0 to {layers - 1}, got {layer!r}")
         horizons = [horizon if layer in carriers else 0 for layer in range(layers)]
-        return cls._make("binary", horizons, kv_heads, layers=layers, horizon=horizon, carriers=list(carriers))
+        return cls._make(
+            "binary", horizons, kv_heads, retention, layers=layers, horizon=horizon, carriers=list(carriers)
+        )
 
     @classmethod
-    def none(cls, layers: int, kv_heads: KVHeads = None) -> "MemorySchedule":
+    def none(cls, layers: int, kv_heads: KVHeads = None, *, retention: Retention = NEWEST) -> "MemorySchedule":
         """No layer has a memory: each segment stands alone."""
         _check_layers(layers)
-        return cls._make("none", [0] * layers, kv_heads, layers=layers)
+        return cls._make("none", [0] * layers, kv_heads, retention, layers=layers)
 
     @classmethod
-    def fhcr(cls, layers: int, length: int, kv_heads: KVHeads = 2) -> "MemorySchedule":
+    def fhcr(
+        cls, layers: int, length: int, kv_heads: KVHeads = 2, *, retention: Retention = NEWEST
+    ) -> "MemorySchedule":
         """Full-Horizon Compressed Recurrence: every position is kept, up to `length`, with few KV heads."""
         _check_layers(layers)
-        return cls._make("fhcr", [length] * layers, kv_heads, layers=layers, length=length)
+        return cls._make("fhcr", [length] * layers, kv_heads, retention, layers=layers, length=length)
 
     @classmethod
-    def explicit(cls, horizons: Sequence[int], kv_heads: KVHeads = None) -> "MemorySchedule":
+    def explicit(
+        cls, horizons: Sequence[int], kv_heads: KVHeads = None, *, retention: Retention = NEWEST
+    ) -> "MemorySchedule":
         """A horizon for each layer, the lowest first."""
-        return cls._make("explicit", list(horizons), kv_heads, horizons=list(horizons))
+        return cls._make("explicit", list(horizons), kv_heads, retention, horizons=list(horizons))
 
     @classmethod
     def parse(cls, text: "str | MemorySchedule") -> "MemorySchedule":
@@ -198,8 +256,8 @@ class MemorySchedule:
             raise ValueError(f"schedule {call.func.id!r} is unknown: expected one of {', '.join(CONSTRUCTORS)}")
         signature = inspect.signature(constructor)
         try:
-            positional = [ast.literal_eval(argument) for argument in call.args]
-            named = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords}
+            positional = [_value(argument) for argument in call.args]
+            named = {keyword.arg or "**": _value(keyword.value) for keyword in call.keywords}
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             raise ValueError(f"schedule {text!r} cannot be read: its arguments must be numbers or lists") from None
         if len(named) < len(call.keywords):
@@ -307,7 +365,20 @@ class MemorySchedule:
                 runs.append([1, horizon])
         depth = ", ".join(f"{count} x {horizon}" for count, horizon in runs)
         budget = self.budget_bytes(n_heads=n_heads, head_dim=head_dim, bytes_per_element=bytes_per_element)
-        return f"{self.text}: {self.layers} layers, horizons from the bottom {depth}; {human_bytes(budget)} a stream"
+        others = sorted(set(self.retention) - {NEWEST})
+        kept = "" if self.newest else f", kept by retention {' and '.join(others)}"
+        return (
+            f"{self.text}: {self.layers} layers, horizons from the bottom {depth}{kept}; {human_bytes(budget)} a stream"
+        )
+
+
+def _value(argument: ast.expr) -> object:
+    """An argument as it is written; the names of `RETENTIONS` need no quotes."""
+    if isinstance(argument, ast.Name) and argument.id in RETENTIONS:
+        return argument.id
+    if isinstance(argument, ast.List | ast.Tuple):
+        return [_value(entry) for entry in argument.elts]
+    return ast.literal_eval(argument)
 
 
 CONSTRUCTORS: dict[str, Callable[..., MemorySchedule]] = {

@@ -11,10 +11,22 @@ from dsmr.console.errors import UserError
 from dsmr.console.files import save_tensors
 from dsmr.console.seal import check_seal
 from dsmr_kernels import KVMemory
-from dsmr_kernels.memory import MOVED, in_backward
+from dsmr_kernels.holding import MOVED, in_backward
+from dsmr_kernels.ring import SETS
 
 _FIELDS = ("k", "v", "length", "position")  # what every layer has; where keys and values are int8, also their scales
 _SCALES = ("k_scale", "v_scale")
+
+
+def _set_fits(memory: KVMemory) -> bool:
+    """Whether what a memory has besides, if it keeps others than the newest tokens, fits the rest of it."""
+    if memory.mark is None or memory.settled is None:
+        return memory.mark is memory.settled is memory.seeds is None and memory.room == 0
+    found = [x for x in (memory.mark, memory.settled, memory.seeds) if x is not None]
+    if any(x.shape != memory.position.shape or x.dtype != torch.int64 for x in found):
+        return False
+    inside = (memory.mark >= memory.kept) & (memory.mark <= memory.capacity) & (memory.settled >= 0)
+    return 0 <= memory.room < memory.capacity and bool(inside.all())
 
 
 class DSMRState:
@@ -123,6 +135,8 @@ class DSMRState:
         if len(layers) != len(memories):
             raise ValueError(f"the saved state has {len(layers)} layers, this one {len(memories)}")
         for layer, (saved, memory) in enumerate(zip(layers, memories, strict=True)):
+            if ("mark" in saved, "seeds" in saved) != (memory.mark is not None, memory.seeds is not None):
+                raise ValueError(f"layer {layer} of the saved state does not have retention {memory.retention!r}")
             for name, wanted in memory.tensors().items():
                 found = saved[name]
                 if found.shape != wanted.shape or found.dtype != wanted.dtype:
@@ -152,6 +166,7 @@ class DSMRState:
         }
         tensors["recent"] = self.recent.contiguous()
         numbers = {"offset": str(self.offset), "aligned": str(int(self.aligned)), "layers": str(len(self._memories))}
+        numbers |= {f"{layer}.room": str(memory.room) for layer, memory in enumerate(self._memories) if memory.room}
         return tensors, numbers
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -166,18 +181,22 @@ class DSMRState:
         try:
             with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
-                memories = []
+                memories, written = [], set(file.keys())
                 for layer in range(int(metadata["layers"])):
                     tensors = {name: file.get_tensor(f"{layer}.{name}") for name in _FIELDS}
                     if tensors["k"].dtype == torch.int8:
                         tensors |= {name: file.get_tensor(f"{layer}.{name}") for name in _SCALES}
-                    memories.append(KVMemory(**tensors, seen=int(metadata["offset"])))
+                    held = [name for name in SETS if f"{layer}.{name}" in written]
+                    tensors |= {name: file.get_tensor(f"{layer}.{name}") for name in held}
+                    room = int(metadata.get(f"{layer}.room", "0"))
+                    memories.append(KVMemory(**tensors, seen=int(metadata["offset"]), room=room))
                 if not memories:
                     raise ValueError("it has no layers")
                 for layer, memory in enumerate(memories):
                     rows = {x.shape for x in (memory.length, memory.position)} | {memory.k.shape[:1]}
                     scaled = all(x is None or x.shape == memory.k.shape[:3] for x in (memory.k_scale, memory.v_scale))
                     fits = memory.k.dim() == 4 and memory.v.shape == memory.k.shape and scaled
+                    fits = fits and _set_fits(memory)
                     for numbers, most in ((memory.length, memory.k.shape[2]), (memory.position, 2**62)):
                         fits = fits and numbers.numel() > 0 and 0 <= int(numbers.min()) <= int(numbers.max()) <= most
                     if not fits or rows != {memories[0].k.shape[:1]}:

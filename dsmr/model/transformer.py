@@ -4,6 +4,7 @@ tokens -> embedding -> [ x + attention(norm(x), memory) -> x + ffn(norm(x)) ] * 
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, save_tensors, write_json
 from dsmr.console.schema import check_fields
 from dsmr.console.seal import check_seal
-from dsmr.model.attention import DSMRAttention
+from dsmr.model.attention import DSMRAttention, check_retention
 from dsmr.model.positions import POSITIONS, Rotary, token_positions
+from dsmr.model.recall import Recall
 from dsmr.model.schedule import MemorySchedule
 from dsmr.model.state import DSMRState
 from dsmr_kernels import KVMemory, MemorySnapshot
@@ -88,6 +90,8 @@ class DSMRConfig:
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model must be a multiple of n_heads, got {self.d_model} and {self.n_heads}")
         self.schedule.heads(self.n_heads)
+        for retention, horizon in zip(self.schedule.retention, self.schedule.horizons, strict=True):
+            check_retention(retention, horizon, self.visibility, self.position)
 
     @property
     def head_dim(self) -> int:
@@ -136,56 +140,23 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(x))
 
 
-class Recall(nn.Module):
-    """Labels that let a layer find what followed when the same was heard before.
-
-    The label of a moment is a projection of the last few tokens. A query carries the label of its own moment, a key
-    that of the moment before its token came; both are added to the normed inputs of the Q and K projections, not V.
-    What a query matches is then a past like its own, and what it reads there is the token that followed. Without
-    labels two layers have to learn to work together for this (induction heads; Olsson et al., 2022), which takes much
-    longer. This is ours, not the paper's.
-    """
-
-    def __init__(self, config: DSMRConfig) -> None:
-        super().__init__()
-        self.tokens = config.recall
-        self.project = nn.Linear(config.recall * config.d_model, config.d_model, bias=False)
-        self.norm = nn.LayerNorm(config.d_model, bias=False)
-
-    def forward(self, embedded: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels (B, T, d_model) of queries and of keys.
-
-        Args:
-            embedded: (B, recall + T, d_model), the embeddings of the call's tokens and of those just before it.
-            positions: (B, T), positions in the piece; tokens of an earlier piece count as nothing.
-        """
-        count = positions.shape[1]
-        if count == 0:
-            return embedded[:, :0], embedded[:, :0]
-        moments = torch.cat([positions[:, :1] - 1, positions], 1)  # (B, 1 + T): from the token before the call on
-        heard = [
-            embedded[:, self.tokens - 1 - back : self.tokens + count - back] * (moments >= back).unsqueeze(-1)
-            for back in range(self.tokens)
-        ]
-        labels = self.norm(self.project(torch.cat(heard, -1)))
-        return labels[:, 1:], labels[:, :-1] * (positions > 0).unsqueeze(-1)
-
-
 class Block(nn.Module):
     """One layer: attention over memory and segment, then the feed-forward layer, each normed before and added after."""
 
-    def __init__(self, config: DSMRConfig, horizon: int, kv_heads: int) -> None:
+    def __init__(self, config: DSMRConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.d_model, bias=False)
         self.attention = DSMRAttention(
             config.d_model,
             config.n_heads,
-            horizon=horizon,
-            n_kv_heads=kv_heads,
+            horizon=config.schedule.horizons[layer],
+            n_kv_heads=config.schedule.heads(config.n_heads)[layer],
             position=config.position,
             segment_length=config.segment_length,
             visibility=config.visibility,
             rope_base=config.rope_base,
+            retention=config.schedule.retention[layer],
+            sample=layer,
         )
         self.ffn_norm = nn.LayerNorm(config.d_model, bias=False)
         self.ffn = FeedForward(config)
@@ -213,6 +184,13 @@ class Block(nn.Module):
         return x + self.dropout(self.ffn(self.ffn_norm(x))), k, v
 
 
+def _within(piece_start: Tensor | None, part: slice) -> Tensor | None:
+    """`piece_start` of a part of the call, as a call of its own has it."""
+    if piece_start is None or part.start == 0:
+        return piece_start if piece_start is None else piece_start[:, part]
+    return piece_start[:, part] - part.start
+
+
 class DSMRModel(nn.Module):
     """A Transformer that reads whole pieces, segment by segment, with a memory horizon for every layer.
 
@@ -228,10 +206,9 @@ class DSMRModel(nn.Module):
         self.config = config
         self.checkpoint_layers = checkpoint_layers
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.recall = Recall(config) if config.recall else None
+        self.recall = Recall(config.recall, config.d_model) if config.recall else None
         self.dropout = nn.Dropout(config.dropout)
-        layers = zip(config.schedule.horizons, config.schedule.heads(config.n_heads), strict=True)
-        self.blocks = nn.ModuleList(Block(config, horizon, kv_heads) for horizon, kv_heads in layers)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.schedule.layers))
         self.norm = nn.LayerNorm(config.d_model, bias=False)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -255,6 +232,7 @@ class DSMRModel(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         aligned: bool = False,
+        apart: bool = False,
     ) -> DSMRState:
         """The state of `batch` streams that have seen nothing.
 
@@ -262,8 +240,10 @@ class DSMRModel(nn.Module):
             dtype: of keys and values; default: what the projections come out in (autocast's dtype where it is on).
             aligned: every call will begin with a segment, so the memories hold exactly the schedule's budget;
                 otherwise each has room for the segment in progress too, and calls of any size give the same outputs.
+            apart: for training: layers that keep a random sample keep another in each row, so that nothing can be
+                learnt of one sample. Otherwise a row's results do not depend on its place in the batch.
         """
-        memories = [block.attention.new_memory(batch, device, dtype, aligned) for block in self._blocks()]
+        memories = [block.attention.new_memory(batch, device, dtype, aligned, apart) for block in self._blocks()]
         shape = (batch, self.config.recall)
         recent = torch.zeros(shape, dtype=torch.int64, device=device or self.embedding.weight.device)
         return DSMRState(memories, recent, aligned=aligned)
@@ -285,7 +265,8 @@ class DSMRModel(nn.Module):
         """Read the next tokens of every stream.
 
         Args:
-            tokens: (B, T) int64, any T; a call longer than a segment is a whole-piece pass.
+            tokens: (B, T) int64, any T; a call longer than a segment is a whole-piece pass. It is read segment by
+                segment where a layer keeps others than the newest tokens.
             state: from `new_state` or the last call, updated in place; None = streams that have seen nothing.
             targets: (B, T) int64, the token after each; -100 = no target.
             piece_start: (B, T) int32, for each token the index in this call of its piece's first token; negative = the
@@ -315,6 +296,25 @@ class DSMRModel(nn.Module):
                 f"an aligned state takes calls that begin with a segment, but it is {state.offset} tokens into one; "
                 "use new_state(..., aligned=False) for calls of any size"
             )
+        parts = self._parts(tokens.shape[1], state.offset)
+        x = torch.cat([self._read(tokens[:, part], state, _within(piece_start, part)) for part in parts], 1)
+        logits = self.head(self.norm(x))
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+            loss = loss.view(targets.shape) if reduction == "none" else loss
+        return DSMROutput(logits, loss, state)
+
+    def _parts(self, tokens: int, offset: int) -> list[slice]:
+        """What is read at once: everything, unless what a segment remembers is not known before the last is over."""
+        if self.config.schedule.newest or not tokens:
+            return [slice(0, tokens)]
+        length = self.config.segment_length
+        ends = [0, *range(length - offset, tokens, length), tokens]
+        return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+
+    def _read(self, tokens: Tensor, state: DSMRState, piece_start: Tensor | None) -> Tensor:
+        """The layers: tokens (B, T) -> (B, T, d_model), before the last norm; the state takes the tokens in."""
         memories = state.memories
         positions = token_positions(state.position, tokens.shape[1], piece_start)
         blocks = list(self._blocks())
@@ -335,12 +335,7 @@ class DSMRModel(nn.Module):
             new.append((k, v))
         state.recent = torch.cat([before, tokens], 1)[:, tokens.shape[1] :]
         state.take(new, piece_start, self.config.segment_length, later=torch.is_grad_enabled())
-        logits = self.head(self.norm(x))
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
-            loss = loss.view(targets.shape) if reduction == "none" else loss
-        return DSMROutput(logits, loss, state)
+        return x
 
     def generate(self, prompt: Any, **options: Any) -> Iterator[int]:
         """Continue `prompt` (token ids) token by token, without end unless told; see `dsmr.generation.stream`."""

@@ -23,13 +23,15 @@ ELEMENT_BYTES = {"float32": (4, 0), "bfloat16": (2, 0), "float16": (2, 0), "int8
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer: bytes of its memory (all streams), and its attention's FLOPs for a token once the memory is full."""
+    """One layer: bytes of its memory (all streams), its attention's FLOPs for a token once the memory is full, and
+    which tokens it keeps."""
 
     layer: int
     horizon: int
     kv_heads: int
     bytes: int
     flops_per_token: float
+    retention: str = "newest"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ class Budget:
         }
         for name, foot in feet.items():
             table.add_column(name, "\n".join(foot), justify="right")
+        others = any(row.retention != "newest" for row in self.layers)
+        if others:
+            table.add_column("kept")
         for row in self.layers:
             table.add_row(
                 str(row.layer),
@@ -95,6 +100,7 @@ class Budget:
                 str(row.kv_heads),
                 human_bytes(row.bytes),
                 human_count(row.flops_per_token),
+                *([row.retention] if others else []),
             )
         return table
 
@@ -132,7 +138,8 @@ def budget_of(
         "segment_length": segment_length,
         "visibility": visibility,
     }
-    columns = (schedule.horizons, heads, schedule.layer_bytes(**memory), schedule.layer_attention_flops(**work))
+    costs = (schedule.layer_bytes(**memory), schedule.layer_attention_flops(**work))
+    columns = (schedule.horizons, heads, *costs, schedule.retention)
     return Budget(
         schedule=str(schedule),
         n_heads=n_heads,

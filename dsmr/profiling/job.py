@@ -61,7 +61,10 @@ class Sizes:
         return 2 if self.dtype == "bfloat16" else 4
 
     def config(self, schedule: MemorySchedule) -> Any:
-        """The `DSMRConfig`; `UserError` in one sentence for sizes that do not go together."""
+        """The `DSMRConfig`; `UserError` in one sentence for sizes that do not go together, and for a schedule whose
+        calls are read segment by segment: the parts of a step are told apart for one call."""
+        if not schedule.newest:
+            raise UserError(f"{schedule}: dsmr profile measures memories that keep the newest tokens only")
         try:
             return DSMRConfig(
                 self.vocab_size,

@@ -135,7 +135,9 @@ class _Training:
         )
         self.model = DSMRModel(model_config, checkpoint_layers=config.checkpoint_layers).to(self.device)
         self.optimizer = _optimizer(self.model, config)
-        self.state = self.model.new_state(config.batch_size, device=self.device, dtype=self.dtype, aligned=True)
+        self.state = self.model.new_state(
+            config.batch_size, device=self.device, dtype=self.dtype, aligned=True, apart=True
+        )
         self.validation = validation_pieces(corpus, config.eval_tokens)
         tokens = int(np.diff(np.asarray(corpus.offsets))[self.validation].sum())
         self.pace = Pace(config, config.total_steps(self.loader.steps_per_epoch), tokens)

@@ -3,47 +3,19 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from copier import copier
-from tiny_corpus import TOKENS, tiny_corpus
+from made_up import ROUNDING, SEGMENT, Pieces, model_with, random_pieces
+from tiny_corpus import tiny_corpus
 from typer.testing import CliRunner
 
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
 from dsmr.evaluation.losses import piece_losses
 from dsmr.evaluation.memory_use import Bins, MemoryUse, keeping_only, memory_use, parse_tokens
-from dsmr.model.transformer import DSMRConfig, DSMRModel
-
-SEGMENT = 8
-ROUNDING = 2e-5
-
-
-class Pieces:
-    """A corpus of given pieces, as far as losses ask."""
-
-    name = "made up"
-    vocabulary = SimpleNamespace(pad_id=0, hash="0" * 64)
-
-    def __init__(self, pieces: list[np.ndarray]) -> None:
-        self.pieces = pieces
-
-    def piece(self, i: int) -> np.ndarray:
-        return self.pieces[i]
-
-
-def random_pieces(*lengths: int, seed: int = 0) -> Pieces:
-    rng = np.random.default_rng(seed)
-    return Pieces([np.append(1, rng.integers(3, len(TOKENS), n - 1)) for n in lengths])
-
-
-def model_with(schedule: str, **more) -> DSMRModel:
-    torch.manual_seed(2)
-    config = {"d_model": 16, "n_heads": 2, "segment_length": SEGMENT, "init_std": 0.5}
-    return DSMRModel(DSMRConfig(len(TOKENS), schedule, **{**config, **more}))
+from dsmr.model.transformer import DSMRModel
 
 
 def measured(model: DSMRModel, pieces: Pieces, bins: Bins | None = None, **more) -> MemoryUse:

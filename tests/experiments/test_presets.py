@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
+from dsmr.experiments import presets
 from dsmr.experiments.listing import listing
 from dsmr.experiments.presets import CONTROLS, PRESETS, Size, check, preset
 from dsmr.model.schedule import MemorySchedule
@@ -42,7 +43,13 @@ def test_partial_models_share_two_scales_budget(size: Size) -> None:
     assert few * size.n_heads == full * size.few_heads
 
 
-def test_what_waits_says_for_what() -> None:
+def test_nothing_waits_and_what_would_says_for_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(found.missing for found in PRESETS.values())
+    assert [name for name, found in PRESETS.items() if not found.schedule(Size()).newest] == [
+        "retain_uniform",
+        "retain_random",
+    ]
+    monkeypatch.setattr(presets, "PROVIDED", frozenset())
     waiting = [name for name, found in PRESETS.items() if found.missing]
     assert waiting == ["retain_uniform", "retain_random"]
     assert "waits for a retention policy" in preset("retain_random").waits()

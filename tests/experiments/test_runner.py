@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
 from dsmr.console.locks import locked
+from dsmr.experiments import presets
 from dsmr.experiments.cell import CellFolder, measured_pieces, run_cell
 from dsmr.experiments.runner import run_table
 from dsmr.experiments.table import Measure, Table
+from dsmr.training import loop
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,32 @@ def test_a_cell_becomes_a_row_of_all_that_was_measured(data: Path, tmp_path: Pat
     assert same(row_of(table, tmp_path / "other")) == same(row)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["retain_uniform", "retain_random"])
+def test_a_retained_cell_is_the_same_row_after_a_stop(
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the several segments of a call is read by itself; stopped after 13 steps, it goes on from the tenth."""
+    settings = {**small_table()["train"], "segments_per_step": 3}
+    table = Table.parse(small_table(data, cells={name: [0]}, train=settings))
+    row = row_of(table, tmp_path / "whole")
+    assert row["schedule"] == f"uniform(layers=2, horizon=36, retention={name.removeprefix('retain_')!r})"
+    assert row["kv_bytes"] == 2 * 2 * 8 * 2 * 72
+    assert all(kept["delta"]["mean"] is not None for kept in row["retain"])
+    step = loop._Training._train_step
+
+    def broken(training: Any) -> None:
+        if training.pace.step == 13:
+            raise KeyboardInterrupt
+        step(training)
+
+    monkeypatch.setattr(loop._Training, "_train_step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        row_of(table, tmp_path / "stopped")
+    monkeypatch.undo()
+    assert same(row_of(table, tmp_path / "stopped")) == same(row)
+
+
 def test_pieces_to_measure_on_are_the_same_for_all(data: Path) -> None:
     from dsmr.corpus.store import Corpus
 
@@ -90,7 +118,10 @@ def test_what_the_corpus_cannot_serve_is_said_before_any_work(data: Path, tmp_pa
     refused("it is a file", out="file")
 
 
-def test_a_folder_of_another_table_or_corpus_is_left_alone(data: Path, tmp_path: Path) -> None:
+def test_a_folder_of_another_table_or_corpus_is_left_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presets, "PROVIDED", frozenset())
     waiting = {"retain_random": [0]}  # nothing is run: it waits
     result = run_table(Table.parse(small_table(data, cells=waiting)), tmp_path / "out", console=quiet())
     assert list(result.waiting) == ["retain_random-s0"]
@@ -130,6 +161,7 @@ def test_a_checkpoint_of_another_tokeniser_is_a_sentence(data: Path, tmp_path: P
 CHILD = """
 import json, os, signal, sys
 from pathlib import Path
+from dsmr.experiments import presets
 from dsmr.experiments.cell import work
 
 name, count = sys.argv[4].split(":")

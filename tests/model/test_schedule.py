@@ -67,6 +67,21 @@ def test_kv_heads_go_with_every_name_and_read_back(name: str, kv_heads: object, 
     schedule = CONSTRUCTORS[name](**layers, **arguments, kv_heads=kv_heads)
     assert schedule.kv_heads == expected
     assert MemorySchedule.parse(str(schedule)) == schedule
+    for retention in ("uniform", ["random", "newest"], ("newest", "newest")):
+        kept = CONSTRUCTORS[name](**layers, **arguments, kv_heads=kv_heads, retention=retention)
+        assert kept.retention == ((retention,) * 2 if isinstance(retention, str) else tuple(retention))
+        assert MemorySchedule.parse(str(kept)) == kept != schedule
+        assert (kept.horizons, kept.kv_heads) == (schedule.horizons, schedule.kv_heads)
+
+
+def test_retention_is_written_with_quotes_or_without() -> None:
+    text = "explicit(horizons=[4, 5], retention=['random', 'newest'])"
+    assert str(MemorySchedule.parse("explicit(horizons=[4, 5], retention=[random, newest])")) == text
+    assert str(MemorySchedule.parse(text)) == text
+    assert not MemorySchedule.parse(text).newest
+    for text in ("uniform(layers=2, horizon=4)", "explicit(horizons=[0, 5], retention=[random, newest])"):
+        assert MemorySchedule.parse(text).newest
+    assert "2 x 4, kept by retention random;" in MemorySchedule.uniform(2, 4, retention="random").describe()
 
 
 def test_fhcr_keeps_two_kv_heads_unless_told() -> None:
@@ -168,8 +183,8 @@ def test_description_tells_text_depth_and_budget() -> None:
         ("three_scale(layers=12)", "schedule 'three_scale' is unknown: expected one of full, uniform, two_scale"),
         ("parse('none(layers=2)')", "schedule 'parse' is unknown"),
         ("_make(layers=2)", "schedule '_make' is unknown"),
-        ("uniform(layers=2)", r"does not fit uniform\(layers, horizon, kv_heads\): missing .* 'horizon'"),
-        ("uniform(layers=2, horizn=3)", r"does not fit uniform\(layers, horizon, kv_heads\): .*'horiz"),
+        ("uniform(layers=2)", r"does not fit uniform\(layers, horizon, kv_heads, retention\): missing .* 'horizon'"),
+        ("uniform(layers=2, horizn=3)", r"does not fit uniform\(layers, horizon, kv_heads, retention\): .*'horiz"),
         ("uniform(1, 2, 3, 4)", "too many positional arguments"),
         ("uniform(2, layers=2, horizon=1)", "multiple values for argument 'layers'"),
         ("uniform(layers=2, horizon=3, horizon=4)", "gives an argument twice|cannot be read"),
@@ -187,7 +202,7 @@ def test_description_tells_text_depth_and_budget() -> None:
         ("uniform(layers=2, horizon=True)", "horizon must be an integer >= 0, got True"),
         ("full(layers=2, length=-4)", "length must be an integer >= 0, got -4"),
         ("explicit(horizons=[3, -1])", "a horizon must be an integer >= 0, but layer 1 has -1"),
-        ("explicit(horizons=3)", r"has an argument of the wrong kind for explicit\(horizons, kv_heads\)"),
+        ("explicit(horizons=3)", r"has an argument of the wrong kind for explicit\(horizons, kv_heads, retention\)"),
         ("two_scale(layers=2, long=-5, short=1, n_long=0)", "long must be an integer >= 0, got -5"),
         ("two_scale(layers=2, long=9, short=1, n_long=3)", "n_long must be an integer from 0 to the 2 layers, got 3"),
         ("reverse_two_scale(layers=2, long=9, short=1, n_long=-1)", "n_long must be an integer from 0 to the 2 layers"),
@@ -200,6 +215,11 @@ def test_description_tells_text_depth_and_budget() -> None:
         ("binary(layers=2, horizon=3, carriers=1)", "has an argument of the wrong kind for binary"),
         ("uniform(layers=2, horizon=3, kv_heads=0)", "kv_heads must be an integer >= 1 or None, but layer 0 has 0"),
         ("uniform(layers=2, horizon=3, kv_heads=[1])", "kv_heads must have one entry for each of the 2 layers, got 1"),
+        ("uniform(layers=2, horizon=3, retention=oldest)", "its arguments must be numbers or lists"),
+        ("uniform(layers=2, horizon=3, retention='old')", "one of newest, uniform, random, but layer 0 has 'old'"),
+        ("uniform(layers=2, horizon=3, retention=[random])", "retention must have one entry for each of the 2 layers"),
+        ("uniform(layers=2, horizon=3, retention=3)", "has an argument of the wrong kind for uniform"),
+        ("uniform(layers=2, horizon=3, retention=[3, []])", "retention must be one of newest, uniform, random, but"),
         ("none(layers=9000000000000)", "at most 10,000 layers, got layers=9000000000000"),
         ("uniform(layers=2, horizon=100000000000000)", "at most 1,099,511,627,776 tokens, but layer 0 has 1000000"),
         ("uniform(layers=2, horizon=3, kv_heads=1.5)", "has an argument of the wrong kind for uniform"),

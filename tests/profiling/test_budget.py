@@ -82,3 +82,11 @@ def test_what_cannot_be_is_a_sentence(arguments, sentence):
 
 def test_counts_are_readable():
     assert [human_count(count) for count in (7, 1500, 12.6e6, 3e9)] == ["7", "1.5 k", "12.6 M", "3.0 G"]
+
+
+def test_what_a_layer_keeps_stands_in_the_table_where_it_is_not_the_newest() -> None:
+    plain, sampled = (budget_of(f"uniform(layers=2, horizon=64{more})") for more in ("", ", retention=random"))
+    assert (sampled.bytes, sampled.flops_per_token) == (plain.bytes, plain.flops_per_token)
+    assert [row.retention for row in sampled.layers] == ["random"] * 2
+    names = [[str(column.header) for column in found.table().columns] for found in (plain, sampled)]
+    assert names[1] == [*names[0], "kept"]

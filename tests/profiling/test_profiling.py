@@ -361,3 +361,8 @@ def test_the_defaults_go_together(device: str) -> None:
 
 def test_a_budget_is_proposed_to_every_schedule_that_there_is() -> None:
     assert set(families(8, 8)) | {"explicit"} == set(CONSTRUCTORS)
+
+
+def test_only_memories_of_the_newest_tokens_are_profiled() -> None:
+    with pytest.raises(UserError, match="dsmr profile measures memories that keep the newest tokens only"):
+        SIZES.config(MemorySchedule.uniform(2, 8, retention="random"))

@@ -64,6 +64,7 @@ class CapturedStep:
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         """The logits after `tokens` (B,), as the body computes them; nothing is captured or replayed."""
+        self.body.rings.begin()
         self.state.offset = (self.state.offset + 1) % self.segment
         return self.body.step(tokens.to(self.body.tokens.device)).float().cpu()
 
@@ -74,6 +75,7 @@ class CapturedStep:
             for memory in self.state.memories:  # the graph writes to what takes its place
                 memory.unshare()
             self._captured = None
+        body.rings.begin()
         if sampling != self._captured:
             body.sampling = self._captured = sampling
             self.graph = self._capture()

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsmr.model.attention import DSMRAttention
 from dsmr.model.positions import Rotary
 from dsmr.model.state import DSMRState
-from dsmr_kernels import append_rotated, decode_attention
+from dsmr_kernels import KVMemory, append_rotated, decode_attention
 from dsmr_kernels.backends.sdpa.decode import StretchAttention
 
 
@@ -41,7 +41,10 @@ class Rings(Protocol):
 def in_step(state: "DSMRState") -> bool:
     """Whether all rows of `state` have seen as many tokens of their pieces and hold as many, in every layer."""
     return state.batch > 0 and all(
-        bool((counts == counts[0]).all()) for memory in state.memories for counts in (memory.position, memory.length)
+        bool((counts == counts[0]).all())
+        for memory in state.memories
+        for counts in (memory.position, memory.length, memory.settled, memory.mark)
+        if counts is not None
     )
 
 
@@ -84,7 +87,11 @@ class HostRings:
         q, k = turned[:, : -memory.kv_heads], turned[:, -memory.kv_heads :]
         growing = self.lengths[index] < memory.capacity
         self.lengths[index] += growing
-        if memory.k_scale is None:
+        position = self.position + 1
+        if memory.mark is not None:  # a set, behind which lies the segment in progress
+            memory.append(k[:, :, None], v[:, :, None])
+            position, self.lengths[index] = int(memory.mark[0]), int(memory.length[0])
+        elif memory.k_scale is None:
             memory.unshare()
             slot = self.position % memory.capacity
             memory.k[:, :, slot] = k
@@ -97,7 +104,7 @@ class HostRings:
             memory.append(k[:, :, None], v[:, :, None])
         grouped = q.reshape(-1, q.shape[1] // memory.kv_heads, q.shape[2])
         scale = q.shape[2] ** -0.5
-        out = self._attention(grouped, memory, self.position + 1, self._sees(index), scale, self._slopes[index])
+        out = self._attention(grouped, memory, position, self._sees(index), scale, self._slopes[index])
         return out.view(q.shape)
 
     def advance(self) -> None:
@@ -126,11 +133,27 @@ class DeviceRings:
         layer, memory = self.layers[index], self.memories[index]
         q, k, v = heads[:, :, None].split([layer.n_heads, layer.n_kv_heads, layer.n_kv_heads], 1)
         cos, sin = (None, None) if turn is None else (turn.cos, turn.sin)
+        if memory.mark is not None:
+            return self._within_segment(q, k, v, memory, turn)
         query = append_rotated(q, k, v, memory, cos=cos, sin=sin)
         offset = torch.zeros_like(self._offset) if layer.visibility == "sliding" else self._offset
         seen = (offset + (layer.horizon + 1)).expand(self.positions.shape)
         out = decode_attention(query, memory, visible=seen, alibi_slopes=layer.slopes)
         return out[:, :, 0].to(heads.dtype)
+
+    def _within_segment(self, q: Tensor, k: Tensor, v: Tensor, memory: KVMemory, turn: Rotary | None) -> Tensor:
+        """The same for a set, of which all is seen; see `begin`."""
+        stored = q.dtype if memory.dtype == torch.int8 else memory.dtype
+        query, key = (q, k) if turn is None else (turn(q), turn(k))
+        memory.append_within(key.to(stored), v.to(stored))
+        return decode_attention(query.to(stored), memory)[:, :, 0].to(q.dtype)
+
+    def begin(self) -> None:
+        """To be called before each step, from outside of a captured graph: where a segment begins, sets choose from the
+        one that is over."""
+        if self.state.offset == 0:
+            for memory in self.memories:
+                memory.settle()
 
     def advance(self) -> None:
         self.positions.add_(1)

@@ -233,7 +233,7 @@ def _(*arguments: Tensor) -> Tensor:
 def append_rotated(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """See `dsmr_kernels.append_rotated`; arguments are taken as checked."""
     storage = memory.storage()
-    if any(x.stride(-1) != 1 and x.shape[-1] != 1 for x in storage):
+    if memory.mark is not None or any(x.stride(-1) != 1 and x.shape[-1] != 1 for x in storage):
         return rotary.append_rotated(q, k, v, memory, cos, sin)
     memory.unshare()
     arguments = (memory.k, memory.v, memory.k_scale, memory.v_scale, memory.length, memory.position)
