@@ -119,6 +119,7 @@ def test_sinks_take_weight_and_learn(backend: str) -> None:
     assert error(out, expected) < 1e-5
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("visibility", ["segment", "sliding"])
 def test_a_bias_by_distance_is_added_and_learned(backend: str, visibility: str) -> None:
@@ -255,6 +256,7 @@ def test_gradients_do_not_depend_on_the_default_dtype() -> None:
     assert all(torch.equal(x, found[name]) for name, x in expected.items())
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("wanted", ["b", "qb", "kb", "v"])
 def test_a_bias_takes_a_gradient_where_it_is_wanted(backend: str, wanted: str) -> None:

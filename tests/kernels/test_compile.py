@@ -29,7 +29,7 @@ def _fresh_compiler() -> None:
 
 @pytest.mark.slow
 @every
-@pytest.mark.parametrize("name", ["memory", "no memory", "pieces and ALiBi"])
+@pytest.mark.parametrize("name", ["memory", "no memory", "pieces and ALiBi", "a learned bias"])
 def test_fullgraph_gives_the_same_outputs_and_gradients(backend: str, name: str) -> None:
     options = {
         "memory": {"seen": [57, 30]},
@@ -39,15 +39,19 @@ def test_fullgraph_gives_the_same_outputs_and_gradients(backend: str, name: str)
             "piece_start": torch.tensor([[-1] * 6 + [6] * 11, [0] * 17], dtype=torch.int32),
             "alibi_slopes": torch.tensor([0.5, 0.25]),
         },
+        "a learned bias": {"seen": [57, 30], "biased": True},
     }[name]
     case = random_case(heads=2, kv_heads=1, queries=17, horizon=17, segment_length=9, **options)
     expected = run(case, backend)
     compiled = torch.compile(memory_attention, fullgraph=True, backend="aot_eager")
     leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    named = dict(zip(("dq", "dk", "dv"), leaves, strict=True))
+    if "distance_bias" in case.options:
+        named["db"] = case.options["distance_bias"].requires_grad_()
     out = compiled(*leaves, case.memory, **case.options, backend=backend)
     out.backward(case.grad)
     assert error(out, expected["out"]) < 1e-6
-    for leaf, gradient in zip(leaves, ("dq", "dk", "dv"), strict=True):
+    for gradient, leaf in named.items():
         assert error(leaf.grad, expected[gradient]) < 1e-6
 
 
@@ -154,14 +158,15 @@ def _operator_arguments(case: Case) -> tuple:
     memory = case.memory
     ring = (None,) * 4 if memory is None else (memory.k, memory.v, memory.length, memory.position)
     options = {"piece_start": None, "alibi_slopes": None, **case.options}
-    tensors = (None, None, options["piece_start"], options["alibi_slopes"], None, None)  # scales, ..., offsets, buckets
-    leaves = (x.clone().requires_grad_() for x in (case.q, case.k, case.v))
-    return *leaves, None, *ring, *tensors, options["horizon"], 4, 1, "segment", True, 0.25, False
+    buckets, bias = options.get("distance_buckets"), options.get("distance_bias")
+    tensors = (None, None, options["piece_start"], options["alibi_slopes"], None, buckets)  # scales, ..., offsets, ...
+    leaves = (None if x is None else x.clone().requires_grad_() for x in (case.q, case.k, case.v, bias))
+    return *leaves, *ring, *tensors, options["horizon"], 4, 1, "segment", True, 0.25, False
 
 
 @pytest.mark.slow
 @operators
-@pytest.mark.parametrize("name", ["no memory", "memory, pieces and ALiBi"])
+@pytest.mark.parametrize("name", ["no memory", "memory, pieces and ALiBi", "a learned bias"])
 def test_operators_pass_opcheck(backend: str, name: str) -> None:
     options = {
         "no memory": {},
@@ -170,11 +175,13 @@ def test_operators_pass_opcheck(backend: str, name: str) -> None:
             "piece_start": torch.tensor([[-1] * 3 + [3] * 4], dtype=torch.int32),
             "alibi_slopes": torch.tensor([0.5, 0.25]),
         },
+        "a learned bias": {"seen": [7], "biased": True},
     }[name]
     case = random_case(batch=1, heads=2, kv_heads=1, queries=7, horizon=9, **options)
     arguments = _operator_arguments(case)
     forward, backward = (getattr(torch.ops.dsmr_kernels, f"{backend}_{way}") for way in ("forward", "backward"))
     torch.library.opcheck(forward, arguments)
     plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    for needs in ([True, True, True, False], [False, True, False, False]):
+    biased = arguments[3] is not None
+    for needs in ([True, True, True, biased], [False, True, False, False]):
         torch.library.opcheck(backward, (case.grad, case.grad[..., 0].float(), *forward(*plain), needs, *plain))

@@ -164,6 +164,7 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed(buffers: Buffers) -> No
         assert sorted(buffers.sizes) == sorted([q, rows, *made]), learning  # out, lse, and what is asked for
 
 
+@pytest.mark.slow
 def test_a_bias_takes_room_for_its_distances_alone(buffers: Buffers) -> None:
     """Its table in the forward and again in the backward, and there what of its gradient belongs to each distance."""
     from dsmr_kernels.backends.triton.primitives import MARGIN

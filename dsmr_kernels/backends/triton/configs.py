@@ -57,8 +57,8 @@ def padded(head_dim: int) -> int:
 # architecture -> padded head_dim -> kernel -> Config; head dimensions that have none take the entry of 64. Where the
 # memory is int8, a block of keys is converted in registers, which with all of the keys spills: half of them are taken,
 # but for the entries of `INT8`, where those spill, too. An entry "..._padded" is for head dimensions that are padded,
-# and "..._biased" for calls with a learned bias where the other one spills with it. "dbias" takes no more queries than
-# keys, with a memory in int8 too.
+# and "..._biased" for calls with a learned bias where the other one spills with it; under Triton 3.6 three of those on
+# Hopper still spill 8 to 32 bytes. "dbias" takes no more queries than keys, with a memory in int8 too.
 Sizes = dict[int, dict[str, Config]]
 
 _AMPERE: Sizes = {
