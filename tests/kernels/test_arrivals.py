@@ -204,9 +204,9 @@ class TestOnGpu:
             assert torch.equal(captured, out)
 
     def test_steps_of_many_heads_captured_and_replayed(self) -> None:
-        memory = filled_memory(2, 8, 300, 16, [290, 20]).to(DEVICE)
+        memory = filled_memory(2, 8, 300, 128, [290, 20], dtype=torch.bfloat16).to(DEVICE)
         other = memory.clone()
-        q, k, v = (torch.randn(2, heads, 1, 16, device=DEVICE) for heads in (64, 8, 8))
+        q, k, v = (torch.randn(2, heads, 1, 128, device=DEVICE).bfloat16() for heads in (64, 8, 8))
         append_rotated(q, k, v, memory, backend="triton")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -218,7 +218,8 @@ _DECODE = {
     },
     256: {"decode": Config(16, 32, 4, 3), "decode_many": Config(32, 32, 8, 2, 255)},
 }
-_ADA_DECODE = _DECODE | {128: _DECODE[128] | {"decode": Config(16, 64, 4, 2)}}  # three stages spill
+# Three stages spill, and so do two without a limit where a row has one query.
+_ADA_DECODE = _DECODE | {128: _DECODE[128] | {"decode": Config(16, 64, 4, 2, 255)}}
 _CDNA_DECODE = {
     64: {"decode": Config(16, 64, 4, 1), "decode_many": Config(32, 64, 4, 1)},
     128: {"decode": Config(16, 64, 4, 1), "decode_many": Config(32, 64, 4, 1)},
