@@ -18,7 +18,7 @@ import torch
 
 HEAD_DIMS = (16, 256)  # the least and the greatest that the kernels serve
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-INT8 = ("forward_int8", "dq_int8")
+INT8 = ("forward_int8", "dq_int8", "decode_int8")
 DECODING = ("decode", "decode_many", "step")
 TOGETHER = ("merge", "sum")
 BY_DISTANCE = ("table", "bucket")  # beside "dbias"
@@ -100,6 +100,10 @@ _HOPPER: Sizes = {
         "dkv": Config(64, 64, 4, 2, may_spill=192),  # 1.1 to 1.2 of the speed of 128 keys with eight warps
         "forward_int8": Config(64, 64, 4, 3),
         "dq_int8": Config(64, 64, 4, 3),
+        "forward_split": Config(128, 64, 8, 3),
+        "forward_int8_split": Config(128, 64, 8, 2),
+        "dq_split": Config(128, 64, 8, 2),
+        "dkv_split": Config(32, 128, 8, 2),
         "dbias": Config(64, 64, 4, 2),
         "forward_biased": Config(128, 64, 8, 2),
         "forward_int8_biased": Config(128, 32, 8, 2),
@@ -252,7 +256,8 @@ def _for_decoding(kernel: str, architecture: str, head_dim: int, dtype: torch.dt
     else:
         sizes = {"gfx942": _CDNA_DECODE, "sm_90": _DECODE, "sm_100": _DECODE}.get(part, _ADA_DECODE)
     entry = sizes[max(64, padded(head_dim))]
-    return entry.get(kernel) or entry[kernel.removesuffix("_biased")]
+    plain = kernel.removesuffix("_biased")
+    return entry.get(kernel) or entry.get(plain) or entry[plain.removesuffix("_int8")]
 
 
 def family(architecture: str) -> str:
@@ -294,7 +299,8 @@ def _choose(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -
 
 
 def named(kernel: str, quantised: bool = False, biased: bool = False) -> str:
-    """The name under which a kernel's configuration is chosen where the memory is int8 or a learned bias takes part."""
+    """The name under which a kernel's configuration is chosen where the memory is int8 or a learned bias takes part;
+    behind it stands "_split" where programs share a tile."""
     if quantised and kernel + "_int8" in INT8:
         kernel += "_int8"
     return kernel + "_biased" if biased else kernel
@@ -307,10 +313,12 @@ def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype
     if kernel in BY_DISTANCE:
         return _TABLE if kernel == "table" else _BUCKET
     plain = kernel.removesuffix("_biased")
-    if plain in DECODING:
+    if plain.removesuffix("_int8") in DECODING:
         return _for_decoding(kernel, architecture, head_dim, dtype)
     sizes = (FLOAT32_TABLE if dtype == torch.float32 else TABLE)[family(architecture)]
     entry = sizes.get(padded(head_dim), sizes[64])
+    if kernel.endswith("_split"):
+        return entry.get(kernel) or from_table(kernel.removesuffix("_split"), architecture, head_dim, dtype)
     if kernel != plain:
         narrower = entry.get(f"{kernel}_padded") if padded(head_dim) != head_dim else None
         return narrower or entry.get(kernel) or from_table(plain, architecture, head_dim, dtype)

@@ -229,7 +229,7 @@ def _plan(of: _Call) -> tuple[Launch, int, int]:
     group, bd, bv = heads // kv_heads, padded(dim), padded(v_dim)
     stacked, part = group * new, architecture(of.device)
     biased = of.by_distance[0] > 0
-    kernel = named("decode" if stacked <= 16 else "decode_many", biased=biased)
+    kernel = named("decode" if stacked <= 16 else "decode_many", of.quantised, biased)
     config = choose(kernel, part, max(dim, v_dim), of.dtypes[0])
     programs = triton.cdiv(stacked, config.bm) * batch * kv_heads
     splits = splits_of(capacity, programs, of.processors, config.bn)

@@ -187,6 +187,13 @@ class _Sizes:
         until = length + tile if length and of.spec.detach_segments else horizon + own
         return keys, self.group * min(until, self.queries)
 
+    def _grid(self, of: _Signature, config: configs.Config, keys: bool, divisible: bool) -> tuple[int, int]:
+        """Tiles of a call, of its keys or of its queries, and the shares of one."""
+        count, tile, heads = (self.tokens, config.bn, self.kv_heads) if keys else (self.queries, config.bm, self.heads)
+        programs = -(-count // tile) * self.batch * heads
+        walk, least = self._walk(of, tile)[keys], LEAST_QUERIES if keys else LEAST_KEYS
+        return programs, shares_of(programs, of.processors, walk, least) if divisible else 1
+
     def plan(
         self, kernel: Any, name: str, of: _Signature, unit: int, more_dtypes: tuple[torch.dtype, ...],
         outputs: int, numbers: tuple[float, ...], without: tuple[str, ...] = (), **constants: Any,
@@ -194,13 +201,13 @@ class _Sizes:
         """A program for every tile of a head, of queries, or for "dkv" of keys, or for every share of one. The last
         `outputs` tensors are what is put together; 0: nothing that may be split."""
         part = architecture(of.device)
-        quantised = of.quantised and name != "dkv"
-        config = choose(named(name, quantised, of.width > 0), part, self.widest, of.dtypes[0])
         keys = name == "dkv"
-        count, tile, heads = (self.tokens, config.bn, self.kv_heads) if keys else (self.queries, config.bm, self.heads)
-        programs = -(-count // tile) * self.batch * heads
-        walk, least = self._walk(of, tile)[keys], LEAST_QUERIES if keys else LEAST_KEYS
-        splits = shares_of(programs, of.processors, walk, least) if outputs else 1
+        entry = named(name, of.quantised and not keys, of.width > 0)
+        config = choose(entry, part, self.widest, of.dtypes[0])
+        programs, splits = self._grid(of, config, keys, outputs > 0)
+        if splits > 1:
+            config = choose(f"{entry}_split", part, self.widest, of.dtypes[0])
+            programs, splits = self._grid(of, config, keys, outputs > 0)
         grid = (programs, splits, 1)
         constants = {key: value for key, value in self.constants.items() if key not in without} | constants
         constants |= {"UNIT": unit, "BM": config.bm, "BN": config.bn, "SPLIT": splits > 1}
