@@ -9,7 +9,7 @@ __getattr__ = door(
     {
         "Limits": "dsmr.music.progress",
         "Player": "dsmr.generation.player",
-        "Sampling": "dsmr.generation.sampling",
+        "Sampling": "dsmr.generation.drawing",
         "stream": "dsmr.generation.player",
     },
 )
