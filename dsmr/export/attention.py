@@ -51,6 +51,7 @@ class InPlace:
         self.offset = graph.input("offset", "int64", [1])
         self._computing = "float16" if memory == "float16" else "float32"
         self._places: dict[int, tuple[str, str, str]] = {}
+        self._added: dict[int, str] = {}  # ALiBi's, which all layers of a horizon share
 
     def _place(self, horizon: int, count: str) -> tuple[str, str, str]:
         """How much a memory of this horizon holds before the call (1,), and with it: int32, as the operator wants."""
@@ -73,9 +74,10 @@ class InPlace:
         rows = [graph.node("Unsqueeze", x, graph.ints(0)) for x in (q, k, v)]
         if self._computing != "float32":
             rows = [graph.cast(x, self._computing) for x in rows]
-        added = ""
-        if shape.slopes is not None:
-            added = graph.cast(alibi(graph, shape.slopes, held, count), self._computing)
+        if shape.slopes is not None and shape.horizon not in self._added:
+            whole = alibi(graph, shape.slopes, held, count)
+            self._added[shape.horizon] = graph.cast(whole, self._computing)
+        added = self._added.get(shape.horizon, "")
         how: dict[str, Any] = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads}
         how["scale"] = shape.head_dim**-0.5
         if shape.window is not None:

@@ -37,10 +37,11 @@ def scales_of(model: DSMRModel, vocabulary: Vocabulary, pieces: Sequence[str | o
                 continue
             largest = [[a.maximum(b) for a, b in zip(*both, strict=True)] for both in zip(largest, found, strict=True)]
     assert largest is not None
-    return [(_scale(k), _scale(v)) for k, v in largest]
+    return [(scale_of(k), scale_of(v)) for k, v in largest]
 
 
-def _scale(largest: torch.Tensor) -> np.ndarray:
+def scale_of(largest: torch.Tensor) -> np.ndarray:
+    """The scales of channels whose largest magnitudes these are."""
     return (largest.numpy().clip(SMALLEST) * (MARGIN / MOST)).astype(np.float32)
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("onnx")
 
 from small_export import small_run
 
+import dsmr.export
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, write_json
 from dsmr.export.write import export_run
@@ -97,16 +98,19 @@ def test_the_programs_need_no_torch(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_runtime_that_is_missing_is_a_sentence(folder):
-    done = program("play", folder / "export", "--virtual", "--tokens", 5, missing=("onnxruntime",))
+def test_what_is_missing_is_a_sentence(folder, monkeypatch):
+    done = program("play", folder / "export", "--virtual", "--tokens", 5, missing=(*TORCH, "onnxruntime"))
     assert done.returncode == 1
     assert re.fullmatch(r"dsmr: playing an exported model needs ONNX Runtime.*dsmr\[onnx\]'\n", done.stderr)
-    done = program("export", folder / "run", "--out", folder / "other", missing=("onnx",))
-    assert done.returncode == 1
-    assert re.fullmatch(r"dsmr: exporting needs onnx, .*dsmr\[onnx\]'\n", done.stderr)
     done = program("export", folder / "run", "--out", folder / "other")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith("dsmr: this command needs PyTorch, which is not installed")
+    monkeypatch.delitem(sys.modules, "dsmr.export.build")
+    monkeypatch.delattr(dsmr.export, "build")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"exporting needs onnx, which is not installed: pip install 'dsmr\[onnx\]'"):
+        export_run(folder / "run", folder / "other")
+    assert not (folder / "other").exists()
 
 
 def test_a_runtime_that_computes_otherwise_is_a_sentence(folder, tmp_path):
