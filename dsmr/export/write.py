@@ -17,7 +17,8 @@ from dsmr.console.errors import UserError
 from dsmr.console.files import atomic_path, check_apart, check_writable, write_json
 from dsmr.exported.about import FILES, GRAPH, MANIFEST, MEMORIES, TOKENIZER, WEIGHTS, About, is_export, sum_of
 from dsmr.exported.model import ExportedModel, read_all
-from dsmr.generation.continuation import inputs_of, load_run
+from dsmr.generation.continuation import inputs_of
+from dsmr.generation.engines import load_run
 from dsmr.generation.saved_stream import fingerprint
 from dsmr.model.transformer import DSMRModel
 from dsmr.music.vocabulary import Vocabulary

@@ -10,16 +10,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import check_apart, check_writable
 from dsmr.console.stopping import graceful_stop
-from dsmr.exported.about import FILES, is_export
-from dsmr.exported.model import ExportedModel
-from dsmr.generation.engines import ENGINES, check_memory_dtype, resolve_precision
+from dsmr.exported.about import FILES
+from dsmr.generation.engines import RUN_FILES, check_memory_dtype, load_run, resolve_precision
 from dsmr.generation.player import Limits, Player, Sampling, may_stop
 from dsmr.generation.recorder import Recorder
 from dsmr.generation.saved_stream import load_player, save_player
@@ -28,11 +27,6 @@ from dsmr.music.sounding import Event, Sounding
 from dsmr.music.tokenizer import decode, encode_midi, write_midi
 from dsmr.music.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from dsmr.generation.engines import Model
-    from dsmr.model.transformer import DSMRModel
-
-RUN_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 DEFAULT_SECONDS = 60.0
 RING_ON = 2.0  # seconds for which notes that are still held when the playing breaks off ring on
 
@@ -259,60 +253,6 @@ def play(
     except (UserError, KeyboardInterrupt) as error:
         return error
     return None
-
-
-def load_run(
-    run_dir: str | os.PathLike[str], device: str = "auto", *, engine: str = "auto", threads: int | None = None
-) -> tuple[Model, Vocabulary]:
-    """The model (in evaluation mode) and the vocabulary of a run directory, or of a folder of `dsmr export`.
-
-    Args:
-        engine: what plays it: "torch" a run, "onnx" an export; "auto" whichever the folder holds.
-        threads: of the CPU; None = those that PyTorch is set to, one for an export.
-
-    Raises `UserError` for a folder that is neither, or whose files do not fit, and where the engine is not installed.
-    """
-    folder = Path(run_dir)
-    if engine not in ENGINES:
-        raise UserError(f"unknown engine '{engine}': use one of {', '.join(ENGINES)}")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a run directory: there is no such folder")
-    if is_export(folder):
-        if engine == "torch":
-            raise UserError(f"{folder} holds an exported model, which ONNX Runtime plays: leave out --engine torch")
-        if device not in ("auto", "cpu"):
-            raise UserError(f"an exported model plays on the CPU, not on '{device}'")
-        exported = ExportedModel.load(folder, threads or 1)
-        return exported, exported.vocabulary
-    if engine == "onnx":
-        raise UserError(f"{folder} holds no exported model: make one with dsmr export RUN --out FOLDER")
-    missing = [name for name in RUN_FILES if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder} is not a run directory: it has no {' and no '.join(missing)}")
-    return load_torch(folder, device, threads)
-
-
-def load_torch(folder: Path, device: str, threads: int | None) -> tuple[DSMRModel, Vocabulary]:
-    """`load_run` for a run directory."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"{folder} is played by PyTorch, which is not installed: install it, or play what dsmr export makes of it"
-        ) from error
-    from dsmr.console.devices import resolve_device
-    from dsmr.model.transformer import DSMRModel
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    vocabulary = Vocabulary.load(folder / "tokenizer.json")
-    model = DSMRModel.from_pretrained(folder)
-    if model.config.vocab_size != vocabulary.size:
-        raise UserError(
-            f"the model in {folder} has {model.config.vocab_size} tokens but its tokenizer.json {vocabulary.size}: "
-            "they belong to different runs"
-        )
-    return model.to(resolve_device(device)).eval(), vocabulary
 
 
 def cut_prompt(

@@ -7,15 +7,19 @@ exported one plays where PyTorch is not installed.
 from __future__ import annotations
 
 import contextlib
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from dsmr.console.errors import UserError
+from dsmr.exported.about import is_export
 from dsmr.exported.model import ExportedModel, Reader, read_all
 from dsmr.exported.state import ExportedState
 from dsmr.generation.drawing import Allowed, Sampling, Tokens, Uniform, draw
+from dsmr.music.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from dsmr.model.state import DSMRState
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     State = DSMRState | ExportedState
 
 ENGINES = ("auto", "torch", "onnx")
+RUN_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 class Engine(Protocol):
@@ -137,3 +142,57 @@ def resolve_precision(name: str | None, model: Model, default: str = "float32") 
     from dsmr.generation.stepping.weights import resolve_precision as resolve
 
     return resolve(name or default, model)
+
+
+def load_run(
+    run_dir: str | os.PathLike[str], device: str = "auto", *, engine: str = "auto", threads: int | None = None
+) -> tuple[Model, Vocabulary]:
+    """The model (in evaluation mode) and the vocabulary of a run directory, or of a folder of `dsmr export`.
+
+    Args:
+        engine: what plays it: "torch" a run, "onnx" an export; "auto" whichever the folder holds.
+        threads: of the CPU; None = those that PyTorch is set to, one for an export.
+
+    Raises `UserError` for a folder that is neither, or whose files do not fit, and where the engine is not installed.
+    """
+    folder = Path(run_dir)
+    if engine not in ENGINES:
+        raise UserError(f"unknown engine '{engine}': use one of {', '.join(ENGINES)}")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a run directory: there is no such folder")
+    if is_export(folder):
+        if engine == "torch":
+            raise UserError(f"{folder} holds an exported model, which ONNX Runtime plays: leave out --engine torch")
+        if device not in ("auto", "cpu"):
+            raise UserError(f"an exported model plays on the CPU, not on '{device}'")
+        exported = ExportedModel.load(folder, threads or 1)
+        return exported, exported.vocabulary
+    if engine == "onnx":
+        raise UserError(f"{folder} holds no exported model: make one with dsmr export RUN --out FOLDER")
+    missing = [name for name in RUN_FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} is not a run directory: it has no {' and no '.join(missing)}")
+    return load_torch(folder, device, threads)
+
+
+def load_torch(folder: Path, device: str, threads: int | None) -> tuple[DSMRModel, Vocabulary]:
+    """`load_run` for a run directory."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"{folder} is played by PyTorch, which is not installed: install it, or play what dsmr export makes of it"
+        ) from error
+    from dsmr.console.devices import resolve_device
+    from dsmr.model.transformer import DSMRModel
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    vocabulary = Vocabulary.load(folder / "tokenizer.json")
+    model = DSMRModel.from_pretrained(folder)
+    if model.config.vocab_size != vocabulary.size:
+        raise UserError(
+            f"the model in {folder} has {model.config.vocab_size} tokens but its tokenizer.json {vocabulary.size}: "
+            "they belong to different runs"
+        )
+    return model.to(resolve_device(device)).eval(), vocabulary

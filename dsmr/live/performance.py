@@ -11,9 +11,9 @@ import numpy as np
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import check_apart, check_writable
-from dsmr.generation.continuation import check_resumed, inputs_of, load_run, read_prompt
+from dsmr.generation.continuation import check_resumed, inputs_of, read_prompt
 from dsmr.generation.drawing import Sampling
-from dsmr.generation.engines import check_memory_dtype, resolve_precision
+from dsmr.generation.engines import check_memory_dtype, load_run, resolve_precision
 from dsmr.generation.player import Limits, Player
 from dsmr.generation.recorder import Recorder
 from dsmr.generation.saved_stream import load_player, save_player

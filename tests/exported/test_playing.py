@@ -15,10 +15,12 @@ from small_export import exported, small_run
 from dsmr.console.errors import UserError
 from dsmr.export.write import export_run
 from dsmr.exported.model import ExportedModel
-from dsmr.generation.continuation import load_run
 from dsmr.generation.drawing import Sampling
+from dsmr.generation.engines import load_run
 from dsmr.generation.player import Limits, Player
 from dsmr.generation.saved_stream import load_player, save_player
+from dsmr.live.play import perform
+from dsmr.music.sounding import OFF, ON
 
 WORDS = tiny_vocabulary()
 PROMPT = [WORDS.bos_id, 5, 16, 20, 24, 7]
@@ -73,6 +75,24 @@ def test_an_int8_memory_is_kept_with_its_export(pair, tmp_path):
     for other in (model, pair[1]):
         with pytest.raises(UserError, match="stream"):
             load_player(tmp_path / "stream", other, WORDS)
+
+
+@pytest.mark.slow
+def test_an_export_plays_in_real_time(pair):
+    """Through a port, each note ended, and the notes are those of the run."""
+
+    class Port(list):
+        send = list.append
+
+    heard = []
+    for model in pair:
+        port = Port()
+        done = perform(Player.begin(model, PROMPT, Sampling(seed=8), WORDS), port, Limits(notes=4), look_ahead=0.05)
+        assert done.notes >= 4
+        assert not done.interrupted
+        assert sum(event.kind == ON for event in port) >= sum(event.kind == OFF for event in port) >= 4
+        heard.append([(event.kind, event.pitch, event.velocity) for event in port])
+    assert heard[0] == heard[1]
 
 
 def test_an_export_of_another_model_is_refused(pair, tmp_path):

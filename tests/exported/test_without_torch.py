@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -15,6 +16,7 @@ pytest.importorskip("onnx")
 from small_export import small_run
 
 import dsmr.export
+from dsmr.cli.app import app
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, write_json
 from dsmr.export.write import export_run
@@ -51,7 +53,7 @@ def folder(tmp_path_factory):
 def test_a_player_needs_no_torch(folder):
     code = f"""
 from dsmr.generation import Player, Sampling
-from dsmr.generation.continuation import load_run
+from dsmr.generation.engines import load_run
 from dsmr.generation.saved_stream import load_player, save_player
 
 model, words = load_run({str(folder / "export")!r})
@@ -81,7 +83,9 @@ def test_the_programs_need_no_torch(tmp_path):
     words = vocabulary_of("tsd")
     small_run(tmp_path / "run", vocab_size=words.size)
     words.save(tmp_path / "run" / "tokenizer.json")
-    export_run(tmp_path / "run", tmp_path / "export")
+    made = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--out", str(tmp_path / "export")])
+    assert made.exit_code == 0, made.output
+    assert "weights in float32, memory in float32" in made.stdout
     compose(3, minutes=1.0).write_midi(tmp_path / "piece.mid")
     how = ("--prompt", tmp_path / "piece.mid", "--prompt-seconds", 8, "--tokens", 60, "--seed", 1, "--realtime")
     done = program("generate", tmp_path / "export", *how, "--out", tmp_path / "a.mid", "--stream")
