@@ -23,7 +23,8 @@ from dsmr.export.calibrate import scale_of
 from dsmr.export.graph import LAST, VENDOR, Graph
 from dsmr.export.weights import product
 from dsmr.exported.about import About
-from dsmr.exported.model import BoundReader, open_session, read_all
+from dsmr.exported.model import open_session
+from dsmr.exported.reading import BoundReader, read_all
 from dsmr.exported.state import Stream
 
 HEAD_DIM = WIDTH // HEADS

@@ -16,8 +16,10 @@ import torch
 from dsmr.console.errors import UserError
 from dsmr.console.files import atomic_path, check_apart, check_writable, write_json
 from dsmr.exported.about import FILES, GRAPH, MANIFEST, MEMORIES, TOKENIZER, WEIGHTS, About, is_export, sum_of
-from dsmr.exported.model import ExportedModel, read_all
+from dsmr.exported.model import ExportedModel
+from dsmr.exported.reading import read_all
 from dsmr.generation.continuation import inputs_of
+from dsmr.generation.drawing import NOT_FINITE
 from dsmr.generation.engines import load_run
 from dsmr.generation.saved_stream import fingerprint
 from dsmr.model.transformer import DSMRModel
@@ -152,6 +154,8 @@ def about_of(model: DSMRModel, vocabulary: Vocabulary, weights: str, memory: str
 def _trial(model: DSMRModel) -> tuple[tuple[int, ...], tuple[float, ...]]:
     tokens = _tokens(model, TRIAL)
     logits = model(torch.from_numpy(tokens)[None]).logits[0, -1, :TRIAL_LOGITS]
+    if not bool(logits.isfinite().all()):
+        raise UserError(NOT_FINITE)
     return tuple(tokens.tolist()), tuple(float(f"{x:.7g}") for x in logits.tolist())
 
 

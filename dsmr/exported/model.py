@@ -1,116 +1,18 @@
-"""An exported model, opened: it reads a prompt in chunks and then takes a token at a time, with ONNX Runtime.
-
-The graph is the same for both. Where the export is not a portable one, its memories are bound in place: what ONNX
-Runtime reads as a layer's keys is where it writes the new ones, and nothing is copied. That this holds is tried out
-when a model is opened, on a few tokens of which PyTorch's logits are known.
-"""
+"""An exported model, opened: its files checked, its graph in ONNX Runtime, tried out before it plays."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from dsmr.console.errors import UserError
 from dsmr.exported.about import GRAPH, MANIFEST, TOKENIZER, About
+from dsmr.exported.reading import Reader, reader_of
 from dsmr.exported.state import ExportedState, Stream
+from dsmr.exported.trial import try_out
 from dsmr.music.vocabulary import Vocabulary
-
-Tokens = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
-
-# How far logits may lie from PyTorch's, of the largest: rounding, or eight bits of a weight some layers deep.
-TOLERANCE = {"float32": 1e-3, "float16": 0.05, "int8": 0.25}
-
-
-class Reader(Protocol):
-    """Shows one stream's next tokens to the graph."""
-
-    def __call__(self, tokens: Tokens) -> Logits:
-        """tokens (T,), at most as many as are left of the segment -> the next one's logits (V,); the stream advances.
-        The next call may overwrite them."""
-
-
-class BoundReader:
-    """Memories bound in place: the arrays of the stream are inputs and outputs of the graph."""
-
-    def __init__(self, session: Any, stream: Stream) -> None:
-        self.session, self.stream, about = session, stream, stream.about
-        self._io = session.io_binding()
-        self._token = np.zeros((1, 1), np.int64)
-        self._chunk = self._token  # what the binding points to must live
-        self._position, self._offset = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        self._recent = np.zeros((1, about.recall), np.int64)
-        self._logits = np.zeros((1, about.vocab_size), np.float32)
-        self._bind(self._io.bind_input, "tokens", self._token)
-        self._bind(self._io.bind_input, "position", self._position)
-        self._bind(self._io.bind_input, "offset", self._offset)
-        if about.recall:
-            self._bind(self._io.bind_input, "recent", self._recent)
-        self._bind(self._io.bind_output, "logits", self._logits)
-        for layer, memory in enumerate(stream.memories):
-            for name, array in zip(("k", "v"), memory, strict=True):
-                self._bind(self._io.bind_input, f"{name}.{layer}", array)
-                self._bind(self._io.bind_output, f"{name}.{layer}.new", array)
-
-    @staticmethod
-    def _bind(where: Callable[..., None], name: str, array: npt.NDArray[Any]) -> None:
-        where(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-    def __call__(self, tokens: Tokens) -> Logits:
-        if len(tokens) == 1:
-            self._token[0, 0] = tokens[0]
-            if self._chunk is not self._token:
-                self._chunk = self._token
-                self._bind(self._io.bind_input, "tokens", self._token)
-        else:
-            self._chunk = np.ascontiguousarray(tokens[None], np.int64)
-            self._bind(self._io.bind_input, "tokens", self._chunk)
-        stream = self.stream
-        self._position[0], self._offset[0] = stream.position, stream.offset
-        self._recent[:] = stream.recent
-        self.session.run_with_iobinding(self._io)
-        stream.advance(self._chunk[0])
-        return self._logits[0]
-
-
-class GrowingReader:
-    """Memories that the graph gives back longer than it took them: for portable exports, and any runtime whose `run`
-    takes names and arrays."""
-
-    def __init__(self, session: Any, stream: Stream) -> None:
-        self.session, self.stream = session, stream
-        layers = range(stream.about.layers)
-        self._names = ["logits", *(f"{name}.{layer}.new" for layer in layers for name in ("k", "v"))]
-
-    def __call__(self, tokens: Tokens) -> Logits:
-        stream = self.stream
-        feeds = {"tokens": tokens[None], "position": np.array([stream.position], np.int64)}
-        if stream.about.recall:
-            feeds["recent"] = stream.recent
-        for layer, (k, v) in enumerate(stream.memories):
-            feeds |= {f"k.{layer}": k, f"v.{layer}": v}
-        logits, *new = self.session.run(self._names, feeds)
-        stream.memories = list(zip(new[::2], new[1::2], strict=True))
-        stream.advance(tokens)
-        return logits[0]
-
-
-def read_all(reader: Reader, stream: Stream, tokens: Tokens) -> Logits:
-    """Show `tokens` (T,), T ≥ 1, in chunks that end where segments do; the next one's logits (V,)."""
-    logits, done = None, 0
-    while done < len(tokens):
-        chunk = tokens[done : done + stream.room()]
-        logits = reader(chunk)
-        done += len(chunk)
-    if logits is None:
-        raise ValueError("a prompt needs at least one token (a piece begins with BOS)")
-    return logits
 
 
 class ExportedModel:
@@ -136,9 +38,15 @@ class ExportedModel:
         vocabulary = Vocabulary.load(Path(folder) / TOKENIZER)
         if vocabulary.hash != about.tokenizer_hash or vocabulary.size != about.vocab_size:
             raise UserError(f"{Path(folder) / TOKENIZER} is not the tokeniser that {MANIFEST} beside it was made with")
-        model = cls(about, vocabulary, open_session(Path(folder) / GRAPH, about, threads))
-        model.try_out(Path(folder) / GRAPH)
-        return model
+        path = Path(folder) / GRAPH
+        session = open_session(path, about, threads)
+        try:
+            try_out(session, about)
+        except UserError as error:
+            raise UserError(f"{path} {error}; {_versions(about)}") from error
+        except Exception as error:  # whatever a runtime raises that does not know an operator as we do
+            raise UserError(f"{path} does not run here: {_first_line(error)}; {_versions(about)}") from error
+        return cls(about, vocabulary, session)
 
     @property
     def vocab_size(self) -> int:
@@ -150,25 +58,7 @@ class ExportedModel:
 
     def reader(self, stream: Stream) -> Reader:
         """What shows `stream` its next tokens; it holds on to the stream's arrays."""
-        return GrowingReader(self.session, stream) if self.about.portable else BoundReader(self.session, stream)
-
-    def try_out(self, path: Path) -> None:
-        """`UserError` where this machine's runtime makes something else of a few tokens than PyTorch did."""
-        tokens, expected = np.array(self.about.trial[0], np.int64), np.array(self.about.trial[1], np.float32)
-        stream = Stream(self.about)
-        reader = self.reader(stream)
-        half = max(1, len(tokens) - 2)  # a chunk, then single tokens
-        try:
-            logits = [read_all(reader, stream, part) for part in (tokens[:half], tokens[half:]) if len(part)][-1]
-        except Exception as error:  # whatever a runtime raises that does not know an operator as we do
-            raise UserError(f"{path} does not run here: {_first_line(error)}; {_versions(self.about)}") from error
-        worst = float(np.abs(logits[: len(expected)] - expected).max())
-        allowed = max(TOLERANCE[self.about.weights], TOLERANCE[self.about.memory]) * float(np.abs(expected).max() + 1)
-        if not worst <= allowed:
-            raise UserError(
-                f"{path} gives other numbers here than PyTorch gave when it was exported ({worst:.3g} apart, at most "
-                f"{allowed:.3g} is right); {_versions(self.about)}"
-            )
+        return reader_of(self.session, stream)
 
 
 def open_session(path: Path, about: About, threads: int) -> Any:

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from dsmr.console.errors import UserError
 from dsmr.exported.about import is_export
-from dsmr.exported.model import ExportedModel, Reader, read_all
+from dsmr.exported.model import ExportedModel
+from dsmr.exported.reading import Reader, read_all
 from dsmr.exported.state import ExportedState
 from dsmr.generation.drawing import Allowed, Sampling, Tokens, Uniform, draw
 from dsmr.music.vocabulary import Vocabulary

@@ -11,12 +11,16 @@ import torch
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
+import onnx
 from small_export import SEGMENT, exported, small_model, small_run
 
 from dsmr.console.errors import UserError
 from dsmr.export.write import export_run
-from dsmr.exported.model import ExportedModel, GrowingReader, read_all
+from dsmr.exported.about import About
+from dsmr.exported.model import ExportedModel, open_session
+from dsmr.exported.reading import GrowingReader, read_all
 from dsmr.exported.state import ExportedState, Stream
+from dsmr.exported.trial import try_out
 from dsmr.model.transformer import DSMRModel
 
 TOKENS = 230  # the smallest memory, of 0 + 8 slots, begins anew 28 times
@@ -53,6 +57,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "recall, gates, grouped": {"recall": 3, "ffn": "swiglu", "schedule": GROUPED},
     "recall, sinusoidal, sliding": {"recall": 2, "position": "sinusoidal", "visibility": "sliding"},
     "no memory": {"schedule": "none(layers=2)"},
+    "segments of one token": {"segment_length": 1},
+    "segments of two tokens, sliding": {"segment_length": 2, "visibility": "sliding"},
     "far, another base": {"schedule": "uniform(layers=2, horizon=500)", "rope_base": 500.0},
 }
 
@@ -68,7 +74,7 @@ def test_an_export_gives_the_logits_of_the_model(kind, portable, tmp_path):
 def test_every_model_option_is_exported():
     """A new one must be looked at: every field of the configuration is changed by a model above, or changes nothing."""
     changed = {name for changes in MODELS.values() for name in changes}
-    sizes = {"vocab_size", "d_model", "n_heads", "segment_length", "d_ff"}
+    sizes = {"vocab_size", "d_model", "n_heads", "d_ff"}
     training = {"dropout", "init_std"}
     assert changed | sizes | training == set(small_model().config.to_dict())
 
@@ -125,7 +131,6 @@ def test_what_is_not_held_never_takes_part(tmp_path):
 
 def test_a_portable_graph_runs_in_the_reference_evaluator(tmp_path):
     """Operators of the standard alone, as the standard itself defines them."""
-    import onnx
     from onnx.reference import ReferenceEvaluator
 
     changes = {"recall": 2, "ffn": "swiglu", "schedule": GROUPED, "position": "alibi", "visibility": "sliding"}
@@ -177,3 +182,27 @@ def test_heads_that_the_operator_does_not_take_are_a_sentence(tmp_path):
         export_run(tmp_path / "run", tmp_path / "export")
     assert not (tmp_path / "export").exists()
     assert export_run(tmp_path / "run", tmp_path / "export", portable=True).error < 5e-6
+
+
+@pytest.mark.parametrize("visibility", ["segment", "sliding"])
+def test_a_runtime_that_sees_otherwise_is_refused(visibility, tmp_path):
+    """A window one too wide or too narrow, or one less of what is held: as another version might read the operator."""
+    model = small_run(tmp_path / "run", visibility=visibility, schedule="explicit(horizons=[40, 20])")
+    export_run(tmp_path / "run", tmp_path / "export")
+    about, graph = About.load(tmp_path / "export"), onnx.load(tmp_path / "export" / "model.onnx")
+    nodes = [node for node in graph.graph.node if node.op_type == "GroupQueryAttention"]
+    assert len(nodes) == len(model.blocks)
+    for change, said in ((1, "sees more of its memory"), (-1, "sees less of its memory .*, in layer 1")):
+        changed = onnx.ModelProto()
+        changed.CopyFrom(graph)
+        node = [node for node in changed.graph.node if node.op_type == "GroupQueryAttention"][1]
+        windows = [one for one in node.attribute if one.name == "local_window_size"]
+        if visibility == "sliding":
+            windows[0].i += change
+        elif change < 0:
+            node.attribute.append(onnx.helper.make_attribute("local_window_size", 20))
+        else:
+            continue
+        (tmp_path / "changed.onnx").write_bytes(changed.SerializeToString())
+        with pytest.raises(UserError, match=said):
+            try_out(open_session(tmp_path / "changed.onnx", about, 1), about)
