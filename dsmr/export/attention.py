@@ -65,13 +65,13 @@ class InPlace:
         return self._places[horizon]
 
     def __call__(self, layer: int, shape: Heads, q: str, k: str, v: str, count: str) -> str:
-        """q (T, heads * head_dim), k, v (T, kv_heads * head_dim), count (1,) = T -> (T, heads * head_dim)."""
+        """q (1, T, heads * head_dim), k, v (1, T, kv_heads * head_dim), count (1,) = T -> as q."""
         graph = self.graph
         held, last, total = self._place(shape.horizon, count)
         size = [1, shape.kv_heads, shape.capacity, shape.head_dim]
         past = [graph.input(f"{name}.{layer}", self.memory, size) for name in ("k", "v")]
         new = [graph.output(f"{name}.{layer}.new", self.memory, size) for name in ("k", "v")]
-        rows = [graph.node("Unsqueeze", x, graph.ints(0)) for x in (q, k, v)]
+        rows = [q, k, v]
         if self._computing != "float32":
             rows = [graph.cast(x, self._computing) for x in rows]
         if shape.slopes is not None and shape.horizon not in self._added:
@@ -92,7 +92,7 @@ class InPlace:
         between = ["", "", "", added, ""]  # angles and positions, which are applied already; sinks
         inputs = (*rows, *past, last, total, *between, *scales)
         out = graph.nodes("GroupQueryAttention", *inputs, outputs=[f"attended.{layer}", *new], domain=VENDOR, **how)
-        return graph.node("Squeeze", graph.cast(out[0], "float32"), graph.ints(0))
+        return out[0] if self._computing == "float32" else graph.cast(out[0], "float32")
 
 
 class Growing:
@@ -124,7 +124,7 @@ class Growing:
         scores = graph.node("Add", graph.node("MatMul", queries, keys), self._mask(shape, held, count))
         mixed = graph.node("MatMul", graph.node("Softmax", scores, axis=-1), values)
         turned = graph.node("Transpose", mixed, perm=[2, 0, 1, 3])
-        return graph.node("Reshape", turned, graph.ints(-1, shape.heads * shape.head_dim))
+        return graph.node("Reshape", turned, graph.ints(1, -1, shape.heads * shape.head_dim))
 
     def _mask(self, shape: Heads, held: str, count: str) -> str:
         """What is added to the scores, (T, n), or with ALiBi (kv_heads, groups, T, n)."""

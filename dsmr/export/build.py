@@ -55,19 +55,21 @@ class _Builder:
         self.attention = Growing(graph) if precision.portable else InPlace(graph, precision.memory, scales)
         self.row = graph.node("Squeeze", self.tokens, graph.ints(0))  # (T,)
         self.count = graph.node("Shape", self.row)  # (1,)
-        self.positions = graph.node("Add", self.attention.position, steps(graph, self.count))  # (T,)
+        places = steps(graph, self.count)
+        self.positions = graph.node("Add", self.attention.position, places)  # (T,)
+        self.places = graph.node("Unsqueeze", places, graph.ints(0))  # (1, T), in the call
         self.embedding = graph.constant(numbers(model.embedding.weight), "embedding")
 
     def build(self, about: str) -> ModelProto:
         graph = self.graph
-        x = graph.node("Gather", self.embedding, self.row)  # (T, d_model)
+        x = graph.node("Gather", self.embedding, self.tokens)  # (1, T, d_model)
         labels = None if self.model.recall is None else self._labels(self.model.recall)
         cos, sin = self._angles() if self.config.position == "rope" else ("", "")
         place = self._sinusoids() if self.config.position == "sinusoidal" else ""
         for layer, block in enumerate(self.model.blocks):
             assert isinstance(block, Block)
             x = self._block(layer, block, x, cos, sin, place, labels)
-        last = graph.slice(x, -1, LAST)
+        last = graph.node("Squeeze", graph.slice(x, -1, LAST, axis=1), graph.ints(1))
         normed = self._normed(last, self.model.norm.weight, "norm")
         if self.config.tie_embeddings:
             graph.node("Gemm", normed, self.embedding, transB=1, name="logits")
@@ -115,7 +117,7 @@ class _Builder:
     def _project(
         self, layer: int, attention: DSMRAttention, x: str, place: str, labels: tuple[str, str] | None
     ) -> tuple[str, str, str]:
-        """Queries, keys and values, (T, heads * head_dim) each."""
+        """Queries, keys and values, (1, T, heads * head_dim) each."""
         graph, weight = self.graph, attention.qkv.weight
         sizes = [n * attention.head_dim for n in (attention.n_heads, attention.n_kv_heads, attention.n_kv_heads)]
         if not place and labels is None:
@@ -154,13 +156,10 @@ class _Builder:
         return self.graph.node("Concat", sin, cos, axis=-1)
 
     def _turned(self, x: str, heads: int, cos: str, sin: str) -> str:
-        """x (T, heads * head_dim), the halves of each head turned."""
+        """x (1, T, heads * head_dim), the halves of each head turned."""
         graph, dim = self.graph, self.config.head_dim
         if not self.precision.portable:
-            rows = graph.node("Unsqueeze", x, graph.ints(0))
-            places = graph.node("Unsqueeze", steps(graph, self.count), graph.ints(0))
-            turned = graph.node("RotaryEmbedding", rows, places, cos, sin, domain=VENDOR, num_heads=heads)
-            return graph.node("Squeeze", turned, graph.ints(0))
+            return graph.node("RotaryEmbedding", x, self.places, cos, sin, domain=VENDOR, num_heads=heads)
         split = graph.node("Reshape", x, graph.ints(-1, heads, dim))
         first, second = graph.nodes("Split", split, outputs=2, axis=-1, num_outputs=2)
 
@@ -169,7 +168,7 @@ class _Builder:
 
         low = graph.node("Sub", times(first, cos), times(second, sin))
         high = graph.node("Add", times(first, sin), times(second, cos))
-        return graph.node("Reshape", graph.node("Concat", low, high, axis=-1), graph.ints(-1, heads * dim))
+        return graph.node("Reshape", graph.node("Concat", low, high, axis=-1), graph.ints(1, -1, heads * dim))
 
     def _labels(self, recall: Recall) -> tuple[str, str]:
         """Labels of queries and of keys, (T, d_model) each; see `Recall`."""

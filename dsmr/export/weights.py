@@ -20,7 +20,7 @@ Matrix = npt.NDArray[np.float32]
 
 
 def product(graph: Graph, x: str, weight: Matrix, name: str, weights: str, portable: bool) -> str:
-    """x (T, inputs) @ weight.T, where `weight` is (outputs, inputs): (T, outputs)."""
+    """x (..., inputs) @ weight.T, where `weight` is (outputs, inputs): (..., outputs)."""
     if weights == "float32":
         return graph.node("MatMul", x, graph.constant(weight.T, name))
     if portable:
