@@ -17,6 +17,8 @@ from dsmr.exported.about import About
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 
+MOST_AT_ONCE = 128  # tokens of a prompt
+
 Array = npt.NDArray[Any]
 
 
@@ -51,8 +53,9 @@ class Stream:
         return self.about.held(layer, self.position, self.offset)
 
     def room(self) -> int:
-        """How many tokens may be heard at once: no more than are left of the segment."""
-        return self.about.segment_length - self.offset
+        """How many tokens may be heard at once: no more than are left of the segment, and few enough that what a
+        runtime makes of each pair of a token and a slot stays small."""
+        return min(self.about.segment_length - self.offset, MOST_AT_ONCE)
 
     def advance(self, tokens: npt.NDArray[np.int64]) -> None:
         """`tokens` (T,) have been heard, and lie in the memories; T is at most `room()`."""

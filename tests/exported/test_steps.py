@@ -19,7 +19,7 @@ from dsmr.export.write import export_run
 from dsmr.exported.about import About
 from dsmr.exported.model import ExportedModel, open_session
 from dsmr.exported.reading import GrowingReader, read_all
-from dsmr.exported.state import ExportedState, Stream
+from dsmr.exported.state import MOST_AT_ONCE, ExportedState, Stream
 from dsmr.exported.trial import try_out
 from dsmr.model.transformer import DSMRModel
 
@@ -57,6 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "recall, gates, grouped": {"recall": 3, "ffn": "swiglu", "schedule": GROUPED},
     "recall, sinusoidal, sliding": {"recall": 2, "position": "sinusoidal", "visibility": "sliding"},
     "no memory": {"schedule": "none(layers=2)"},
+    "segments of many chunks": {"segment_length": MOST_AT_ONCE + 20},
     "segments of one token": {"segment_length": 1},
     "segments of two tokens, sliding": {"segment_length": 2, "visibility": "sliding"},
     "far, another base": {"schedule": "uniform(layers=2, horizon=500)", "rope_base": 500.0},
@@ -68,7 +69,9 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", MODELS)
 def test_an_export_gives_the_logits_of_the_model(kind, portable, tmp_path):
     """In float32 what differs is rounding."""
-    assert difference(*exported(tmp_path, MODELS[kind], portable=portable)) < 5e-6
+    model, export = exported(tmp_path, MODELS[kind], portable=portable)
+    assert difference(model, export) < 5e-6
+    assert difference(model, export, [TOKENS]) < 5e-6
 
 
 def test_every_model_option_is_exported():
