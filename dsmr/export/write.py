@@ -71,9 +71,12 @@ def export_run(
     folder = Path(out)
     if is_export(run_dir):
         raise UserError(f"{run_dir} is an exported model already: name the run that it was made of")
+    check_apart([folder / name for name in FILES], inputs_of(run_dir, None, None))
     if is_export(folder) and not overwrite:
         raise UserError(f"{folder} already holds an exported model: give --overwrite to replace it")
-    check_apart([folder / name for name in FILES], inputs_of(run_dir, None, None))
+    for name in FILES:
+        if (folder / name).exists() and not overwrite:
+            raise UserError(f"{folder / name} is there already, of something else: give --overwrite to replace it")
     for name in FILES:
         check_writable(folder / name)
     build = _builder()
