@@ -3,8 +3,8 @@ its attention sees what it should, whatever version it is.
 
 Two trials, of a few tokens. Some are read from the beginning, a chunk and then single ones, and the logits held against
 those that PyTorch gave when the model was exported. Then, far into a piece and into a segment, with memories of zeros:
-a slot that is not to be seen may hold anything and nothing changes; the oldest that is to be seen, in each layer, does
-change the logits. No numbers need be known for that.
+the value in a slot that is not to be seen may be anything and nothing changes; that of the oldest that is to be seen,
+in each layer, does change the logits. No numbers need be known for that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dsmr.exported.state import Stream
 # How far logits may lie from PyTorch's, of the largest: rounding, or eight bits of a weight some layers deep.
 TOLERANCE = {"float32": 1e-3, "float16": 0.05, "int8": 0.25}
 SOMETHING = 100  # fits eight bits
+KEYS = (0, SOMETHING, -SOMETHING)  # whatever the query is like, with one of them the slot has weight
 
 Places = list[slice]
 """Of each layer, slots of its memory."""
@@ -57,31 +58,34 @@ def _try_seeing(session: Any, about: About) -> None:
     everywhere = range(about.layers)
     held = [about.held(layer, position, offset) for layer in everywhere]
 
-    def put(value: int, layers: range, places: Places) -> None:
+    def put(key: int, value: int, layers: range, places: Places) -> None:
         for layer in layers:
-            for array in stream.memories[layer]:
-                array[:, :, places[layer]] = value
+            for array, number in zip(stream.memories[layer], (key, value), strict=True):
+                array[:, :, places[layer]] = number
 
-    def logits(layers: range, places: Places) -> Logits:
-        """After one token, with something in these slots and zeros in the others, as it is left."""
-        put(SOMETHING, layers, places)
+    def logits(key: int, value: int, layers: range, places: Places) -> Logits:
+        """After one token, with these in some slots and zeros in the others, as it is left."""
+        put(key, value, layers, places)
         stream.position, stream.offset, stream.recent = position, offset, np.zeros_like(stream.recent)
         found = reader(np.zeros(1, np.int64)).copy()
-        if stream.offset:
-            put(0, layers, places)
-            put(0, everywhere, [slice(count, count + 1) for count in held])  # the token's own
-        else:  # segments of one token, at whose end the memories have moved
-            put(0, everywhere, [slice(None)] * about.layers)
+        put(0, 0, layers, places)
+        # The token's own slot; all of them where segments are of one token, and so the memories have moved.
+        put(0, 0, everywhere, [slice(count, count + 1) if stream.offset else slice(None) for count in held])
         return found
 
+    def seen(layers: range, places: Places) -> bool:
+        """Whether what lies in these slots makes a difference."""
+        return any(not np.array_equal(logits(key, SOMETHING, layers, places), empty) for key in KEYS)
+
+    empty = logits(0, 0, range(0), [])
     sliding = about.visibility == "sliding"
     first = [count - about.horizons[layer] if sliding else 0 for layer, count in enumerate(held)]
-    empty = logits(range(0), [])
     for blind in ([slice(0, slot) for slot in first], [slice(count + 1, None) for count in held]):
-        if not np.array_equal(logits(everywhere, blind), empty):
+        if seen(everywhere, blind):
             raise UserError("sees more of its memory here than it should")
+    oldest, newest = ([slice(slot, slot + 1) for slot in slots] for slots in (first, [count - 1 for count in held]))
     for layer in everywhere:
-        if first[layer] < held[layer]:
-            oldest = [slice(slot, slot + 1) for slot in first]
-            if np.array_equal(logits(range(layer, layer + 1), oldest), empty):
-                raise UserError(f"sees less of its memory here than it should, in layer {layer}")
+        alone = range(layer, layer + 1)
+        # A layer that makes nothing of what it reads does not see its newest slot either.
+        if first[layer] < held[layer] and not seen(alone, oldest) and seen(alone, newest):
+            raise UserError(f"sees less of its memory here than it should, in layer {layer}")

@@ -179,6 +179,15 @@ def test_a_state_is_kept_as_the_model_keeps_its_own(tmp_path):
                 assert np.array_equal(one, other)
 
 
+def test_layers_that_make_nothing_of_their_memory_are_no_mistake_of_the_runtime(tmp_path):
+    model = small_run(tmp_path / "run", schedule="explicit(horizons=[13, 5])")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.out.weight.zero_()
+    model.save_pretrained(tmp_path / "run")
+    assert export_run(tmp_path / "run", tmp_path / "export").error < 5e-6
+
+
 def test_heads_that_the_operator_does_not_take_are_a_sentence(tmp_path):
     small_run(tmp_path / "run", d_model=24, n_heads=2)
     with pytest.raises(UserError, match=r"heads of a multiple of 8 channels, .* head_dim is 12: .* --portable"):
