@@ -8,6 +8,8 @@ TRITON = ['triton>=3.6; sys_platform == "linux"']
 BENCH = ["pytest>=8", "pytest-benchmark>=5"]
 PEERS = ["x-transformers>=2.3", "transformers>=4.50"]
 PLAY = ["mido>=1.3", "python-rtmidi>=1.5"]
+# Playing an exported model, and making one. `GroupQueryAttention` over int8 memories is of ONNX Runtime 1.32.
+ONNX = ["onnxruntime>=1.32", "onnx>=1.17"]
 
 setup(
     name="dsmr",
@@ -27,10 +29,13 @@ setup(
         "triton": TRITON,
         # Real-time playing through MIDI ports.
         "play": PLAY,
+        # Models that play without PyTorch: `dsmr export`, and what plays them (docs/onnx.md).
+        "onnx": ONNX,
         # The peers that ours is measured against; where they are missing, their rows are skipped.
-        "bench": [*BENCH, *PEERS, "matplotlib>=3.8"],
+        "bench": [*BENCH, *PEERS, *ONNX, "matplotlib>=3.8"],
         "dev": [
             *BENCH,
+            *ONNX,
             "hypothesis>=6",
             "mido>=1.3",
             "pytest-xdist>=3",

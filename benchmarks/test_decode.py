@@ -21,7 +21,7 @@ def test_decoding(benchmark: Any, contender: Contender) -> None:
         question="one generated token",
         case=f"behind {context:,} tokens, batch 1, {sizes.schedule.layers} layers, width {sizes.d_model}",
         contender=contender.name,
-        ours=contender.needs is None,
+        ours=contender.ours,
         shape=f"{sizes.schedule.layers} layers, width {sizes.d_model}, {sizes.schedule}",
         dtype=torch.bfloat16 if "bfloat16" in contender.name else torch.float32,
         backend=contender.name,

@@ -134,17 +134,18 @@ class HuggingFaceLlama:
 
 @dataclass(frozen=True)
 class Contender:
-    """A decoder by name; `needs` is the package that it comes from, if not ours."""
+    """A decoder by name; `needs` are the packages that it takes beside PyTorch."""
 
     name: str
     make: Callable[[Tensor], Any]
     tolerance: float
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
+    ours: bool = False
 
     @property
     def missing(self) -> str | None:
         """How to get it, where it is not installed."""
-        if self.needs is None or importlib.util.find_spec(self.needs) is not None:
+        if all(importlib.util.find_spec(package) is not None for package in self.needs):
             return None
         return f"{self.name} is not installed: pip install 'dsmr[bench]'"
 
@@ -153,13 +154,37 @@ def _ours(precision: str) -> Callable[[Tensor], Ours]:
     return lambda context: Ours(context, precision)
 
 
+def _exported(weights: str, memory: str) -> Callable[[Tensor], Any]:
+    def make(context: Tensor) -> Any:
+        from benchmarks.parts.onnx_decoders import OursExported
+
+        return OursExported(context, weights, memory)
+
+    return make
+
+
+def _llama(weights: str) -> Callable[[Tensor], Any]:
+    def make(context: Tensor) -> Any:
+        from benchmarks.parts.onnx_decoders import OnnxLlama
+
+        return OnnxLlama(context, weights)
+
+    return make
+
+
+ONNX = ("onnx", "onnxruntime")
 CONTENDERS = (
-    Contender("dsmr int8", _ours("int8"), TOLERANCE["int8"]),
-    Contender("dsmr bfloat16", _ours("bfloat16"), TOLERANCE["bfloat16"]),
-    Contender("dsmr float32", _ours("float32"), TOLERANCE["float32"]),
-    Contender("dsmr, plain calls", _ours("plain"), TOLERANCE["float32"]),
-    Contender("Hugging Face Llama", HuggingFaceLlama, 1e-3, "transformers"),
-    Contender("x-transformers", XTransformers, 1e-3, "x_transformers"),
+    Contender("dsmr int8", _ours("int8"), TOLERANCE["int8"], ours=True),
+    Contender("dsmr bfloat16", _ours("bfloat16"), TOLERANCE["bfloat16"], ours=True),
+    Contender("dsmr float32", _ours("float32"), TOLERANCE["float32"], ours=True),
+    Contender("dsmr, plain calls", _ours("plain"), TOLERANCE["float32"], ours=True),
+    Contender("dsmr export int8, memory int8", _exported("int8", "int8"), TOLERANCE["int8"], ONNX, ours=True),
+    Contender("dsmr export int8", _exported("int8", "float32"), TOLERANCE["int8"], ONNX, ours=True),
+    Contender("dsmr export float32", _exported("float32", "float32"), TOLERANCE["float32"], ONNX, ours=True),
+    Contender("ONNX Runtime Llama int8", _llama("int8"), TOLERANCE["int8"], (*ONNX, "transformers")),
+    Contender("ONNX Runtime Llama", _llama("float32"), 1e-3, (*ONNX, "transformers")),
+    Contender("Hugging Face Llama", HuggingFaceLlama, 1e-3, ("transformers",)),
+    Contender("x-transformers", XTransformers, 1e-3, ("x_transformers",)),
 )
 
 

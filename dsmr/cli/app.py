@@ -11,6 +11,7 @@ from dsmr.cli.budget import budget
 from dsmr.cli.demo import demo
 from dsmr.cli.evaluate import evaluate
 from dsmr.cli.experiments import group as experiments
+from dsmr.cli.export import export
 from dsmr.cli.generate import generate
 from dsmr.cli.options import HELP
 from dsmr.cli.pack import pack
@@ -33,6 +34,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(play)
+app.command()(export)
 app.command()(budget)
 app.command()(profile)
 app.command()(demo)

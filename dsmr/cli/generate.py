@@ -8,6 +8,7 @@ import typer
 from dsmr.cli.options import (
     Device,
     Dtype,
+    Engine,
     LoadState,
     MemoryDtype,
     MinP,
@@ -75,17 +76,15 @@ def generate(
     memory_dtype: MemoryDtype = None,
     threads: Threads = 1,
     device: Device = "auto",
+    engine: Engine = "auto",
 ) -> None:
     """Continue the beginning of a piece: MIDI of the whole, MIDI of the continuation alone, and a piano roll."""
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampling = sampling_of(given, load_state is not None)
-    import torch
-
     from dsmr.console.progress import ProgressLine, duration
     from dsmr.generation.continuation import Played, continue_variations
     from dsmr.music.sounding import ON
 
-    torch.set_num_threads(threads)
     with ProgressLine() as line:
 
         def show(played: Played) -> None:
@@ -110,6 +109,8 @@ def generate(
             sampling=sampling,
             stop_at_end=stop_at_end,
             device=device,
+            engine=engine,
+            threads=threads,
             variations=variations,
             dtype=dtype or ("auto" if load_state is None else None),
             memory_dtype=memory_dtype,
@@ -133,7 +134,7 @@ def generate(
 
 
 def _report(done: "Continuation") -> str:
-    from dsmr_kernels.costing.cost import human_bytes
+    from dsmr.console.words import human_bytes
 
     played = done.played
     return (

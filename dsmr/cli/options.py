@@ -8,7 +8,7 @@ import typer
 from dsmr.console.errors import UserError
 
 if TYPE_CHECKING:
-    from dsmr.generation.sampling import Sampling
+    from dsmr.generation.drawing import Sampling
     from dsmr.model.schedule import MemorySchedule
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -31,7 +31,12 @@ Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 
 # --- of generate and play ---------------------------------------------------------------------------------------------
 
-Run = Annotated[Path, typer.Argument(help="A run directory written by `train`.", show_default=False)]
+Run = Annotated[
+    Path, typer.Argument(help="A run directory written by `train`, or a folder of `export`.", show_default=False)
+]
+Engine = Annotated[
+    str, typer.Option(help="torch (plays a run), onnx (plays an export), or auto: whichever the folder holds.")
+]
 Prompt = Annotated[Path | None, typer.Option(help="The MIDI file to continue.", show_default=False)]
 PromptSeconds = Annotated[
     float | None, typer.Option(help="Continue from here, in seconds.", show_default="the end of the file")
@@ -86,7 +91,7 @@ def parse_schedule(text: str) -> "MemorySchedule":
 
 def sampling_of(given: dict[str, Any], resumed: bool) -> "Sampling | None":
     """The sampling asked for; None = the saved stream's own."""
-    from dsmr.generation.sampling import Sampling
+    from dsmr.generation.drawing import Sampling
 
     asked = {name: value for name, value in given.items() if value is not None}
     if resumed and not asked:

@@ -8,6 +8,7 @@ import typer
 from dsmr.cli.options import (
     Device,
     Dtype,
+    Engine,
     LoadState,
     MemoryDtype,
     MinP,
@@ -30,7 +31,10 @@ from dsmr.console.terminal import command, console, fail
 
 @command
 def play(
-    run: Annotated[Path | None, typer.Argument(help="A run directory written by `train`.", show_default=False)] = None,
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="A run directory written by `train`, or a folder of `export`.", show_default=False),
+    ] = None,
     port: Annotated[
         str | None, typer.Option(help="Output port, or a part of its name.", show_default="the first one")
     ] = None,
@@ -66,6 +70,7 @@ def play(
     memory_dtype: MemoryDtype = None,
     threads: Threads = 1,
     device: Device = "auto",
+    engine: Engine = "auto",
 ) -> None:
     """Play in real time through a MIDI port: from nothing, a MIDI file, live input, or a saved stream."""
     if list_ports:
@@ -80,11 +85,8 @@ def play(
         raise UserError("give one of --prompt, --listen and --load-state")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampling = sampling_of(given, load_state is not None)
-    import torch
-
     from dsmr.live.performance import play_live
 
-    torch.set_num_threads(threads)
     done = play_live(
         run,
         port=port,
@@ -105,6 +107,8 @@ def play(
         dtype=dtype,
         memory_dtype=memory_dtype,
         device=device,
+        engine=engine,
+        threads=threads,
         say=console().print,
     )
     console().print(

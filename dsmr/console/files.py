@@ -181,12 +181,32 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def save_tensors(path: str | os.PathLike[str], tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> None:
     """Write tensors to `path` (safetensors, sealed), whole or not at all; `UserError` if the disk is full."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
+
+    _save(path, save_file, tensors, metadata)
+
+
+def save_arrays(path: str | os.PathLike[str], arrays: "Mapping[str, Any]", metadata: dict[str, str]) -> None:
+    """`save_tensors` for numpy arrays, among which there may be tensors; without any, PyTorch is not needed."""
+    import numpy as np
+
+    if all(isinstance(array, np.ndarray) for array in arrays.values()):
+        from safetensors.numpy import save_file
+
+        _save(path, save_file, {name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
+        return
+    import torch
+
+    tensors = {name: x if isinstance(x, torch.Tensor) else torch.from_numpy(x.copy()) for name, x in arrays.items()}
+    save_tensors(path, tensors, metadata)
+
+
+def _save(path: str | os.PathLike[str], write: Any, values: Any, metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
 
     with atomic_path(path) as temporary:
         try:
-            save_file(tensors, temporary, {**metadata, seal.NAME: seal.BLANK})
+            write(values, temporary, {**metadata, seal.NAME: seal.BLANK})
             _order_metadata(temporary)
             seal.seal(temporary)
         except SafetensorError as error:  # its own kind of error, also for a full disk

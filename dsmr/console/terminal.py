@@ -43,6 +43,10 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            if error.name != "torch" or os.environ.get("DSMR_DEBUG", "0") not in ("", "0"):
+                raise
+            fail("this command needs PyTorch, which is not installed: pip install torch")
         except (UserError, ValueError, OSError, KeyboardInterrupt, MemoryError, RuntimeError) as error:
             if os.environ.get("DSMR_DEBUG", "0") not in ("", "0"):
                 raise

@@ -9,3 +9,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     names = list(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f": did you mean '{near[0]}'?" if near else f": use one of {', '.join(names)}"
+
+
+def human_bytes(count: float) -> str:
+    """Bytes for a reader: "512 B", "13.4 MiB"."""
+    power = 0
+    while count >= 1024 and power < 4:
+        count, power = count / 1024, power + 1
+    return f"{count:.{0 if power == 0 else 1}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

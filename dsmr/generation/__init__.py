@@ -1,5 +1,5 @@
 """Playing on: a prompt, then a token at a time in bounded memory, recorded as MIDI, kept for another day. `stepping` is
-the pass of one token. May import `runs`, `model`, `music` and `console`.
+the pass of one token in PyTorch. May import `runs`, `model`, `exported`, `music` and `console`.
 """
 
 from dsmr.doors import door
@@ -9,7 +9,7 @@ __getattr__ = door(
     {
         "Limits": "dsmr.music.progress",
         "Player": "dsmr.generation.player",
-        "Sampling": "dsmr.generation.sampling",
+        "Sampling": "dsmr.generation.drawing",
         "stream": "dsmr.generation.player",
     },
 )

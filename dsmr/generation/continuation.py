@@ -13,23 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from dsmr.console.devices import resolve_device, resolve_memory_dtype
 from dsmr.console.errors import UserError
 from dsmr.console.files import check_apart, check_writable
 from dsmr.console.stopping import graceful_stop
+from dsmr.exported.about import FILES
+from dsmr.generation.engines import RUN_FILES, check_memory_dtype, load_run, resolve_precision
 from dsmr.generation.player import Limits, Player, Sampling, may_stop
 from dsmr.generation.recorder import Recorder
 from dsmr.generation.saved_stream import load_player, save_player
-from dsmr.generation.stepping.weights import resolve_precision
-from dsmr.model.transformer import DSMRModel
 from dsmr.music.pianoroll import draw_pianoroll, score_notes
 from dsmr.music.sounding import Event, Sounding
 from dsmr.music.tokenizer import decode, encode_midi, write_midi
 from dsmr.music.vocabulary import Vocabulary
 
-RUN_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 DEFAULT_SECONDS = 60.0
 RING_ON = 2.0  # seconds for which notes that are still held when the playing breaks off ring on
 
@@ -130,10 +127,13 @@ def continue_variations(
     growing: bool = False,
     save_state: str | os.PathLike[str] | None = None,
     load_state: str | os.PathLike[str] | None = None,
+    engine: str = "auto",
+    threads: int | None = None,
     on_progress: Callable[[Played], None] | None = None,
     on_event: Callable[[int, Event], None] | None = None,
 ) -> list[Continuation]:
-    """Continue the first `prompt_seconds` of a MIDI file (all of it by default) with the model of a run directory.
+    """Continue the first `prompt_seconds` of a MIDI file (all of it by default) with the model of a run directory, or
+    with one that was exported.
 
     Writes `out` (prompt and continuation), `<out's stem>-continuation.mid` (the continuation alone, from its own
     second 0) and `<out's stem>.png` (piano roll); several `variations` get a number each, `<out's stem>-1.mid` and so
@@ -145,6 +145,7 @@ def continue_variations(
         growing: write `out` while it is played, valid at any moment.
         save_state: file to keep the stream in, to be played on later.
         load_state: such a file, in place of a prompt.
+        engine, threads: as in `load_run`.
         on_progress: told after every token how far the first variation is.
         on_event: told of every event (variation from 0, event) as it is made.
 
@@ -159,7 +160,7 @@ def continue_variations(
             raise UserError(f"{name} must be more than 0, got {value}")
     if (prompt_midi is None) == (load_state is None):
         raise UserError("name either a MIDI file to continue (--prompt) or a saved stream to play on (--load-state)")
-    check_memory_dtype(memory_dtype, load_state)
+    check_resumed(memory_dtype, load_state)
     if save_state is not None and variations > 1 and (seconds is not None or notes is not None or stop_at_end):
         raise UserError("several variations are saved in step: give their length in tokens alone")
     outs = [out] if variations == 1 else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(variations)]
@@ -169,14 +170,15 @@ def continue_variations(
         _check_output(one)
     if save_state is not None:
         check_writable(save_state)
-    model, vocabulary = load_run(run_dir, device)
+    model, vocabulary = load_run(run_dir, device, engine=engine, threads=threads)
+    check_memory_dtype(memory_dtype or "auto", model)
     left_out: dict[str, int] = {}
     if load_state is not None:
         player = load_player(load_state, model, vocabulary, sampling=sampling, dtype=dtype, streams=variations)
     else:
         assert prompt_midi is not None
         prompt, left_out = read_prompt(prompt_midi, vocabulary, prompt_seconds)
-        dtype = resolve_precision(dtype or "float32", model)
+        dtype = resolve_precision(dtype, model)
         player = Player.begin(
             model,
             prompt,
@@ -212,12 +214,9 @@ def continue_variations(
     return done
 
 
-def check_memory_dtype(memory_dtype: str | None, load_state: str | os.PathLike[str] | None) -> None:
-    """`UserError` for a dtype that there is not, or that is asked of a stream which has one already."""
-    if memory_dtype is None:
-        return
-    resolve_memory_dtype(memory_dtype, torch.float32)
-    if load_state is not None:
+def check_resumed(memory_dtype: str | None, load_state: str | os.PathLike[str] | None) -> None:
+    """`UserError` for a memory dtype that is asked of a stream which has one already."""
+    if memory_dtype is not None and load_state is not None:
         raise UserError("--memory-dtype cannot be given with --load-state: the saved stream keeps its own")
 
 
@@ -254,24 +253,6 @@ def play(
     except (UserError, KeyboardInterrupt) as error:
         return error
     return None
-
-
-def load_run(run_dir: str | os.PathLike[str], device: str = "auto") -> tuple[DSMRModel, Vocabulary]:
-    """The model (in evaluation mode) and the vocabulary of a run directory; `UserError` where they do not fit."""
-    folder = Path(run_dir)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a run directory: there is no such folder")
-    missing = [name for name in RUN_FILES if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder} is not a run directory: it has no {' and no '.join(missing)}")
-    vocabulary = Vocabulary.load(folder / "tokenizer.json")
-    model = DSMRModel.from_pretrained(folder)
-    if model.config.vocab_size != vocabulary.size:
-        raise UserError(
-            f"the model in {folder} has {model.config.vocab_size} tokens but its tokenizer.json {vocabulary.size}: "
-            "they belong to different runs"
-        )
-    return model.to(resolve_device(device)).eval(), vocabulary
 
 
 def cut_prompt(
@@ -368,7 +349,8 @@ def inputs_of(
     run_dir: str | os.PathLike[str], prompt: str | os.PathLike[str] | None, load_state: str | os.PathLike[str] | None
 ) -> dict[str, str | os.PathLike[str] | None]:
     """What playing on reads, which none of its results may overwrite (see `dsmr.console.files.check_apart`)."""
-    run = {f"the run's {name}": Path(run_dir) / name for name in (*RUN_FILES, "last.pt", "train.json", "metrics.jsonl")}
+    names = dict.fromkeys((*RUN_FILES, "last.pt", "train.json", "metrics.jsonl", *FILES))
+    run = {f"the run's {name}": Path(run_dir) / name for name in names}
     return {"the prompt": prompt, "the saved stream": load_state, **run}
 
 

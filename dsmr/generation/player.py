@@ -2,9 +2,9 @@
 
 A `Player` feeds the prompt in whole segments and then one token at a time; the model's state is the only thing that
 grows with nothing, so memory stays at the schedule's budget however long it plays. With a vocabulary, successors that
-the token grammar forbids are never drawn, so every sample decodes to music. `dsmr.generation.stepping` turns a token
-into the next; `dsmr.generation.saved_stream` keeps a player in a file, to play on another day exactly as it would have
-today.
+the token grammar forbids are never drawn, so every sample decodes to music. `dsmr.generation.engines` turns a token
+into the next, of a model in PyTorch or of an exported one, for which nothing here imports PyTorch;
+`dsmr.generation.saved_stream` keeps a player in a file, to play on another day exactly as it would have today.
 """
 
 from __future__ import annotations
@@ -12,43 +12,36 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
-from dsmr.console.devices import resolve_memory_dtype
 from dsmr.console.errors import UserError
-from dsmr.generation.sampling import Sampling, draw, probabilities, sample
-from dsmr.generation.stepping import Stepper, stepper
-from dsmr.model.state import DSMRState
-from dsmr.model.transformer import DSMRModel
+from dsmr.doors import door
+from dsmr.generation.drawing import Noise, Sampling
+from dsmr.generation.engines import engine_of, new_state, vocab_size
 from dsmr.music.progress import Limits, Progress, may_stop
 from dsmr.music.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    import numpy as np
+    from torch import Generator, Tensor
+
+    from dsmr.generation.engines import Model, State
 
     Prompt = Sequence[int] | np.ndarray | Tensor
 
-__all__ = ["Limits", "Player", "Progress", "Sampling", "may_stop", "prefill", "probabilities", "sample", "stream"]
+__all__ = ["Limits", "Player", "Progress", "Sampling", "may_stop", "stream"]
 
-
-@torch.no_grad()
-def prefill(model: DSMRModel, tokens: Tensor, state: DSMRState) -> Tensor:
-    """Show the model a prompt (B, T), one segment a call so that a long one needs no more memory.
-
-    Returns:
-        The next tokens' logits (B, V), float32, CPU. The model should be in evaluation mode.
-    """
-    length = model.config.segment_length
-    logits = None
-    for start in range(0, tokens.shape[1], length):
-        segment = tokens[:, start : start + length].to(next(model.parameters()).device)
-        logits = model(segment, state).logits[:, -1]
-    if logits is None:
-        raise ValueError("a prompt needs at least one token (a piece begins with BOS)")
-    return logits.float().cpu()
+# What works on tensors, and so needs PyTorch, is taken in when it is asked for.
+__getattr__ = door(
+    __name__,
+    {
+        "prefill": "dsmr.generation.stepping.engine",
+        "probabilities": "dsmr.generation.sampling",
+        "sample": "dsmr.generation.sampling",
+    },
+)
 
 
 class Player:
@@ -60,56 +53,60 @@ class Player:
     Attributes:
         state: of all streams, updated in place; it has seen all tokens but those in `unseen`.
         tokens: for each stream all tokens of its piece so far, the prompt's first.
-        unseen: the newest token of each stream, played but not yet shown to the model; None if there is none.
-        drawn: the next token of each stream, drawn but not yet played; None if `unseen` must be shown first.
+        unseen: the newest token of each stream (B,), played but not yet shown to the model; None if there is none.
+        drawn: the next token of each stream (B,), drawn but not yet played; None if `unseen` must be shown first.
+        generators: of each stream's random numbers.
     """
 
     def __init__(
         self,
-        model: DSMRModel,
-        state: DSMRState,
+        model: Model,
+        state: State,
         tokens: list[array[int]],
         sampling: Sampling,
         vocabulary: Vocabulary | None = None,
         *,
-        generators: list[torch.Generator] | None = None,
+        generators: Sequence[Noise | Generator] | None = None,
         dtype: str = "float32",
     ) -> None:
         check_vocabulary(model, vocabulary)
         if state.batch != len(tokens):
             raise ValueError(f"the state holds {state.batch} streams, but {len(tokens)} are to be played")
         self.model, self.state, self.tokens, self.sampling, self.vocabulary = model, state, tokens, sampling, vocabulary
-        self.generators = generators or [sampling.generator(row) for row in range(len(tokens))]
-        self.dtype = dtype
-        self.unseen: Tensor | None = None
-        self.drawn: Tensor | None = None
+        given = generators or [sampling.noise(row) for row in range(len(tokens))]
+        self.generators = [one if isinstance(one, Noise) else Noise.of_state(one.get_state().numpy()) for one in given]
+        self.engine = engine_of(model, state, dtype)
+        self.dtype = self.engine.dtype
+        self.unseen: npt.NDArray[np.int64] | None = None
+        self.drawn: npt.NDArray[np.int64] | None = None
         self.on_one_instant = [0] * len(tokens)
-        self._step: Stepper | None = None
         self.ended = [False] * len(tokens)
 
     @classmethod
     def begin(
         cls,
-        model: DSMRModel,
+        model: Model,
         prompt: Prompt,
         sampling: Sampling | None = None,
         vocabulary: Vocabulary | None = None,
         *,
         variations: int = 1,
-        state: DSMRState | None = None,
+        state: State | None = None,
         dtype: str = "float32",
         memory_dtype: str = "auto",
     ) -> Player:
         """A player that has heard nothing yet: `play` shows it the prompt (T,) first.
 
         Args:
+            model: in PyTorch, or an exported one, whose weights and memory are what it was exported with.
             variations: streams that play on from the same prompt; stream i draws as one of seed + i alone.
             state: to play on from, updated in place; the prompt is then what it has not seen.
             dtype: of the weights: "float32" (the model's own), "bfloat16", "int8" or "auto", see `stepping`.
             memory_dtype: of keys and values: "float32", "bfloat16", "int8" or "auto" (the model's own).
         """
-        tokens = torch.as_tensor(prompt, dtype=torch.int64).cpu().reshape(-1)
-        size = model.config.vocab_size
+        on_host: Any = prompt.cpu() if hasattr(prompt, "cpu") else prompt
+        tokens = np.asarray(on_host, dtype=np.int64).reshape(-1)
+        size = vocab_size(model)
         if len(tokens) == 0:
             raise ValueError("prompt must hold at least one token (a piece begins with BOS)")
         if int(tokens.min()) < 0 or int(tokens.max()) >= size:
@@ -120,8 +117,7 @@ class Player:
             raise ValueError(f"variations must be at least 1, got {variations}")
         heard = [array("i", tokens.tolist()) for _ in range(variations)]
         if state is None:
-            remembering = None if memory_dtype == "auto" else resolve_memory_dtype(memory_dtype, torch.float32)
-            state = model.new_state(variations, dtype=remembering)
+            state = new_state(model, variations, memory_dtype)
         elif memory_dtype != "auto":
             raise ValueError(f"memory_dtype must be left out beside a state, which has its own, got {memory_dtype!r}")
         return cls(model, state, heard, sampling or Sampling(), vocabulary, dtype=dtype)
@@ -137,9 +133,7 @@ class Player:
         rows = range(len(self.tokens))
         self.ended = [False] * len(self.tokens)
         progress = self._progress(limits or Limits(), stop_at_end)
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with self.engine.playing():
             made = 0
             while max_tokens is None or made < max_tokens:
                 for row in rows:
@@ -160,8 +154,6 @@ class Player:
                         self.on_one_instant[row] = progress[row].on_one_instant
                 yield [None if ended else token for ended, token in zip(self.ended, drawn, strict=True)]
                 made += 1
-        finally:
-            self.model.train(was_training)
 
     def _progress(self, limits: Limits, stop_at_end: bool) -> list[Progress] | None:
         if self.vocabulary is None:
@@ -171,34 +163,30 @@ class Player:
             one.on_one_instant = count
         return progress
 
-    def _allowed(self, progress: list[Progress] | None) -> Tensor | None:
-        """(B, V) bool: what each stream may draw; a stream that has ended draws what it likes."""
+    def _allowed(self, progress: list[Progress] | None) -> npt.NDArray[np.bool_] | None:
+        """(B, V): what each stream may draw; a stream that has ended draws what it likes."""
         if progress is None:
             return None
-        anything = torch.ones(self.model.config.vocab_size, dtype=torch.bool)
-        return torch.stack(
-            [anything if ended else one.allowed() for ended, one in zip(self.ended, progress, strict=True)]
-        )
+        anything = np.ones(vocab_size(self.model), dtype=np.bool_)
+        return np.stack([anything if ended else one.allowed() for ended, one in zip(self.ended, progress, strict=True)])
 
-    def _draw(self, allowed: Tensor | None) -> Tensor:
+    def _draw(self, allowed: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.int64]:
         """`drawn`, made anew where it was played."""
         if self.drawn is not None:
-            if allowed is not None and not bool(allowed.gather(1, self.drawn[:, None]).all()):
+            if allowed is not None and not np.take_along_axis(allowed, self.drawn[:, None], 1).all():
                 raise UserError("the model has ended this piece: there is nothing to play on")
             return self.drawn
-        noise = torch.stack([torch.rand((), generator=generator) for generator in self.generators])
+        noise = np.array([generator.draw() for generator in self.generators], dtype=np.float32)
         if self.unseen is None:
-            prompt = torch.tensor([list(heard) for heard in self.tokens])
-            self.drawn = draw(prefill(self.model, prompt, self.state), self.sampling, allowed, noise)
+            prompts = np.array([list(heard) for heard in self.tokens], dtype=np.int64)
+            self.drawn = self.engine.first(prompts, self.sampling, allowed, noise)
         else:
-            if self._step is None:
-                self._step = stepper(self.model, self.state, self.dtype)
-            self.drawn = self._step.next(self.unseen, self.sampling, allowed, noise)
+            self.drawn = self.engine.next(self.unseen, self.sampling, allowed, noise)
         return self.drawn
 
 
 def stream(
-    model: DSMRModel,
+    model: Model,
     prompt: Prompt,
     sampling: Sampling | None = None,
     vocabulary: Vocabulary | None = None,
@@ -207,7 +195,7 @@ def stream(
     seconds: float | None = None,
     notes: int | None = None,
     stop_at_end: bool = False,
-    state: DSMRState | None = None,
+    state: State | None = None,
     dtype: str = "float32",
     memory_dtype: str = "auto",
 ) -> Iterator[int]:
@@ -254,8 +242,8 @@ def check_limits(
     return Limits(seconds, notes)
 
 
-def check_vocabulary(model: DSMRModel, vocabulary: Vocabulary | None) -> None:
+def check_vocabulary(model: Model, vocabulary: Vocabulary | None) -> None:
     """`ValueError` unless the vocabulary has the model's number of tokens."""
-    size = model.config.vocab_size
+    size = vocab_size(model)
     if vocabulary is not None and vocabulary.size != size:
         raise ValueError(f"the model has {size} tokens and the vocabulary {vocabulary.size}: they belong to two runs")

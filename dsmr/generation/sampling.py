@@ -1,54 +1,18 @@
-"""How the next token is drawn: settings, and a draw that works on the few candidates that the filters leave."""
+"""How the next token is drawn from tensors, on any device: a draw that works on the few candidates that the filters
+leave. The settings, and the same draw for a host without PyTorch, are in `dsmr.generation.drawing`.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dsmr.console.errors import UserError
+from dsmr.generation.drawing import NOT_FINITE, Sampling
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. The filters apply in the order of the fields, each to what the last one left.
-
-    temperature  divides the logits; 0 takes the likeliest token every time, and the filters then change nothing
-    top_k        keep the k likeliest tokens; None keeps all
-    top_p        keep the fewest tokens whose probabilities reach p together; 1 keeps all
-    min_p        keep tokens at least min_p times as likely as the likeliest; 0 keeps all
-    seed         the same seed, model, prompt and settings give the same music; None draws a fresh one
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None to keep every token, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1 (which keeps every token), got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie between 0 (which keeps every token) and 1, got {self.min_p}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be at least 0 and below 2**63, got {self.seed}")
-
-    def generator(self, row: int = 0) -> torch.Generator:
-        """A fresh random generator, on the CPU, so that a seed means the same on every device. Row r of a batch draws
-        as a stream of seed + r alone would."""
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed((self.seed + row) % 2**63)
-        return generator
+__all__ = ["NOT_FINITE", "Sampling", "candidates", "check_finite", "draw", "pick", "probabilities", "sample"]
 
 
 def candidates(logits: Tensor, sampling: Sampling, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -92,9 +56,6 @@ def check_finite(logits: Tensor) -> None:
     """`UserError` where logits are NaN or positive infinity."""
     if not math.isfinite(logits.sum()) and bool((torch.isnan(logits) | torch.isposinf(logits)).any()):
         raise UserError(NOT_FINITE)
-
-
-NOT_FINITE = "the model's logits are not finite (NaN or infinity): its weights are damaged or overflow"
 
 
 def draw(logits: Tensor, sampling: Sampling, allowed: Tensor | None, noise: Tensor) -> Tensor:

@@ -2,34 +2,45 @@
 
 The file (safetensors) holds the recurrent state, every stream's tokens so far, what was drawn and not yet played, and
 the random generators; beside them, as text, which model and tokeniser it belongs to and how it was playing. "Exactly"
-holds for the same machine, PyTorch, number of threads and weight precision: sums are rounded in their order.
+holds for the same machine, engine, number of threads and weight precision: sums are rounded in their order. A model in
+PyTorch and an export of it read each other's files, save where an export remembers in int8.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
 import os
 from array import array
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from dsmr.console.errors import UserError
-from dsmr.console.files import save_tensors
+from dsmr.console.files import save_arrays
 from dsmr.console.schema import Natural, check, check_fields
+from dsmr.console.seal import check_seal
+from dsmr.exported.model import ExportedModel
+from dsmr.exported.state import ExportedState
+from dsmr.generation.drawing import Noise, Sampling
+from dsmr.generation.engines import resolve_precision, vocab_size
 from dsmr.generation.player import Player
-from dsmr.generation.sampling import Sampling
-from dsmr.generation.stepping.weights import resolve_precision
-from dsmr.model.state import DSMRState
-from dsmr.model.transformer import DSMRModel
 from dsmr.music.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from dsmr.generation.engines import Model
 
 FORMAT = "dsmr stream 1"
 NO_TOKENISER = "none"
 
 
-def fingerprint(model: "DSMRModel") -> str:
-    """Sha256 of a model's configuration and weights."""
+def fingerprint(model: Model) -> str:
+    """Sha256 of a model's configuration and weights; an exported one has that of the model that it was made of."""
+    if isinstance(model, ExportedModel):
+        return model.about.fingerprint
+    import torch
+
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -47,28 +58,29 @@ def save_player(path: str | os.PathLike[str], player: Player) -> None:
         raise UserError("one variation has ended before the others: save what is stopped by a number of tokens")
     if player.unseen is None and player.drawn is None:
         raise UserError("nothing has been played yet, so there is no state to save")
-    tensors, numbers = player.state.tensors()
+    remembered, numbers = player.state.tensors()
+    beside: dict[str, Any] = {}
     for row, (heard, generator) in enumerate(zip(player.tokens, player.generators, strict=True)):
-        tensors[f"tokens.{row}"] = torch.tensor(heard, dtype=torch.int32)
-        tensors[f"generator.{row}"] = generator.get_state()
+        beside[f"tokens.{row}"] = np.array(heard, dtype=np.int32)
+        beside[f"generator.{row}"] = generator.get_state()
     for name, waiting in (("unseen", player.unseen), ("drawn", player.drawn)):
         if waiting is not None:
-            tensors[name] = waiting.clone()
+            beside[name] = waiting
     about = {
-        "format": FORMAT,
+        "format": FORMAT + _memory_kind(player.model),
         "model": fingerprint(player.model),
         "tokenizer": NO_TOKENISER if player.vocabulary is None else player.vocabulary.hash,
         "dtype": resolve_precision(player.dtype, player.model),
         "sampling": json.dumps(dataclasses.asdict(player.sampling)),
         "on_one_instant": json.dumps(player.on_one_instant),
     }
-    save_tensors(path, tensors, {**numbers, **about})
+    save_arrays(path, {**remembered, **beside}, {**numbers, **about})
 
 
 def load_player(
     path: str | os.PathLike[str],
-    model: "DSMRModel",
-    vocabulary: "Vocabulary | None" = None,
+    model: Model,
+    vocabulary: Vocabulary | None = None,
     *,
     sampling: Sampling | None = None,
     dtype: str | None = None,
@@ -79,9 +91,10 @@ def load_player(
     Raises `UserError` in one sentence for a file that is not one, or of another model, tokeniser or number of
     `streams`.
     """
-    state = DSMRState.load(path, device=model.embedding.weight.device)
-    about, tensors = _contents(path)
-    if about.get("format") != FORMAT:
+    state, about, arrays = _contents(path, model)
+    if (found := about.get("format")) != (wanted := FORMAT + _memory_kind(model)):
+        if isinstance(found, str) and found.startswith(FORMAT):
+            raise UserError(f"{path} remembers as '{found}' and this model as '{wanted}': play it on with its own")
         raise UserError(f"{path} is not a stream saved by this version of dsmr")
     own = {"model": fingerprint(model), "tokenizer": NO_TOKENISER if vocabulary is None else vocabulary.hash}
     for what, name in (("model", "model"), ("tokenizer", "tokeniser")):
@@ -94,8 +107,8 @@ def load_player(
         raise UserError(f"{path} holds {state.batch} streams, but {streams} were asked for")
     try:
         saved = Sampling(**check_fields(json.loads(about["sampling"]), Sampling, path))
-        heard = [array("i", tensors[f"tokens.{row}"].tolist()) for row in range(state.batch)]
-        generators = [torch.Generator().set_state(tensors[f"generator.{row}"]) for row in range(state.batch)]
+        heard = [array("i", arrays[f"tokens.{row}"].tolist()) for row in range(state.batch)]
+        generators = [Noise.of_state(arrays[f"generator.{row}"]) for row in range(state.batch)]
         player = Player(
             model,
             state,
@@ -108,17 +121,49 @@ def load_player(
         player.on_one_instant = check(json.loads(about["on_one_instant"]), [Natural], path)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is not a saved stream: {error}") from error
-    size = model.config.vocab_size
+    size = vocab_size(model)
     if any(not 0 <= token < size for row in heard for token in row):
         raise UserError(f"{path} is damaged: it holds tokens outside [0, {size})")
-    player.unseen, player.drawn = tensors.get("unseen"), tensors.get("drawn")
+    player.unseen, player.drawn = (_waiting(arrays.get(name), state.batch, size, path) for name in ("unseen", "drawn"))
     return player
 
 
-def _contents(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """The texts and the tensors of a file that `DSMRState.load` could read, leaving out the memories."""
-    from safetensors import safe_open
+def _memory_kind(model: Model) -> str:
+    """What the format's name adds where memories do not mean what they mean in PyTorch: scales fixed by the export."""
+    fixed = isinstance(model, ExportedModel) and model.about.memory == "int8"
+    return ", int8 with an export's scales" if fixed else ""
 
-    with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
-        names = [name for name in file.keys() if not name[0].isdigit()]  # noqa: SIM118 (not a dictionary)
-        return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+
+def _waiting(tokens: Any, streams: int, size: int, path: object) -> np.ndarray | None:
+    """Tokens that wait to be shown or played, as the file has them; `UserError` where there can be none such."""
+    if tokens is None:
+        return None
+    if tokens.shape != (streams,) or tokens.dtype != np.int64 or not 0 <= tokens.min() <= tokens.max() < size:
+        raise UserError(f"{path} is damaged: its next tokens are not {streams} of {size}")
+    return tokens
+
+
+def _contents(path: str | os.PathLike[str], model: Model) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """The state for `model` that a file holds, its texts, and its arrays beside the memories."""
+    from safetensors import SafetensorError, safe_open
+
+    about_export = model.about if isinstance(model, ExportedModel) else None
+    state: Any = None
+    if not isinstance(model, ExportedModel):
+        from dsmr.model.state import DSMRState
+
+        state = DSMRState.load(path, device=model.embedding.weight.device)
+    try:
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            names = list(file.keys())
+            about = file.metadata() or {}
+            if about_export is not None:
+                check_seal(path)
+                wanted = [name for name in names if name[0].isdigit() or name == "recent"]
+                arrays = {name: file.get_tensor(name) for name in wanted}
+                state = ExportedState.of_tensors(about_export, arrays, about)
+            return state, about, {name: file.get_tensor(name) for name in names if not name[0].isdigit()}
+    except UserError:
+        raise
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is not a saved state of this model: {error}") from error

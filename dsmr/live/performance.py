@@ -11,12 +11,12 @@ import numpy as np
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import check_apart, check_writable
-from dsmr.generation.continuation import check_memory_dtype, inputs_of, load_run, read_prompt
+from dsmr.generation.continuation import check_resumed, inputs_of, read_prompt
+from dsmr.generation.drawing import Sampling
+from dsmr.generation.engines import check_memory_dtype, load_run, resolve_precision
 from dsmr.generation.player import Limits, Player
 from dsmr.generation.recorder import Recorder
-from dsmr.generation.sampling import Sampling
 from dsmr.generation.saved_stream import load_player, save_player
-from dsmr.generation.stepping.weights import resolve_precision
 from dsmr.live.play import Performance, perform
 from dsmr.live.ports import OutputPort, listen, prompt_of
 
@@ -45,6 +45,8 @@ def play_live(
     dtype: str | None = None,
     memory_dtype: str | None = None,
     device: str = "auto",
+    engine: str = "auto",
+    threads: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Performance:
     """Play through a MIDI port until the first length is reached, or Ctrl-C; see `dsmr play --help`.
@@ -60,8 +62,9 @@ def play_live(
             check_writable(path)
     if out is not None and Path(out).suffix.lower() not in (".mid", ".midi"):
         raise UserError(f"{out} must end in .mid, as the music is written as MIDI")
-    check_memory_dtype(memory_dtype, load_state)
-    model, vocabulary = load_run(run_dir, device)
+    check_resumed(memory_dtype, load_state)
+    model, vocabulary = load_run(run_dir, device, engine=engine, threads=threads)
+    check_memory_dtype(memory_dtype or "auto", model)
     outlet = OutputPort(port, virtual)
     try:
         if load_state is not None:
@@ -76,7 +79,7 @@ def play_live(
                     say(f"{prompt}: {count:,} notes left out: {reason}")
             else:
                 heard = np.array([vocabulary.bos_id])
-            precision = resolve_precision(dtype or "auto", model)
+            precision = resolve_precision(dtype, model, "auto")
             remembering = memory_dtype or "auto"
             player = Player.begin(model, heard, sampling, vocabulary, dtype=precision, memory_dtype=remembering)
         say(f"playing to {outlet.name}, weights in {player.dtype}")

@@ -6,8 +6,8 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from dsmr.console.errors import UserError
 from dsmr.music.vocabulary import TIME_TYPES, StreamClock, Vocabulary
@@ -42,7 +42,7 @@ class Progress:
         self.on_one_instant = 0
         self._moves_time = vocabulary.of_type(*TIME_TYPES)
 
-    def allowed(self) -> Tensor:
+    def allowed(self) -> npt.NDArray[np.bool_]:
         """(V,) bool: the tokens that may come next."""
         allowed = self.grammar.allowed()
         if not self.stop_at_end:
@@ -51,7 +51,7 @@ class Progress:
             allowed &= self._moves_time
         if not allowed.any():
             raise UserError(f"nothing may follow {self.vocabulary.tokens[self.grammar.previous]} in this vocabulary")
-        return torch.from_numpy(allowed)
+        return allowed
 
     def reached(self) -> bool:
         """Whether the asked notes are complete, or no second is left."""

@@ -36,6 +36,7 @@ COMMANDS = [
     "eval",
     "generate",
     "play",
+    "export",
     "budget",
     "profile",
     "demo",

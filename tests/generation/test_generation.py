@@ -128,7 +128,7 @@ class Dice(torch.nn.Module):
 @pytest.fixture(autouse=True)
 def _plain_steps(monkeypatch):
     """The stand-in has no layers that a fast step could take apart."""
-    monkeypatch.setattr("dsmr.generation.player.stepper", lambda model, state, dtype: PlainStep(model, state))
+    monkeypatch.setattr("dsmr.generation.stepping.engine.stepper", lambda model, state, dtype: PlainStep(model, state))
 
 
 @pytest.fixture(scope="module", params=["tsd", "tsd_pedal", "midilike", "remi"])

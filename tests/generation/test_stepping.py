@@ -202,7 +202,7 @@ def test_the_captured_step_draws_what_the_plain_one_draws(sampling, monkeypatch)
     model = small_model(position="rope", recall=2)
     played = []
     for make in (captured_step, lambda model, state, precision: PlainStep(model, state)):
-        monkeypatch.setattr("dsmr.generation.player.stepper", make)
+        monkeypatch.setattr("dsmr.generation.stepping.engine.stepper", make)
         played.append(list(Player.begin(model, [3, 1, 4], sampling, variations=2).play(80)))
     assert played[0] == played[1]
     assert sampling.temperature == 0 or len({token for tokens in played[0] for token in tokens}) > 3
@@ -264,7 +264,7 @@ def test_a_replayed_graph_draws_what_the_plain_step_draws(visibility, monkeypatc
         return steps[-1]
 
     for make in (capturing, lambda model, state, precision: PlainStep(model, state)):
-        monkeypatch.setattr("dsmr.generation.player.stepper", make)
+        monkeypatch.setattr("dsmr.generation.stepping.engine.stepper", make)
         played.append(list(Player.begin(model, [3, 1, 4], Sampling(seed=1, top_p=0.9)).play(200)))
     assert steps[0].graph is not None
     assert played[0] == played[1]

@@ -163,8 +163,8 @@ def player(model, tsd, monkeypatch):
     from dsmr.music.progress import Progress
 
     honest = Progress.allowed
-    shifts = torch.from_numpy(tsd.of_type("TimeShift"))
-    step = shifts & torch.from_numpy(tsd.ticks == tsd.ticks_per_second // 20)
+    shifts = tsd.of_type("TimeShift")
+    step = shifts & (tsd.ticks == tsd.ticks_per_second // 20)
 
     def allowed(self):
         may = honest(self)

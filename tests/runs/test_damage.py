@@ -1,6 +1,7 @@
 """Not one bit of what we write changes unnoticed, and no content of any file of ours ends in a traceback."""
 
 import hashlib
+import importlib.util
 import io
 import json
 import lzma
@@ -26,6 +27,9 @@ from dsmr.console.schema import Each, Natural, Real, check
 from dsmr.console.seal import check_seal
 from dsmr.corpus.pack import pack
 from dsmr.corpus.store import Corpus
+from dsmr.export.write import export_run
+from dsmr.exported.about import About
+from dsmr.exported.model import ExportedModel
 from dsmr.generation.player import Player
 from dsmr.generation.sampling import Sampling
 from dsmr.generation.saved_stream import load_player, save_player
@@ -58,6 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     list(player.play(10))
     save_player(out / "stream", player)
     net.new_state(1, aligned=False).save(out / "state.safetensors")
+    if EXPORTS:
+        export_run(out, out / "export")
     return out
 
 
@@ -74,6 +80,13 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "corpus/tokens.bin": lambda path: Corpus.open(path / "corpus"),
     "corpus/sources.json": lambda path: Corpus.open(path / "corpus"),
 }
+
+
+EXPORTS = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))  # the extra `onnx`
+if EXPORTS:
+    READERS["export/export.json"] = lambda path: About.load(path / "export")
+    for part in ("model.onnx", "tokenizer.json"):
+        READERS[f"export/{part}"] = lambda path: ExportedModel.load(path / "export")
 
 
 @pytest.mark.slow
@@ -102,7 +115,7 @@ def test_a_file_cut_short_or_emptied_is_named(tmp_path: Path, folder: Path, name
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     whole = (copy / name).read_bytes()
     for length in (0, 1, 30, len(whole) // 2, len(whole) - 1):
-        if name.endswith(".json") and length == len(whole) - 1 and name == "tokenizer.json":
+        if name.endswith(".json") and length == len(whole) - 1 and name.endswith("tokenizer.json"):
             continue  # no more than the last line's end
         (copy / name).write_bytes(whole[:length])
         with pytest.raises(UserError, match=str(copy)):
@@ -187,7 +200,15 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "train.json", "corpus/manifest.json", "corpus/sources.json"]
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "train.json",
+        *["export/export.json"] * EXPORTS,
+        "corpus/manifest.json",
+        "corpus/sources.json",
+    ],
 )
 def test_wrong_types_are_sentences(tmp_path: Path, folder: Path, name: str) -> None:
     """As whoever wants to would write them: without a seal, or with a right one."""
