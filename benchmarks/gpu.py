@@ -179,10 +179,8 @@ def _process(
 def run(device: torch.device, steps: list[str], out: Path, dtype: str, backend: str, total: float) -> dict[str, Any]:
     """All steps; the report is written after each step and each row."""
     begin = time.monotonic()
-    report: dict[str, Any] = {
-        "machine": describe(device), "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]), "steps": [],
-        "rows": [],
-    }  # fmt: skip
+    command = f"python -m benchmarks.gpu --steps {','.join(steps)}"
+    report: dict[str, Any] = {"machine": describe(device), "command": command, "steps": [], "rows": []}
     name = slug(report["machine"]["device"])
 
     def save() -> None:
