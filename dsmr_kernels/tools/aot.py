@@ -167,7 +167,7 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
     constants |= {"BV": dim, "V_DIM": head_dim, "WHOLE_DIM": dim == head_dim, "WHOLE_V": dim == head_dim}
     constants |= {"BS": config.bm, "BR": config.bm, "BH": dim // 2, "BHV": dim // 2}
     constants["BLOCK"] = config.bm
-    rows = 1 if case.variant == "pieces" else config.bm  # of which decoding sums up the splits
+    rows = 1 if case.variant == "pieces" else max(config.bm, 1)  # of which decoding sums up the splits
     constants |= {"ROWS": rows, "AT_ONCE": max(1, SUMMED_AT_ONCE // (rows * dim)), "MOST": MOST_SPLITS}
     constants["UNROLLED"] = configs.unrolled(target.name)
     constants["UNIT"] = math.gcd(16, head_dim)  # the strides' unit for contiguous tensors

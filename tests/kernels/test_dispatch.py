@@ -157,7 +157,8 @@ def test_the_trial_of_a_bias_passes_and_sees_one_that_is_wrong(monkeypatch: pyte
     from dsmr_kernels.backends import triton
 
     def small(**options: Any) -> Case:
-        return random_case(**options | {"queries": 9, "capacity": 20, "seen": [30, 7], "horizon": 20})
+        seen = [30, 7][: options.get("batch", 2)]
+        return random_case(**options | {"queries": 9, "capacity": 20, "seen": seen, "horizon": 20})
 
     what = torch.device("cpu"), 16, torch.float16, True
     monkeypatch.setattr(trial, "random_case", small)

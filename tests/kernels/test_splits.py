@@ -91,7 +91,7 @@ def test_shares_are_taken_and_repeated_runs_give_the_same_bits(monkeypatch: pyte
     options = {"batch": 1, "heads": 2, "kv_heads": 1, "queries": 40, "seen": [57], "capacity": 40, "horizon": 40}
     case = random_case(**options, dtype=torch.float16)
     first = run(case, "triton")
-    assert len(seen) == 3
+    assert len(seen) == 6  # of each kernel: with the tile of a call, then with that of one whose tiles are shared
     assert min(seen) >= 2
     run(random_case(**options | {"queries": 7, "heads": 4}), "triton")
     for name, value in run(case, "triton").items():
