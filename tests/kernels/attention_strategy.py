@@ -38,8 +38,13 @@ def attention_calls(
     head_dims: tuple[int, ...] = (1, 8, 10),
     most_tokens: int = 40,
     most_heads: int = 6,
+    more: bool = False,
 ) -> Case:
-    """Any call: sizes, memory, visibility, pieces, ALiBi, bias, layouts; at most `most_heads` rows times heads."""
+    """Any call: sizes, memory, visibility, pieces, ALiBi, bias, layouts; at most `most_heads` rows times heads.
+
+    With `more` also a memory in int8, values of another width, offsets of the rows' own, a gradient of the
+    log-sum-exp, and gradients that nobody asks for.
+    """
     kv_heads = draw(st.integers(1, 2))
     group = draw(st.integers(1, min(3, most_heads // kv_heads)))
     batch = draw(st.integers(1, max(1, min(3, most_heads // (kv_heads * group)))))
@@ -59,6 +64,18 @@ def attention_calls(
         options["alibi_slopes"] = torch.rand(
             kv_heads * group, generator=torch.Generator().manual_seed(draw(st.integers(0, 9)))
         )
+    biased = draw(st.booleans())
+    extras: dict[str, object] = {}
+    if more:
+        extras["stored"] = draw(st.sampled_from([None, torch.int8]))
+        extras["v_head_dim"] = draw(st.none() | st.sampled_from([16, 24, 40]))
+        extras["learning"] = draw(st.sampled_from(["q", "k", "v", "qk", "kv", "qkv"])) + "b" * biased
+        extras["lse_gradient"] = extras["learning"] != "v" and draw(st.booleans())  # of v lse does not depend
+        if draw(st.booleans()):
+            most = min(length or 20, 20) - 1
+            options["segment_offset"] = torch.tensor(
+                draw(st.lists(st.integers(0, most), min_size=batch, max_size=batch))
+            )
     case = random_case(
         batch=batch,
         heads=kv_heads * group,
@@ -70,7 +87,8 @@ def attention_calls(
         seen=draw(st.none() | st.lists(st.integers(0, 70), min_size=batch, max_size=batch)),
         dtype=draw(st.sampled_from(dtypes)),
         seed=draw(st.integers(0, 1000)),
-        biased=draw(st.booleans()),
+        biased=biased,
+        **extras,
         **options,
     )
     for name in ("q", "k", "v", "grad"):
