@@ -1,5 +1,6 @@
 """With horizons that reach over everything, a model of Transformers does what it does without them."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,13 @@ def test_full_horizons_generate_what_the_model_generates(name: str) -> None:
     torch.testing.assert_close(our_logits, logits, rtol=0, atol=allowed(torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in MODELS),
+        *((name, torch.float64) for name in MODELS if name != "gpt-oss"),  # whose experts are not computed in it
+    ],
+)
 def test_full_horizons_give_the_logits_of_the_model(name: str, dtype: torch.dtype) -> None:
     """Of a whole prompt, without a cache, with one, in chunks, and behind a cache of Transformers."""
     host, model = tiny(name).to(dtype), guest(name).to(dtype)
@@ -112,6 +118,19 @@ def test_a_conversation_goes_on_with_its_cache() -> None:
     longer = torch.cat([first, prompt(6)[0]], 1)
     ours = model.generate(longer, past_key_values=cache, max_new_tokens=20, do_sample=False)
     assert torch.equal(ours, host.generate(longer, max_new_tokens=20, do_sample=False))
+
+
+def test_a_prompt_is_read_once_for_several_continuations() -> None:
+    """A copied cache is a cache of its own, in inference mode too."""
+    model = with_horizons(tiny("llama"), f"uniform(layers={LAYERS}, horizon=6)")
+    expected, _ = greedy(model, 20, 14, 9, past_key_values=DSMRCache(model.config))
+    ids, mask = prompt(14, 9)
+    cache = DSMRCache(model.config)
+    with torch.inference_mode():
+        model(ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache)
+        for own in (copy.deepcopy(cache), cache):
+            found = model.generate(ids, attention_mask=mask, past_key_values=own, max_new_tokens=20, do_sample=False)
+            assert torch.equal(found, expected)
 
 
 def test_the_schedule_is_saved_with_the_model(tmp_path: Path) -> None:

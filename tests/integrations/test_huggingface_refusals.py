@@ -1,5 +1,7 @@
 """What a memory cannot take the place of is refused in a sentence, before it gives a wrong number."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -120,9 +122,25 @@ def test_a_mask_of_the_new_tokens_alone() -> None:
 
 def test_dropout_in_training() -> None:
     model = with_horizons(tiny("llama", attention_dropout=0.1), SHORT)
-    model(IDS)
+    cache = DSMRCache(model.config)
     with pytest.raises(ValueError, match="no dropout on attention"):
-        model.train()(IDS)
+        model.train()(IDS, past_key_values=cache)
+    model.eval()(IDS, past_key_values=cache)  # nothing has happened to it
+    assert cache.get_seq_length() == IDS.shape[1]
+
+
+def test_drafts_longer_than_the_slack() -> None:
+    model = with_horizons(tiny("llama"), SHORT)
+    cache = DSMRCache(model.config)
+    model.generate(prompt(20)[0], past_key_values=cache, max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"4 tokens cannot be taken back.*slack=4\)"):
+        cache.crop(-4)
+
+
+def test_transformers_missing() -> None:
+    code = "import sys; sys.modules['transformers'] = None; import dsmr.integrations.huggingface"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "needs transformers 5.23 or newer: pip install 'dsmr[hf]'" in done.stderr.splitlines()[-1]
 
 
 def test_segments_behind_a_cache_of_transformers() -> None:

@@ -9,6 +9,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -38,6 +40,11 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, GROUPED),
     "gpt2": (GPT2LMHeadModel, GPT2Config, {"n_positions": 4096}),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, GROUPED | {"sliding_window": 12}),
+    "gpt-oss": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        GROUPED | {"sliding_window": 12, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
 }
 
 

@@ -80,7 +80,6 @@ class DSMRLayer(CacheLayerMixin):
         Returns:
             (batch, Hq, T, head_dim).
         """
-        self.offered = None
         if self.memory is None:
             self.lazy_initialization(k, v)
         memory = self.memory
@@ -232,7 +231,10 @@ _offers: WeakValueDictionary[int, DSMRLayer] = WeakValueDictionary()
 def claim(key: Tensor) -> DSMRLayer | None:
     """The layer whose cache gave out these keys, once; None = they come from elsewhere."""
     layer = _offers.pop(id(key), None)
-    return layer if layer is not None and layer.offered is key else None
+    if layer is None or layer.offered is not key:
+        return None
+    layer.offered = None
+    return layer
 
 
 def piece_starts(starts: Tensor, tokens: int) -> Tensor:
