@@ -1,6 +1,7 @@
 """With a schedule, a model of Transformers sees what the schedule says, no more, in as many bytes as it says."""
 
 import itertools
+import random
 from typing import Any
 
 import pytest
@@ -80,6 +81,35 @@ def test_a_schedule_is_a_dense_mask(name: str, segment_length: int | None) -> No
             found.append(torch.cat(pieces, 1))
     for logits in found:
         torch.testing.assert_close(logits[kept], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_rows_in_any_pieces(seed: int) -> None:
+    """Random rows, horizons, segments, cuts, slack; between the calls drafts taken back, and rows swapped and back."""
+    dice = random.Random(seed)
+    lengths = [dice.randint(1, 60) for _ in range(dice.randint(1, 4))]
+    horizons = [dice.choice((0, 1, 2, 5, 13, 70)) for _ in range(LAYERS)]
+    segment_length, slack = dice.choice((None, None, 1, 3, 8)), dice.choice((0, 1, 2, 6))
+    ids, mask = prompt(*lengths)
+    model = with_horizons(tiny("llama"), f"explicit(horizons={horizons})", segment_length=segment_length).double()
+    masks = [seen(mask, horizon, segment_length).double() for horizon in horizons]
+    cache, pieces, begin = DSMRCache(model.config, slack=slack), [], 0
+    with torch.no_grad():
+        expected = masked(tiny("llama").double(), masks)(ids, attention_mask=mask, use_cache=False).logits
+        while begin < ids.shape[1]:
+            if slack and begin >= ids.shape[1] - min(lengths):  # all texts have begun
+                draft = torch.cat([mask[:, :begin], mask.new_ones(len(lengths), slack)], 1)
+                model(ids[:, -1:].repeat(1, slack), attention_mask=draft, past_key_values=cache)
+                cache.crop(-slack)
+            swap = torch.randperm(len(lengths))
+            cache.reorder_cache(swap)
+            cache.reorder_cache(swap.argsort())
+            end = min(begin + dice.choice((1, 1, 2, 3, 16, 40)), ids.shape[1])
+            out = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache)
+            pieces.append(out.logits)
+            begin = end
+    kept = mask.bool()
+    torch.testing.assert_close(torch.cat(pieces, 1)[kept], expected[kept], rtol=0, atol=1e-12)
 
 
 def test_a_window_of_the_model_stays_its_bound() -> None:
