@@ -1,6 +1,7 @@
 """With horizons that reach over everything, a model of Transformers does what it does without them."""
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers", minversion="5.23")
 
-from tiny_models import LAYERS, MODELS, prompt, tiny, with_horizons
+from tiny_models import LAYERS, MODELS, OTHERS, other, prompt, tiny, with_horizons
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -72,6 +73,20 @@ def test_full_horizons_give_the_logits_of_the_model(name: str, dtype: torch.dtyp
     for logits in found:
         torch.testing.assert_close(logits[kept], expected, rtol=0, atol=allowed(dtype))
     assert dtype == logits.dtype
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_decoders_give_their_logits_too(name: str) -> None:
+    host, model = other(name), with_horizons(other(name), FULL)
+    ids, mask = prompt(23, 7)
+    kept, cache = mask.bool(), DSMRCache(model.config)
+    with torch.no_grad():
+        expected = host(ids, attention_mask=mask).logits[kept]
+        whole = model(ids, attention_mask=mask, use_cache=False).logits[kept]
+        cuts = itertools.pairwise((0, 15, 21, 22, 23))
+        pieces = [model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits for a, b in cuts]
+    for logits in (whole, torch.cat(pieces, 1)[kept]):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=allowed(torch.float32))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.23")
 
-from tiny_models import LAYERS, prompt, tiny, with_horizons
+from tiny_models import LAYERS, WITHOUT_INTERFACE, other, prompt, tiny, with_horizons
 from transformers import BartConfig, Gemma2Config, GPT2Config, LlamaConfig, PreTrainedModel, StaticCache
 
 from dsmr.integrations.huggingface import DSMRCache, get_schedule, set_schedule
@@ -76,6 +76,14 @@ def test_a_model_that_attends_otherwise() -> None:
     set_schedule(model, SHORT)
     with pytest.raises(RuntimeError, match=r'set_attn_implementation\("dsmr"\).*attends with "sdpa"'):
         model.generate(prompt(5)[0], past_key_values=DSMRCache(model.config), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", WITHOUT_INTERFACE)
+def test_models_whose_attention_cannot_be_exchanged(name: str) -> None:
+    """Transformers warns and leaves them as they are; their own attention would see the newest tokens alone."""
+    model = with_horizons(other(name), SHORT)
+    with pytest.raises(RuntimeError, match=r"needs model.set_attn_implementation"):
+        model(prompt(5)[0], past_key_values=DSMRCache(model.config))
 
 
 def test_keys_that_do_not_come_through() -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
@@ -46,6 +47,33 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         GROUPED | {"sliding_window": 12, "num_local_experts": 2, "num_experts_per_tok": 1},
     ),
 }
+
+WIDE: dict[str, Any] = {"intermediate_size": 48}
+OTHERS: dict[str, dict[str, Any]] = {  # by the beginning of their classes' names
+    "Gemma": GROUPED,
+    "Phi": WIDE,
+    "Phi3": WIDE,
+    "Olmo2": WIDE,
+    "Olmo3": GROUPED | {"sliding_window": 12},
+    "GPTNeoX": WIDE,
+    "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "Starcoder2": WIDE,
+    "Cohere2": GROUPED | {"sliding_window": 12},
+    "SmolLM3": WIDE,
+    "Granite": WIDE,
+    "Qwen3Moe": GROUPED | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
+    "Exaone4": GROUPED | {"sliding_window": 12},
+    "Glm4": GROUPED,
+}
+WITHOUT_INTERFACE: dict[str, dict[str, Any]] = {"Falcon": {}, "Bloom": {}, "GPTJ": {"rotary_dim": 4}}
+
+
+def other(name: str) -> PreTrainedModel:
+    """One of `OTHERS` or `WITHOUT_INTERFACE`, as `tiny`."""
+    sizes = (OTHERS | WITHOUT_INTERFACE)[name]
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{name}Config")(**SIZES | sizes)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
 def tiny(name: str, **changed: Any) -> PreTrainedModel:
