@@ -6,7 +6,9 @@ from setuptools import find_packages, setup
 
 TRITON = ['triton>=3.6; sys_platform == "linux"']
 BENCH = ["pytest>=8", "pytest-benchmark>=5"]
-PEERS = ["x-transformers>=2.3", "transformers>=4.50"]
+# Horizons in models of Hugging Face Transformers: 5.23 is the first to ask layers for their own windows.
+HF = ["transformers>=5.23"]
+PEERS = ["x-transformers>=2.3", *HF]
 PLAY = ["mido>=1.3", "python-rtmidi>=1.5"]
 # Playing an exported model, and making one. `GroupQueryAttention` over int8 memories is of ONNX Runtime 1.32.
 ONNX = ["onnxruntime>=1.32", "onnx>=1.17"]
@@ -31,11 +33,14 @@ setup(
         "play": PLAY,
         # Models that play without PyTorch: `dsmr export`, and what plays them (docs/onnx.md).
         "onnx": ONNX,
+        # Memory horizons in models of Hugging Face Transformers (docs/huggingface.md).
+        "hf": HF,
         # The peers that ours is measured against; where they are missing, their rows are skipped.
         "bench": [*BENCH, *PEERS, *ONNX, "matplotlib>=3.8"],
         "dev": [
             *BENCH,
             *ONNX,
+            *HF,
             "hypothesis>=6",
             "mido>=1.3",
             "pytest-xdist>=3",
