@@ -58,6 +58,11 @@ class Buffers:
         self.sizes.append(inner.numel())
         return middle.view(inner.shape)
 
+    def like(self, x: torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+        """Stands in for `torch.empty_like`."""
+        assert memory_format == torch.contiguous_format
+        return self(x.shape, dtype=x.dtype, device=x.device)
+
     def assert_untouched(self) -> None:
         """Fail if anything was written outside a buffer."""
         for storage in self.storages:
@@ -70,5 +75,6 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
     found, and lie between guard bands, which are looked at in the end."""
     buffers = Buffers()
     monkeypatch.setattr("dsmr_kernels.backends.triton.training.torch.empty", buffers)
+    monkeypatch.setattr("dsmr_kernels.backends.triton.training.torch.empty_like", buffers.like)
     yield buffers
     buffers.assert_untouched()
