@@ -42,7 +42,8 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
             try:
                 yield True
             finally:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a system that keeps open files: the next one takes it over
+                    path.unlink(missing_ok=True)
             return
 
 

@@ -98,7 +98,7 @@ def prepare_midi(
         raise UserError(f"{root} holds no MIDI file ({kinds}){first}")
     tasks = [midi_task(path, name_below(path, root), None) for path in found]
     with _alone(Path(out), tokenizer, _name_of(root), overwrite):
-        return run(tasks, Path(out), tokenizer, jobs, _name_of(root), fractions, overwrite, progress, passed)
+        return run(tasks, Path(out), tokenizer, jobs, _name_of(root), fractions, progress, passed)
 
 
 def _name_of(folder: Path) -> str:
@@ -148,7 +148,7 @@ def prepare_maestro(
         def judge(report: PrepareReport) -> list[str]:
             return maestro.compare(listing, report) + maestro.provenance(Path(source))
 
-        return run(tasks, output, tokenizer, jobs, MAESTRO, FRACTIONS, overwrite, progress, missing, judge)
+        return run(tasks, output, tokenizer, jobs, MAESTRO, FRACTIONS, progress, missing, judge)
 
 
 def prepare_composed(
@@ -179,7 +179,7 @@ def prepare_composed(
         Task(f"composed-{seed}-{i:05d}", names[i], seed=seed * 1_000_000 + i, minutes=minutes) for i in range(pieces)
     ]
     with _alone(Path(out), tokenizer, f"composed (seed {seed})", overwrite):
-        return run(tasks, Path(out), tokenizer, jobs, f"composed (seed {seed})", splits, overwrite, progress)
+        return run(tasks, Path(out), tokenizer, jobs, f"composed (seed {seed})", splits, progress)
 
 
 def midi_task(path: Path, source: str, split: str | None) -> Task:
@@ -221,10 +221,13 @@ def check_output(out: Path, vocabulary: Vocabulary, name: str, overwrite: bool) 
             )
 
 
-def _alone(out: Path, tokenizer: str, name: str, overwrite: bool) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def _alone(out: Path, tokenizer: str, name: str, overwrite: bool) -> Iterator[None]:
     """Work in `out` as the only prepare; `UserError` if it holds anything else or another one is at work there."""
-    check_output(out, vocabulary_of(tokenizer), name, overwrite)
-    return alone_in(out, "another prepare is at work")
+    check_output(out, vocabulary_of(tokenizer), name, overwrite)  # before a folder is made
+    with alone_in(out, "another prepare is at work"):
+        check_output(out, vocabulary_of(tokenizer), name, overwrite)  # what another one has made meanwhile
+        yield
 
 
 def run(
@@ -234,7 +237,6 @@ def run(
     jobs: int | None,
     name: str,
     fractions: Sequence[float],
-    overwrite: bool = False,
     progress: bool = True,
     skipped: Sequence[tuple[str, str]] = (),
     judge: Any = None,

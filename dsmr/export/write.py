@@ -124,7 +124,12 @@ def _check_options(weights: str, memory_dtype: str, portable: bool, calibrate: S
 
 
 def check_model(model: DSMRModel, portable: bool) -> None:
-    """`UserError` for a model that ONNX Runtime's operators do not serve."""
+    """`UserError` for a model that an export cannot play right."""
+    if not model.config.schedule.newest:
+        raise UserError(
+            "an export remembers the newest tokens of each layer, and this model's schedule keeps others (retention): "
+            "play it with PyTorch"
+        )
     if not portable and model.config.head_dim % HEAD_STEP:
         raise UserError(
             f"ONNX Runtime's attention takes heads of a multiple of {HEAD_STEP} channels, and this model's head_dim is "

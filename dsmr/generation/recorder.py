@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import heapq
 import os
 import struct
@@ -74,8 +75,8 @@ class Recorder:
 
     The file is a MIDI file of format 1, and each of its tracks holds what begins in a stretch of the music. A track
     whose notes have ended is never written again: a writing costs the same after an hour as after a minute, and memory
-    does not grow. The tracks in progress are written, to the file's end, by one call, which a killed process has either
-    made or not; a new track is written before the header counts it.
+    does not grow. The tracks in progress are written, to the file's end, by one call, for which room is taken before it;
+    a new track is written before the header counts it.
 
     Args:
         every: seconds between two writings, so that a long piece is not written for every note.
@@ -119,7 +120,8 @@ class Recorder:
     def save(self, force: bool = False) -> None:
         """Write the file if it is time to; notes that still sound in it end when the last event does.
 
-        Raises `UserError` if it cannot be written; what was written before stays.
+        Raises `UserError` if it cannot be written, or if another program has put another file in its place or taken it
+        away; what was written before stays.
         """
         now = time.monotonic()
         if not force and now - self._saved_at < self.every:
@@ -131,6 +133,7 @@ class Recorder:
                 head = b"MThd" + struct.pack(">IHHH", 6, 1, self._tracks, TICKS_PER_QUARTER)
                 with atomic_path(self.path) as temporary:  # whatever was there before stays until this is whole
                     temporary.write_bytes(head + tail)
+                self._file = os.stat(self.path)
             else:
                 self._patch(tail, force or now - self._synced_at >= SYNCED)
         except OSError as error:
@@ -145,9 +148,12 @@ class Recorder:
 
     def _patch(self, tail: bytes, sync: bool) -> None:
         with open(self.path, "rb+", buffering=0) as file:
+            found = os.fstat(file.fileno())
+            if not os.path.samestat(found, self._file) or found.st_size != self._length:
+                raise UserError(f"{os.fspath(self.path)} was changed by another program while it was written")
+            _take_room(file.fileno(), self._length, self._begin + len(tail))
             file.seek(self._begin)
-            if file.write(tail) != len(tail):  # the disk filled up within it: say so, by the error of the next byte
-                file.write(tail[-1:])
+            file.write(tail)
             if self._begin + len(tail) < self._length:
                 file.truncate(self._begin + len(tail))
             if self._tracks != self._counted:
@@ -155,3 +161,18 @@ class Recorder:
                 file.write(struct.pack(">H", self._tracks))
             if sync:
                 os.fsync(file.fileno())
+
+
+def _take_room(handle: int, length: int, wanted: int) -> None:
+    """Make a file as long as it is going to be, or raise `OSError` and leave it as it was: nothing that is there may be
+    written over before there is room for all that comes in its place."""
+    if wanted <= length:
+        return
+    try:
+        written = os.pwrite(handle, bytes(wanted - length), length)
+    except OSError:
+        os.ftruncate(handle, length)
+        raise
+    if written < wanted - length:
+        os.ftruncate(handle, length)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -3,7 +3,7 @@
 The file (safetensors) holds the recurrent state, every stream's tokens so far, what was drawn and not yet played, and
 the random generators; beside them, as text, which model and tokeniser it belongs to and how it was playing. "Exactly"
 holds for the same machine, engine, number of threads and weight precision: sums are rounded in their order. A model in
-PyTorch and an export of it read each other's files, save where an export remembers in int8.
+PyTorch and an export of it read each other's files where both remember in float32.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ def load_player(
     Raises `UserError` in one sentence for a file that is not one, or of another model, tokeniser or number of
     `streams`.
     """
+    if dtype is not None:
+        dtype = resolve_precision(dtype, model)
     state, about, arrays = _contents(path, model)
     if (found := about.get("format")) != (wanted := FORMAT + _memory_kind(model)):
         if isinstance(found, str) and found.startswith(FORMAT):

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("miditok")
 
 from dsmr.composer.compose import compose
+from dsmr.console.errors import UserError
 from dsmr.generation.recorder import Recorder, variable_length
 from dsmr.music.pianoroll import score_notes
 from dsmr.music.sounding import OFF, ON, PEDAL, Event, Sounding
@@ -175,3 +176,50 @@ def test_a_file_is_not_written_for_every_note(tmp_path):
     assert (tmp_path / "a.mid").read_bytes() == first
     recorder.save(force=True)
     assert len(score_notes(read_midi(tmp_path / "a.mid"))) == 2
+
+
+def test_a_file_that_another_program_changed_is_left_alone(tmp_path):
+    ways = {
+        "taken away": lambda path: path.unlink(),
+        "replaced": lambda path: Recorder(path, every=0.0).save(force=True),
+        "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    }
+    for number, change in enumerate(ways.values()):
+        path = tmp_path / f"{number}.mid"
+        recorder = Recorder(path, every=0.0)
+        recorder.add([Event(0.0, ON, 60, 64), Event(1.0, OFF, 60)], 0.0)
+        recorder.save()
+        change(path)
+        before = path.read_bytes() if path.exists() else None
+        recorder.add([Event(2.0, ON, 60, 64), Event(3.0, OFF, 60)], 2.0)
+        with pytest.raises(UserError, match=r"\.mid: no such file|was changed by another program while it was written"):
+            recorder.save()
+        assert (path.read_bytes() if path.exists() else None) == before
+
+
+FULL = """
+import os, resource, signal, sys
+from dsmr.console.errors import UserError
+from dsmr.generation.recorder import Recorder
+from dsmr.music.sounding import OFF, ON, Event
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+recorder = Recorder(sys.argv[1], every=0.0)
+def play(first):
+    for note in range(first, first + 60):
+        recorder.add([Event(0.1 * note, ON, 60, 64), Event(0.1 * note + 0.05, OFF, 60)], 0.1 * note)
+    recorder.save()
+play(0)
+limit = os.path.getsize(sys.argv[1]) + 40
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    play(60)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_what_was_written(tmp_path):
+    path = tmp_path / "a.mid"
+    ended = subprocess.run([sys.executable, "-c", FULL, str(path)], capture_output=True, text=True)
+    assert ended.stdout.startswith(f"cannot write {path}: "), ended.stderr
+    assert len(score_notes(read_midi(path))) == 60
