@@ -131,6 +131,7 @@ def memory_attention(
         by_age = visibility != "segment" or alibi_slopes is not None or distance_bias is not None
         border.check_set(memory, horizon, by_age)
         border.check_one_segment(memory, k, segment_length, segment_offset)
+        border.check_place(memory, horizon, segment_offset)
     live = isinstance(memory, KVMemory) and memory.capacity > 0
     if live:
         assert isinstance(memory, KVMemory)

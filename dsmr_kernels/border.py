@@ -142,6 +142,19 @@ def check_one_segment(memory: Ring, k: Tensor, segment_length: int | None, segme
         )
 
 
+def check_place(memory: Ring, horizon: int, segment_offset: int | Tensor) -> None:
+    """That a call sees all of a set and the tokens of the segment in progress, which stand beside it."""
+    if not memory.room or isinstance(memory.seen, Tensor) or isinstance(segment_offset, Tensor):
+        return
+    begun = memory.seen % memory.room
+    if horizon + segment_offset < memory.kept + begun:
+        raise ValueError(
+            f"a memory with retention {memory.retention!r} keeps {memory.kept} tokens and holds {begun} of the segment "
+            f"in progress, not all of which a horizon of {horizon} sees from token {segment_offset} of a segment: give "
+            f"segment_offset={begun}"
+        )
+
+
 def check_room(memory: Ring, new: int = 0) -> None:
     """That a set can take `new` tokens that see one another before any of them has to give way."""
     left = memory.room

@@ -74,6 +74,8 @@ class KVMemory(Ring):
             memory.crop(2)
     """
 
+    _chosen: int | None = None  # how many tokens a set had seen when it last chose from a segment that was over
+
     def __init__(
         self,
         k: Tensor,
@@ -152,7 +154,7 @@ class KVMemory(Ring):
                 )
         shape = (batch, kv_heads, capacity)
         scales = [torch.zeros(shape, dtype=torch.float32, device=device) for _ in range(2 * (dtype == torch.int8))]
-        return cls(
+        made = cls(
             torch.zeros((*shape, head_dim), dtype=dtype, device=device),
             torch.zeros((*shape, v_head_dim), dtype=dtype, device=device),
             torch.zeros(batch, dtype=torch.int32, device=device),
@@ -160,6 +162,8 @@ class KVMemory(Ring):
             *scales,
             **empty_set(batch, capacity, retention, room, seed, device),
         )
+        made._chosen = 0  # there is nothing to choose from
+        return made
 
     def __copy__(self) -> "KVMemory":
         return self.clone()  # two memories over one storage would overwrite each other's slots
@@ -283,7 +287,12 @@ class KVMemory(Ring):
         """Have a set choose from the segment that is over, if one is, as the next append would."""
         if self.mark is None or self.room == 0 or self._filled() > 0:
             return
+        looked = self._filled() == 0  # not in a graph, which is not to be compiled for every number of tokens
+        if looked and self._chosen == self.seen:
+            return
         self.unshare()
+        if looked:
+            self._chosen = self.seen  # type: ignore[assignment]  # not a tensor: those are not looked at
         choose: Callable[..., None] = settle_operator if torch.compiler.is_compiling() else settle
         with torch.no_grad():
             scales = (self.k_scale, self.v_scale)
@@ -301,6 +310,7 @@ class KVMemory(Ring):
                 f"rows must be a boolean mask of shape ({self.batch},), got {rows.dtype} of shape {tuple(rows.shape)}"
             )
         self.unshare()
+        self._chosen = 0 if rows is None else self._chosen
         with torch.no_grad():
             for counter in (self.length, self.position, self.settled):
                 if counter is not None:

@@ -53,7 +53,7 @@ def _compare(device: torch.device, head_dim: int, dtype: torch.dtype, biased: bo
         raise ValueError(f"backend 'triton' cannot serve these inputs: {reason}")
     shared = random_case(
         batch=1, heads=4, kv_heads=1, queries=200, capacity=1500, seen=[1600], horizon=1500, head_dim=head_dim,
-        dtype=dtype,
+        dtype=dtype, biased=biased,
     ).to(device=device)  # fmt: skip
     for one in (case, shared):
         exact = one.to(torch.float64).computed_by(reference.memory_attention)

@@ -75,8 +75,8 @@ class Recorder:
 
     The file is a MIDI file of format 1, and each of its tracks holds what begins in a stretch of the music. A track
     whose notes have ended is never written again: a writing costs the same after an hour as after a minute, and memory
-    does not grow. The tracks in progress are written, to the file's end, by one call, for which room is taken before it;
-    a new track is written before the header counts it.
+    does not grow. The tracks in progress are written, to the file's end, by one call, for which room was made before; a
+    new track is written before the header counts it.
 
     Args:
         every: seconds between two writings, so that a long piece is not written for every note.

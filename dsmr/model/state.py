@@ -122,7 +122,9 @@ class DSMRState:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and integers only; the tensors are the state's own, not copies."""
         layers = [memory.tensors() for memory in self.memories]
-        return {"layers": layers, "recent": self.recent, "offset": self.offset, "aligned": self.aligned}
+        state = {"layers": layers, "recent": self.recent, "offset": self.offset, "aligned": self.aligned}
+        rooms = [memory.room for memory in self.memories]
+        return state | ({"rooms": rooms} if any(rooms) else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, in place.
@@ -144,6 +146,8 @@ class DSMRState:
                         f"layer {layer} of the saved state holds {name} as {found.dtype} {tuple(found.shape)}, "
                         f"this one {wanted.dtype} {tuple(wanted.shape)}"
                     )
+        if state.get("rooms", rooms := [memory.room for memory in memories]) != rooms:
+            raise ValueError(f"the saved state has room for segments of {state['rooms']} tokens, this one for {rooms}")
         if state["recent"].shape != self.recent.shape:
             raise ValueError(
                 f"the saved state holds recent tokens of shape {tuple(state['recent'].shape)}, "
@@ -155,7 +159,7 @@ class DSMRState:
             memory.unshare()
             for name, current in memory.tensors().items():
                 setattr(memory, name, saved[name].to(current.device, copy=True))
-            memory.seen = self.offset
+            memory.seen, memory._chosen = self.offset, None
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save` writes: tensors by name, and the numbers beside them."""

@@ -297,7 +297,8 @@ class DSMRModel(nn.Module):
                 "use new_state(..., aligned=False) for calls of any size"
             )
         parts = self._parts(tokens.shape[1], state.offset)
-        x = torch.cat([self._read(tokens[:, part], state, _within(piece_start, part)) for part in parts], 1)
+        read = [self._read(tokens[:, part], state, _within(piece_start, part)) for part in parts]
+        x = read[0] if len(read) == 1 else torch.cat(read, 1)
         logits = self.head(self.norm(x))
         loss = None
         if targets is not None:

@@ -161,11 +161,13 @@ def compile_kernel(case: Case, config: "Config | None" = None) -> Compiled:
     function = getattr(importlib.import_module(f"dsmr_kernels.backends.triton.{module}"), name)
     given = VARIANTS[case.variant]
     entry = configs.named(case.kernel, given["QUANTISED"], given["HAS_BIAS"])
+    if given["SPLIT"] and case.kernel in ("forward", "dq", "dkv"):
+        entry += "_split"
     config = config or configs.from_table(entry, target.name, head_dim, getattr(torch, case.dtype))
     dim = configs.padded(head_dim)
     constants: dict[str, Any] = {"BM": config.bm, "BN": config.bn, "BD": dim, "HEAD_DIM": head_dim}
     constants |= {"BV": dim, "V_DIM": head_dim, "WHOLE_DIM": dim == head_dim, "WHOLE_V": dim == head_dim}
-    constants |= {"BS": config.bm, "BR": config.bm, "BH": dim // 2, "BHV": dim // 2}
+    constants |= {"BR": config.bm, "BH": dim // 2, "BHV": dim // 2}
     constants["BLOCK"] = config.bm
     rows = 1 if case.variant == "pieces" else max(config.bm, 1)  # of which decoding sums up the splits
     constants |= {"ROWS": rows, "AT_ONCE": max(1, SUMMED_AT_ONCE // (rows * dim)), "MOST": MOST_SPLITS}

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_memories import BACKENDS
+from torch.utils.checkpoint import checkpoint
 
 from dsmr_kernels import KVMemory, append_rotated, decode_attention, memory_attention
 from dsmr_kernels.retention import hashed
@@ -420,3 +421,39 @@ def test_what_a_set_cannot_do_is_a_sentence(retention: str) -> None:
             KVMemory.empty(2, HEADS, 5, DIM, **options)
     with pytest.raises(ValueError, match=r"seed must be an integer or int64 of shape \(batch,\)"):
         KVMemory.empty(2, HEADS, 5, DIM, retention="random", seed=torch.ones(3))
+
+
+@pytest.mark.parametrize("length", [4, None])
+def test_a_place_in_the_segment_that_leaves_tokens_out_is_refused(length: int | None) -> None:
+    memory = KVMemory.empty(1, 1, 8, 16, retention="uniform", room=4)
+    memory.append(torch.randn(1, 1, 6, 16), torch.randn(1, 1, 6, 16))
+    q = torch.randn(1, 1, 1, 16)
+    options = {"horizon": 4, "segment_length": length, "return_lse": True}
+    with pytest.raises(ValueError, match=r"keeps 4 tokens and holds 2 of the segment .* give segment_offset=2"):
+        memory_attention(torch.zeros_like(q), q, q, memory, **options)
+    _, lse = memory_attention(torch.zeros_like(q), q, q, memory, segment_offset=2, **options)
+    assert float(lse.exp()) == pytest.approx(7)  # four kept, two of the segment, and itself
+
+
+def test_a_set_that_has_chosen_is_read_without_copying_it() -> None:
+    memory = KVMemory.empty(1, 1, 8, 16, retention="uniform", room=4)
+    assert memory.snapshot().k.data_ptr() == memory.k.data_ptr()  # nothing to choose from
+    for _ in range(3):
+        memory.append(torch.randn(1, 1, 4, 16), torch.randn(1, 1, 4, 16))
+        first = memory.snapshot()
+        assert memory.snapshot().k.data_ptr() == first.k.data_ptr() == memory.k.data_ptr()
+
+
+def test_a_fresh_set_may_be_read_again_by_a_recomputation() -> None:
+    q, k, v = (torch.randn(1, 1, 3, 16, requires_grad=True) for _ in range(3))
+    found = []
+    for wrapped in (False, True):
+        memory = KVMemory.empty(1, 1, 8, 16, retention="random", room=4)
+
+        def attend(q, k, v, memory=memory):
+            return memory_attention(q, k, v, memory, horizon=4, segment_length=4)
+
+        out = checkpoint(attend, q, k, v, use_reentrant=False) if wrapped else attend(q, k, v)
+        found.append(torch.autograd.grad(out.sum(), (q, k, v)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

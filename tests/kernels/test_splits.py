@@ -1,5 +1,6 @@
 """Small grids of the training call, whose tiles several programs share: against the oracle, and bit for bit."""
 
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -192,3 +193,12 @@ class TestOnGpu:
             graph.replay()
             for result, value in captured.items():
                 assert torch.equal(value, first[result])
+
+
+def test_no_shared_tile_has_128_queries_and_four_warps() -> None:
+    """Such lost keys on an H100: see `configs`."""
+    for part, kernel, head_dim in itertools.product(configs.TABLE, ("forward", "dq"), (16, 24, 32, 64, 80, 128, 256)):
+        if not part.startswith("gfx"):
+            for name in (kernel, f"{kernel}_int8", f"{kernel}_biased", f"{kernel}_int8_biased"):
+                tile = configs.from_table(f"{name}_split", part, head_dim, torch.bfloat16)
+                assert tile.bm < 128 or tile.warps >= 8, (part, name, head_dim)

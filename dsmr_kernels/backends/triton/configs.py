@@ -89,10 +89,12 @@ _AMPERE: Sizes = {
         "dq_biased": Config(32, 32, 8, 1),
     },
 }
-_AMPERE[32] = {**_AMPERE[64], "forward": Config(128, 64, 4, 2)}  # with eight warps the compiler keeps to 128 registers
-_AMPERE[16] = {**_AMPERE[64], "dq": Config(128, 64, 4, 2, 255)}  # likewise, on the youngest of the parts that use it
-# Measured on an H100 (docs/kernels.md): four warps with tiles of 64 queries, of which several programs share a
-# multiprocessor, beat eight warps by a quarter to three quarters up to head_dim 64, and a third stage does at 128.
+# With eight warps the compiler keeps to 128 registers.
+_AMPERE[32] = {**_AMPERE[64], "forward": Config(128, 64, 4, 2)}
+# Likewise, on the youngest of the parts that use it.
+_AMPERE[16] = {**_AMPERE[64], "dq": Config(128, 64, 4, 2, 255)}
+# Measured on an H100 (docs/kernels.md): four warps, of which several programs share a multiprocessor, beat eight by a
+# quarter to three quarters up to head_dim 64, and a third stage does at 128.
 _HOPPER: Sizes = {
     64: {
         "forward": Config(128, 64, 4, 3, may_spill=64),  # 1.06 of the fastest clean one's speed, 1.5 of 128 x 128's
@@ -100,8 +102,6 @@ _HOPPER: Sizes = {
         "dkv": Config(64, 64, 4, 2, may_spill=192),  # 1.1 to 1.2 of the speed of 128 keys with eight warps
         "forward_int8": Config(64, 64, 4, 3),
         "dq_int8": Config(64, 64, 4, 3),
-        # Where programs share a tile, 128 queries with four warps lost keys on an H100 under Triton 3.6, though the PTX
-        # is right on the virtual GPU; with eight warps, or 64 queries, they agree there.
         "forward_split": Config(128, 64, 8, 3),
         "forward_int8_split": Config(128, 64, 8, 2),
         "dq_split": Config(128, 64, 8, 2),
@@ -317,7 +317,11 @@ def named(kernel: str, quantised: bool = False, biased: bool = False) -> str:
 
 
 def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
-    """The table's configuration of a kernel."""
+    """The table's configuration of a kernel.
+
+    Where programs share a tile, 128 queries with four warps lost keys on an H100 under Triton 3.6, though the PTX is
+    right on the virtual GPU; with eight warps, or 64 queries, they agree there: such a tile has eight.
+    """
     if kernel in TOGETHER:
         return _TOGETHER[kernel]
     if kernel in BY_DISTANCE:
@@ -328,7 +332,8 @@ def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype
     sizes = (FLOAT32_TABLE if dtype == torch.float32 else TABLE)[family(architecture)]
     entry = sizes.get(padded(head_dim), sizes[64])
     if kernel.endswith("_split"):
-        return entry.get(kernel) or from_table(kernel.removesuffix("_split"), architecture, head_dim, dtype)
+        tile = entry.get(kernel) or from_table(kernel.removesuffix("_split"), architecture, head_dim, dtype)
+        return replace(tile, warps=8) if tile.bm >= 128 and tile.warps < 8 and architecture.startswith("sm_") else tile
     if kernel != plain:
         narrower = entry.get(f"{kernel}_padded") if padded(head_dim) != head_dim else None
         return narrower or entry.get(kernel) or from_table(plain, architecture, head_dim, dtype)
