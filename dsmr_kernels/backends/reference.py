@@ -109,10 +109,11 @@ def decode_attention(
     bias: Tensor | None,
     buckets: Tensor | None,
     scale: float,
+    work: torch.dtype | None = None,
 ) -> Tensor:
-    """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
+    """See `dsmr_kernels.decode_attention`; arguments are taken as checked, `work` is as in `memory_attention`."""
     new, group = q.shape[2], q.shape[1] // memory.kv_heads
-    work = _work_dtype(q)
+    work = work or _work_dtype(q)
     keys, values, held = memory.ordered()
     kw, vw = (x.to(work).repeat_interleave(group, 1) for x in (keys, values))
     j = torch.arange(-memory.capacity, 0, device=q.device)
