@@ -159,6 +159,7 @@ def decoding(module: ModuleType, q: Tensor, memory: Ring, *rest: Any, out: Tenso
     if not _due(module, q, *map(_kind, (q, memory, *rest[:-1]))):
         return
     visible, alibi, sinks, bias, buckets, scale = rest
+    decode: Callable[..., Tensor] = reference.decode_attention
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         for rows, heads, kv in _corners(q, memory.kv_heads):
             of_heads = [None if x is None else x[heads] for x in (alibi, sinks, bias)]
@@ -169,8 +170,8 @@ def decoding(module: ModuleType, q: Tensor, memory: Ring, *rest: Any, out: Tenso
                 buckets,
                 scale,
             )
-            exact = {"out": reference.decode_attention(q[rows, heads].double(), *given)}
-            plain = {"out": reference.decode_attention(q[rows, heads], *given, q.dtype)}
+            exact = {"out": decode(q[rows, heads].double(), *given)}
+            plain = {"out": decode(q[rows, heads], *given, work=q.dtype)}
             who = f"backend {_name(module)!r}, decode_attention"
             hold(who, {"out": out[rows, heads]}, plain, exact, q.dtype)
 

@@ -165,9 +165,17 @@ def moved(s, move, distance, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
+def nan_of(k_scale, v_scale):
+    """The scales of keys [BN], and NaN for those whose values' scales are: where a value is no number the score is
+    none, and a mask over the scores keeps it from whoever does not see it."""
+    return tl.where(v_scale == v_scale, k_scale, v_scale)
+
+
+@triton.jit
 def shares(scale):
     """Scales [BN] as shares of the largest of them, and that one: what is rounded to sixteen bits does not underflow,
-    however small the scales are."""
+    however small the scales are. Of one that is NaN the scores know already (`nan_of`), and the share is 0."""
+    scale = tl.where(scale == scale, scale, 0.0)
     largest = tl.max(scale, 0)
     return scale / tl.where(largest > 0, largest, 1.0), largest
 
