@@ -19,7 +19,7 @@ from dsmr_kernels.backends.triton import configs
 from dsmr_kernels.backends.triton.arrivals import MOST_COUNTERS, arrives_last, launch_counting
 from dsmr_kernels.backends.triton.configs import choose, named, padded
 from dsmr_kernels.backends.triton.launch import LOG2E, Launch, architecture, as_rows, processors
-from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows, nan_of, shares, softmax_step
+from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows, nan_of, numbers_of, shares, softmax_step
 from dsmr_kernels.ring import Ring
 
 
@@ -56,7 +56,7 @@ def _decode_block(
     w, shrink, top, total = softmax_step(s, top, total, scale_log2, False)  # [BM, BN]
     acc = acc * shrink[:, None]
     if QUANTISED:
-        share, largest = shares(v_scale)
+        share, largest = shares(numbers_of(v_scale))
         acc += tl.dot((w * share[None, :]).to(q.dtype), v.to(q.dtype), input_precision=PRECISION) * largest
     else:
         acc = tl.dot(w.to(v.dtype), v, acc, input_precision=PRECISION)

@@ -172,10 +172,15 @@ def nan_of(k_scale, v_scale):
 
 
 @triton.jit
+def numbers_of(scale):
+    """Scales [BN] with 0 for those that are NaN, of which the scores know (`nan_of`)."""
+    return tl.where(scale == scale, scale, 0.0)
+
+
+@triton.jit
 def shares(scale):
     """Scales [BN] as shares of the largest of them, and that one: what is rounded to sixteen bits does not underflow,
-    however small the scales are. Of one that is NaN the scores know already (`nan_of`), and the share is 0."""
-    scale = tl.where(scale == scale, scale, 0.0)
+    however small the scales are."""
     largest = tl.max(scale, 0)
     return scale / tl.where(largest > 0, largest, 1.0), largest
 
