@@ -73,6 +73,7 @@ def test_a_signal_has_the_same_code_in_every_verb(verb, number, run, piece, tmp_
     monkeypatch.setattr("dsmr.live.performance.OutputPort", lambda *given: SilentPort())
     out = tmp_path / "on.mid"
     arguments = [verb, run, "--prompt", piece, "--tokens", 400, "--out", out, "--seed", 4, "--device", "cpu"]
+    arguments += ["--look-ahead", 1000] if verb == "play" else []  # else it would wait for the music to sound
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 128 + number, result.output
     assert result.stderr.strip().splitlines()[-1].startswith("dsmr: interrupted; ")
