@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dsmr_kernels import border
+from dsmr_kernels import border, watch
 from dsmr_kernels.dispatch import choose
 from dsmr_kernels.memory import KVMemory, MemorySnapshot, may_look
 from dsmr_kernels.ring import Ring
@@ -167,6 +167,8 @@ def memory_attention(
     )
     chosen = choose(q, backend, v_head_dim=v.shape[3], biased=distance_bias is not None)
     out, lse = chosen.memory_attention(inputs)
+    if watch.every:
+        watch.attention(chosen, inputs, out, lse)
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
     return (out, lse.to(torch.float32)) if return_lse else out
@@ -232,9 +234,12 @@ def decode_attention(
     q, scale = border.scaled(q, scale)
     chosen = choose(q, backend, v_head_dim=memory.v_head_dim, biased=distance_bias is not None)
     learned = (None if x is None else x.detach() for x in (sinks, distance_bias))
-    return chosen.decode_attention(
-        border.rows(q), _readable(memory), visible, alibi_slopes, *learned, distance_buckets, scale
-    )
+    q, ring = border.rows(q), _readable(memory)
+    rest = (visible, alibi_slopes, *learned, distance_buckets, scale)
+    out: Tensor = chosen.decode_attention(q, ring, *rest)
+    if watch.every:
+        watch.decoding(chosen, q, ring, *rest, out=out)
+    return out
 
 
 def append_rotated(

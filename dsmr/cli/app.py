@@ -1,8 +1,8 @@
 """The `dsmr` program, put together of its commands.
 
 Each command only reads its arguments, calls the function that does the work, and prints what it returns. What the user
-can mend ends in one sentence on stderr and exit code 1; wrong usage in 2; Ctrl-C in 130. `DSMR_DEBUG=1` shows the
-traceback instead.
+can mend ends in one sentence on stderr and exit code 1; wrong usage in 2; a signal in 128 + its number. `DSMR_DEBUG=1`
+shows the traceback instead.
 """
 
 import typer

@@ -26,7 +26,7 @@ from dsmr.cli.options import (
     TopP,
     sampling_of,
 )
-from dsmr.console.terminal import command, console, fail
+from dsmr.console.terminal import command, console, interrupted
 
 if TYPE_CHECKING:
     from dsmr.generation.continuation import Continuation
@@ -94,9 +94,14 @@ def generate(
                     f"{played.tokens_a_second:,.0f} tokens/s, {played.times_real_time:.1f} × real time"
                 )
 
+        unread: list[OSError] = []  # what ended the printing, which does not end the playing
+
         def say(row: int, event: "Event") -> None:
-            if event.kind == ON:
-                print(f"{row + 1}: {_line(event, 0)}" if variations > 1 else _line(event, 0), flush=True)
+            if event.kind == ON and not unread:
+                try:
+                    print(f"{row + 1}: {_line(event, 0)}" if variations > 1 else _line(event, 0), flush=True)
+                except OSError as error:
+                    unread.append(error)
 
         done = continue_variations(
             run,
@@ -120,6 +125,8 @@ def generate(
             on_progress=show,
             on_event=say if stream else None,
         )
+    if unread:
+        raise unread[0]
     print_to = console()
     for reason, count in done[0].left_out.items():
         print_to.print(f"{prompt}: {count:,} notes left out: {reason}", soft_wrap=True)
@@ -129,8 +136,8 @@ def generate(
         print_to.print(_realtime(done[0]), soft_wrap=True)
     if save_state is not None:
         print_to.print(f"{save_state}: the stream, to be played on with --load-state", soft_wrap=True)
-    if done[0].interrupted:
-        fail("interrupted; what was played until then is written", 130)
+    if done[0].signal is not None:
+        interrupted(done[0].signal, "what was played until then is written")
 
 
 def _report(done: "Continuation") -> str:

@@ -26,7 +26,7 @@ from dsmr.cli.options import (
     sampling_of,
 )
 from dsmr.console.errors import UserError
-from dsmr.console.terminal import command, console, fail
+from dsmr.console.terminal import command, console, interrupted
 
 
 @command
@@ -115,5 +115,5 @@ def play(
         f"{done.seconds:.1f} s played ({done.notes:,} notes, {done.tokens:,} tokens), under-runs: {done.under_runs}",
         soft_wrap=True,
     )
-    if done.interrupted:
-        fail("interrupted; every note is ended", 130)
+    if done.signal is not None:
+        interrupted(done.signal, "every note is ended")

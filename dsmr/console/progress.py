@@ -1,5 +1,9 @@
-"""How a long job tells what it is doing: one live line on a terminal, now and then a plain line elsewhere."""
+"""How a long job tells what it is doing: one live line on a terminal, now and then a plain line elsewhere.
 
+A line that cannot be written (a terminal that was closed, a pipe that nobody reads) ends no job: it is not shown.
+"""
+
+import contextlib
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -32,7 +36,8 @@ class ProgressLine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._live.__exit__(kind, error, trace)
+            with contextlib.suppress(OSError):
+                self._live.__exit__(kind, error, trace)
             self._live = None
 
     def update(self, line: str) -> None:
@@ -40,14 +45,16 @@ class ProgressLine:
         if self._live is not None:
             from rich.text import Text
 
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+            with contextlib.suppress(OSError):
+                self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
         elif time.monotonic() - self._said_at >= self.every:
             self.say(line)
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
         self._said_at = time.monotonic()
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

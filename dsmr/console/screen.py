@@ -4,7 +4,7 @@ Imported when something is printed, because rich takes its time.
 """
 
 from collections.abc import Iterable
-from typing import IO
+from typing import IO, NoReturn
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import TextColumn
@@ -18,6 +18,11 @@ class Screen(Console):
 
     def __init__(self, *, stderr: bool = False, width: int | None = None, file: IO[str] | None = None) -> None:
         super().__init__(stderr=stderr, width=width, file=file, markup=False, emoji=False, highlight=False)
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Called where nobody reads any more. Rich would end the program with code 1, in the middle of its work."""
+        del self._buffer[:]
+        raise  # the BrokenPipeError that rich is handling
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """As rich does it; what rich itself writes to move the cursor stands in segments of their own."""

@@ -1,5 +1,10 @@
-"""Ctrl-C, SIGTERM and the closing of a terminal as a wish to stop, which a long job grants between two steps."""
+"""Ctrl-C, SIGTERM and the closing of a terminal as a wish to stop, which a long job grants between two steps.
 
+A program that a signal ended leaves with 128 + the signal's number, whatever it was doing: 130 after Ctrl-C, 143 after
+SIGTERM, 129 after SIGHUP.
+"""
+
+import os
 import signal as signals
 import threading
 from collections.abc import Iterator
@@ -20,6 +25,37 @@ class Stop:
     def name(self) -> str:
         """The signal's name, such as "SIGINT"; "nothing" if none came."""
         return "nothing" if self.signal is None else signals.Signals(self.signal).name
+
+
+class Interruption(KeyboardInterrupt):
+    """A signal ended the job: Ctrl-C's exception, which knows what other signal it was."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signals.Signals(number).name)
+        self.signal = number
+
+
+def signal_of(error: KeyboardInterrupt) -> int:
+    """The number of the signal behind `error`; Python's own exception is SIGINT's."""
+    return error.signal if isinstance(error, Interruption) else int(signals.SIGINT)
+
+
+def raise_when_signalled() -> None:
+    """From now on every one of `WISHES` raises in the main thread, as Ctrl-C does, so that files begun are put away.
+
+    What is ignored stays so, and so does SIGINT, for which Python does this itself. A forked child dies of the signal.
+    """
+    parent = os.getpid()
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != parent:
+            signals.signal(number, signals.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise Interruption(number)
+
+    for number in WISHES:
+        if signals.getsignal(number) is signals.SIG_DFL:
+            signals.signal(number, leave)
 
 
 class StoppedError(Exception):

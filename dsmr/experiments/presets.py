@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from dsmr.console.errors import UserError
 from dsmr.console.words import nearest
-from dsmr.model.schedule import MemorySchedule
+from dsmr.model.schedule import MOST_LAYERS, MOST_TOKENS, MemorySchedule
 from dsmr.model.transformer import DSMRConfig
 
 RETENTION = "retention"
@@ -45,6 +45,10 @@ class Size:
         for name in ("layers", "n_heads", "head_dim", "few_heads"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, but it is {getattr(self, name)}")
+        if self.layers > MOST_LAYERS:
+            raise UserError(f"layers must be at most {MOST_LAYERS:,}, but they are {self.layers}")
+        if self.length > MOST_TOKENS:
+            raise UserError(f"length must be at most {MOST_TOKENS:,} tokens, but it is {self.length}")
         if not 0 <= self.short <= self.length:
             raise UserError(f"short must lie between 0 and the length {self.length}, but it is {self.short}")
         if not 0 <= self.n_long <= self.layers:

@@ -1,22 +1,26 @@
 """Continue a piece with a trained model: the start of a MIDI file in; the whole, the continuation and a picture out.
 
-Whatever ends the playing early (numbers that are not finite, Ctrl-C), what has been played until then is written.
+Whatever ends the playing early (numbers that are not finite, Ctrl-C), what has been played until then is written: the
+music first, then the saved stream, then the pictures, each of them whether or not the others could be.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import check_apart, check_writable
-from dsmr.console.stopping import graceful_stop
+from dsmr.console.results import Results
+from dsmr.console.stopping import Interruption, graceful_stop, signal_of
 from dsmr.exported.about import FILES
 from dsmr.generation.engines import RUN_FILES, check_memory_dtype, load_run, resolve_precision
 from dsmr.generation.player import Limits, Player, Sampling, may_stop
@@ -64,7 +68,12 @@ class Continuation:
     played: Played
     state_bytes: int
     precision: str  # of the weights
-    interrupted: bool  # Ctrl-C or SIGTERM ended it before the asked length
+    signal: int | None = None  # the number of the one that ended it before the asked length: Ctrl-C, SIGTERM, SIGHUP
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal ended it before the asked length."""
+        return self.signal is not None
 
 
 class Take:
@@ -95,8 +104,13 @@ class Take:
         notes = self.played.notes + bool(self.vocabulary.is_note[token])
         self.played = Played(len(self.made), notes, seconds, elapsed, behind)
         if self.recorder is not None and self.played.notes:
-            self.recorder.save()
+            with contextlib.suppress(UserError):  # a disk that is full now; it tries again, and the whole comes last
+                self.recorder.save()
         return events
+
+    def score(self) -> Pieces:
+        """What is to be written, without a note that is unfinished."""
+        return Pieces(self.prompt, whole_notes(np.array(self.made, dtype=np.int64), self.vocabulary), self.vocabulary)
 
 
 def continue_piece(
@@ -150,7 +164,8 @@ def continue_variations(
         on_event: told of every event (variation from 0, event) as it is made.
 
     Raises `UserError` if the run, the prompt or the state cannot be used, or if the prompt is shorter than asked for.
-    What has been played until then is written, whatever ends the playing.
+    What has been played until then is written, whatever ends the playing; where one of the files cannot be, the others
+    are, and the `UserError` says which.
     """
     out = Path(out)
     if seconds is None and notes is None and tokens is None:
@@ -195,23 +210,46 @@ def continue_variations(
     trouble = play(player, takes, Limits(seconds, notes), tokens, stop_at_end, on_progress, on_event)
     if trouble is not None and not any(take.played.notes for take in takes):
         raise trouble
-    if save_state is not None and not isinstance(trouble, UserError):
-        save_player(save_state, player)
-    done = [
+    scores, results = [take.score() for take in takes], Results()
+    for one, score in zip(outs, scores, strict=True):
+        score.write_music(one, results)
+    if save_state is not None:
+        _save_stream(save_state, player, trouble, results)
+    for one, score in zip(outs, scores, strict=True):
+        results.write(output_paths(one)[2], partial(score.draw, one))
+    if trouble is not None and not isinstance(trouble, KeyboardInterrupt):
+        _fail(trouble, f"the {takes[0].played.seconds:.1f} s played until then are in {outs[0]}", results)
+    results.check()
+    return [
         Continuation(
-            *write_pieces(one, take.prompt, whole_notes(np.array(take.made, dtype=np.int64), vocabulary), vocabulary),
+            *output_paths(one),
+            prompt_seconds=score.join,
+            prompt_notes=score.prompt_notes,
             left_out=left_out,
             played=take.played,
             state_bytes=player.state.nbytes,
             precision=player.dtype,
-            interrupted=trouble is not None,
+            signal=signal_of(trouble) if isinstance(trouble, KeyboardInterrupt) else None,
         )
-        for one, take in zip(outs, takes, strict=True)
+        for one, take, score in zip(outs, takes, scores, strict=True)
     ]
+
+
+def _save_stream(path: str | os.PathLike[str], player: Player, trouble: BaseException | None, results: Results) -> None:
+    """Keep the stream, unless the playing broke off within a step, which leaves nothing to go on from."""
+    if trouble is None or isinstance(trouble, Interruption):
+        results.write(path, partial(save_player, path, player))
+    else:
+        results.fail(path, f"{path} is not written, because the playing broke off within a step")
+
+
+def _fail(trouble: BaseException, played: str, results: Results) -> NoReturn:
+    """Raise what ended the playing, with what has become of the music."""
+    said = results.sentence or played
     if isinstance(trouble, UserError):
-        until = takes[0].played.seconds
-        raise UserError(f"{trouble}; the {until:.1f} s played until then are in {outs[0]}") from trouble
-    return done
+        raise UserError(f"{trouble}; {said}") from trouble
+    trouble.add_note(said)
+    raise trouble
 
 
 def check_resumed(memory_dtype: str | None, load_state: str | os.PathLike[str] | None) -> None:
@@ -238,7 +276,8 @@ def play(
     on_progress: Callable[[Played], None] | None = None,
     on_event: Callable[[int, Event], None] | None = None,
 ) -> BaseException | None:
-    """Play until the streams end or there is trouble, which is returned; Ctrl-C and SIGTERM are trouble."""
+    """Play until the streams end or there is trouble, which is returned: signals (`Interruption` between two tokens)
+    and whatever was raised."""
     try:
         with graceful_stop() as stop:
             for tokens in player.play(max_tokens, limits, stop_at_end):
@@ -249,8 +288,8 @@ def play(
                 if on_progress is not None:
                     on_progress(takes[0].played)
                 if stop.signal is not None:
-                    return KeyboardInterrupt(stop.name)
-    except (UserError, KeyboardInterrupt) as error:
+                    return Interruption(stop.signal)
+    except (Exception, KeyboardInterrupt) as error:
         return error
     return None
 
@@ -290,31 +329,37 @@ def whole_notes(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     return tokens[:length]
 
 
-def write_pieces(
-    out: Path, prompt: np.ndarray, made: np.ndarray, vocabulary: Vocabulary
-) -> tuple[Path, Path, Path, float, int]:
-    """Write the whole, the continuation alone, and the picture; their paths, the prompt's seconds and its notes."""
-    beginning = decode(prompt, vocabulary)
-    whole = decode(np.concatenate([prompt, made]), vocabulary)
-    join = float(vocabulary.clock(prompt)[-1])
-    if "NoteOff" in vocabulary.type_names:
-        let_go(whole, float(vocabulary.clock(np.concatenate([prompt, made]))[-1]) + RING_ON)
-    alone = without(whole, beginning, round(join * whole.ticks_per_quarter * 2))
-    paths = output_paths(out)
-    for score, path in ((whole, paths[0]), (alone, paths[1])):
-        write_midi(path, score)
-    # Durations come from the whole: with MIDILike a note of the prompt may end in the continuation.
-    everything, given = score_notes(whole), score_notes(beginning)
-    starts = {(note["onset"], note["pitch"]) for note in given}
-    is_prompt = np.array([(note["onset"], note["pitch"]) in starts for note in everything], dtype=bool)
-    draw_pianoroll(
-        paths[2],
-        everything[is_prompt],
-        continuation=everything[~is_prompt],
-        continuation_from=join,
-        title=f"{out.stem}: the prompt, continued",
-    )
-    return (*paths, join, int(vocabulary.count_notes(prompt)))
+class Pieces:
+    """The whole, the continuation alone, and the picture, before they are written."""
+
+    def __init__(self, prompt: np.ndarray, made: np.ndarray, vocabulary: Vocabulary) -> None:
+        self.beginning = decode(prompt, vocabulary)
+        self.whole = decode(np.concatenate([prompt, made]), vocabulary)
+        self.join = float(vocabulary.clock(prompt)[-1])
+        self.prompt_notes = int(vocabulary.count_notes(prompt))
+        if "NoteOff" in vocabulary.type_names:
+            let_go(self.whole, float(vocabulary.clock(np.concatenate([prompt, made]))[-1]) + RING_ON)
+
+    def write_music(self, out: Path, results: Results) -> None:
+        """The whole and the continuation alone, as MIDI."""
+        whole, alone, _ = output_paths(out)
+        cut = without(self.whole, self.beginning, round(self.join * self.whole.ticks_per_quarter * 2))
+        results.write(whole, partial(write_midi, whole, self.whole))
+        results.write(alone, partial(write_midi, alone, cut))
+
+    def draw(self, out: Path) -> None:
+        """The piano roll."""
+        # Durations come from the whole: with MIDILike a note of the prompt may end in the continuation.
+        everything, given = score_notes(self.whole), score_notes(self.beginning)
+        starts = {(note["onset"], note["pitch"]) for note in given}
+        is_prompt = np.array([(note["onset"], note["pitch"]) in starts for note in everything], dtype=bool)
+        draw_pianoroll(
+            output_paths(out)[2],
+            everything[is_prompt],
+            continuation=everything[~is_prompt],
+            continuation_from=self.join,
+            title=f"{out.stem}: the prompt, continued",
+        )
 
 
 def let_go(score: Any, seconds: float) -> None:

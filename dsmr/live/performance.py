@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import check_apart, check_writable
+from dsmr.console.results import Results
 from dsmr.generation.continuation import check_resumed, inputs_of, read_prompt
 from dsmr.generation.drawing import Sampling
 from dsmr.generation.engines import check_memory_dtype, load_run, resolve_precision
@@ -51,7 +53,8 @@ def play_live(
 ) -> Performance:
     """Play through a MIDI port until the first length is reached, or Ctrl-C; see `dsmr play --help`.
 
-    Raises `UserError` in one sentence for what cannot be: everything is checked before the first note.
+    Raises `UserError` in one sentence for what cannot be: everything is checked before the first note. The recording
+    and the saved stream are written each on its own; the sentence says which of them could not be.
     """
     for name, value in (("seconds", seconds), ("notes", notes), ("tokens", tokens), ("listen", listen_seconds)):
         if value is not None and not value > 0:
@@ -92,8 +95,14 @@ def play_live(
             look_ahead=look_ahead,
             recorder=None if out is None else Recorder(out),
         )
+        results = Results()
+        if out is not None and done.unrecorded is not None:
+            results.fail(out, str(done.unrecorded))
+        elif out is not None and done.notes:
+            results.written.append(Path(out))
         if save_state is not None:
-            save_player(save_state, player)
+            results.write(save_state, partial(save_player, save_state, player))
+        results.check()
         return done
     finally:
         outlet.close()

@@ -7,6 +7,7 @@ under-run is counted. Whatever ends the playing, every note that sounds is ended
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import threading
 import time
@@ -187,7 +188,12 @@ class Performance:
     notes: int
     seconds: float
     under_runs: int
-    interrupted: bool
+    signal: int | None = None  # the number of the one that ended it: Ctrl-C, SIGTERM, SIGHUP
+    unrecorded: UserError | None = None  # why the recorder's file is not whole
+
+    @property
+    def interrupted(self) -> bool:
+        return self.signal is not None
 
 
 def perform(
@@ -207,6 +213,8 @@ def perform(
         look_ahead: seconds of music that are made before they sound; what the model may fall behind unnoticed.
         recorder: keeps what is played in a MIDI file.
         on_event: told of every event as it is made.
+
+    A recording that cannot be written does not end the playing: it is tried again, and at last told.
 
     Raises `UserError` if the port or the model fails; what was played until then is in the recorder's file.
     """
@@ -233,7 +241,8 @@ def perform(
                 if recorder is not None:
                     recorder.add([_later(event, -began) for event in events], sounding.clock.seconds - began)
                     if notes:
-                        recorder.save()
+                        with contextlib.suppress(UserError):
+                            recorder.save()
                 for event in events:
                     if on_event is not None:
                         on_event(event)
@@ -247,10 +256,23 @@ def perform(
             else:
                 outlet.push(sounding.release(sounding.clock.seconds), sounding.clock.seconds)
                 outlet.finish(stopped)
-            return Performance(tokens, notes, sounding.clock.seconds - began, outlet.schedule.under_runs, stopped())
-    finally:
-        if recorder is not None and notes:
+        unrecorded = _keep(recorder if notes else None)
+    except BaseException as error:
+        if (unrecorded := _keep(recorder if notes else None)) is not None and isinstance(error, Exception):
+            raise UserError(f"{error}; {unrecorded}") from error
+        raise
+    seconds = sounding.clock.seconds - began
+    return Performance(tokens, notes, seconds, outlet.schedule.under_runs, stop.signal, unrecorded)
+
+
+def _keep(recorder: Recorder | None) -> UserError | None:
+    """Write the recording to its end; why it could not be, if so."""
+    try:
+        if recorder is not None:
             recorder.save(force=True)
+    except UserError as error:
+        return error
+    return None
 
 
 def _tokens(playing: Iterator[list[int | None]]) -> Iterator[int]:

@@ -5,6 +5,7 @@ tokens -> embedding -> [ x + attention(norm(x), memory) -> x + ffn(norm(x)) ] * 
 
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,12 +24,19 @@ from dsmr.console.seal import check_seal
 from dsmr.model.attention import DSMRAttention, check_retention
 from dsmr.model.positions import POSITIONS, Rotary, token_positions
 from dsmr.model.recall import Recall
-from dsmr.model.schedule import MemorySchedule
+from dsmr.model.schedule import MOST_TOKENS, MemorySchedule
 from dsmr.model.state import DSMRState
 from dsmr_kernels import KVMemory, MemorySnapshot
 from dsmr_kernels.visibility import VISIBILITIES
 
 FEED_FORWARDS = ("gelu", "swiglu")
+MOST = {
+    **{"vocab_size": 2**24, "d_model": 2**20, "n_heads": 2**20, "d_ff": 2**24, "recall": 2**16},
+    "segment_length": MOST_TOKENS,
+}
+"""Beyond any model, so that what is counted still fits in 64 bits."""
+MOST_PARAMETERS = 2**40
+SMALL = 2**22  # parameters whose memory is not worth a look at the file first
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,15 @@ class DSMRConfig:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         if isinstance(self.recall, bool) or not isinstance(self.recall, int) or self.recall < 0:
             raise ValueError(f"recall must be an integer >= 0, got {self.recall!r}")
-        if not self.rope_base > 0:
-            raise ValueError(f"rope_base must be above 0, got {self.rope_base}")
-        if not self.init_std >= 0:
-            raise ValueError(f"init_std must not be negative, got {self.init_std}")
+        if not 0 < self.rope_base < math.inf:
+            raise ValueError(f"rope_base must be above 0 and finite, got {self.rope_base}")
+        if not 0 <= self.init_std < math.inf:
+            raise ValueError(f"init_std must not be negative, nor infinite, got {self.init_std}")
         if self.d_ff is not None and self.d_ff < 1:
             raise ValueError(f"d_ff must be >= 1, got {self.d_ff}")
+        for name, most in MOST.items():
+            if (getattr(self, name) or 0) > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
         for name, known in (("visibility", VISIBILITIES), ("position", POSITIONS), ("ffn", FEED_FORWARDS)):
@@ -90,12 +101,30 @@ class DSMRConfig:
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model must be a multiple of n_heads, got {self.d_model} and {self.n_heads}")
         self.schedule.heads(self.n_heads)
+        if self.parameters > MOST_PARAMETERS:
+            raise ValueError(f"a model has at most {MOST_PARAMETERS:,} parameters, and this has {self.parameters:,}")
         for retention, horizon in zip(self.schedule.retention, self.schedule.horizons, strict=True):
             check_retention(retention, horizon, self.visibility, self.position)
 
     @property
     def head_dim(self) -> int:
         return self.d_model // self.n_heads
+
+    @property
+    def inner(self) -> int:
+        """Inner width of the feed-forward layers."""
+        return self.d_ff or (8 * self.d_model // 3 if self.ffn == "swiglu" else 4 * self.d_model)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that a model of this configuration learns."""
+        width, layers = self.d_model, self.schedule.layers
+        kv_heads = sum(self.schedule.heads(self.n_heads))
+        attention = 2 * layers * width**2 + 2 * kv_heads * self.head_dim * width
+        feed_forward = layers * width * self.inner * (3 if self.ffn == "swiglu" else 2)
+        tables = self.vocab_size * width * (1 if self.tie_embeddings else 2)
+        labels = self.recall * width**2 + width if self.recall else 0
+        return attention + feed_forward + tables + labels + (2 * layers + 1) * width
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json holds it."""
@@ -127,9 +156,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: DSMRConfig) -> None:
         super().__init__()
         gated = config.ffn == "swiglu"
-        inner = config.d_ff or (8 * config.d_model // 3 if gated else 4 * config.d_model)
-        self.up = nn.Linear(config.d_model, inner * (2 if gated else 1), bias=False)
-        self.down = nn.Linear(inner, config.d_model, bias=False)
+        self.up = nn.Linear(config.d_model, config.inner * (2 if gated else 1), bias=False)
+        self.down = nn.Linear(config.inner, config.d_model, bias=False)
         self.gated = gated
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,6 +217,22 @@ def _within(piece_start: Tensor | None, part: slice) -> Tensor | None:
     if piece_start is None or part.start == 0:
         return piece_start if piece_start is None else piece_start[:, part]
     return piece_start[:, part] - part.start
+
+
+def _check_held(config: DSMRConfig, path: Path) -> None:
+    """`UserError` if `path` holds far fewer numbers than such a model has: said before memory is taken for it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            held = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return  # reading it says what is wrong with it
+    if config.parameters > max(2 * held, SMALL):  # else the names and shapes are compared, which says more
+        raise UserError(
+            f"{path} does not fit its config.json: that is a model of {config.parameters:,} parameters, and {held:,} "
+            "are there"
+        )
 
 
 class DSMRModel(nn.Module):
@@ -363,7 +407,9 @@ class DSMRModel(nn.Module):
         try:
             if isinstance(values, dict):
                 check_fields(values, DSMRConfig, Path(directory) / "config.json")
-            model = cls(DSMRConfig.from_dict(values))
+            config = DSMRConfig.from_dict(values)
+            _check_held(config, path)
+            model = cls(config)
         except (ValueError, TypeError, AttributeError, RuntimeError, MemoryError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise

@@ -21,6 +21,9 @@ WHOLE = (
     *("eval_every", "eval_tokens", "save_every"),
 )
 """Settings that count something, so that they are at least 1."""
+MOST = {"batch_size": 2**20, "segments_per_step": 2**20, "threads": 2**12}
+"""Beyond any machine; for what counts otherwise and is not told of a model, see `MOST_COUNTED`."""
+MOST_COUNTED = 2**53
 DEFAULT_EPOCHS = 10.0
 WARM_SHARE = 0.03
 """The part of a run in which the learning rate rises, where `warmup` does not say otherwise."""
@@ -90,6 +93,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, but it is {value}")
+            if value is not None and value > (most := MOST.get(name, MOST_COUNTED)):
+                raise UserError(f"{name} must be at most {most:,}, but it is {value}")
         for name in ("epochs", "minutes", "lr", "save_minutes", "rope_base"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

@@ -1,6 +1,7 @@
 """The oracle: attention as the definitions say it, with the mask written out; any device, any dtype, any derivative.
 
-Slow and simple on purpose. Every other backend is tested against this one, in float64.
+Slow and simple on purpose. Every other backend is tested against this one, in float64. A token whose value is not
+finite makes NaN of what sees it, and of nothing else.
 """
 
 import torch
@@ -34,6 +35,13 @@ first_computation.register_autograd(lambda ctx, grad: grad)
 
 def _work_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
+
+
+def _marked(scores: Tensor, values: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (..., n, m) that are NaN where a value (..., m, D) is seen that is not finite, and zeros for such values:
+    a weight of 0 would not silence them where they are not seen."""
+    broken = ~values.isfinite().all(-1)
+    return scores.masked_fill(broken.unsqueeze(-2) & seen, torch.nan), values.masked_fill(broken.unsqueeze(-1), 0.0)
 
 
 def _moved(
@@ -90,7 +98,7 @@ def memory_attention(inputs: Inputs, work: torch.dtype | None = None) -> tuple[T
     if spec.detach_segments:
         scores = torch.where(own, scores, qw @ kw.detach().mT)
     scores = _moved(scores * spec.scale, p[:, None] - j, inputs.alibi, inputs.bias, inputs.buckets)
-    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    scores, vw = _marked(scores.masked_fill(~seen[:, None], -torch.inf), vw, seen[:, None])
     weights = scores.softmax(-1)
     if spec.detach_segments:
         out = (weights * own) @ vw + (weights * ~own) @ vw.detach()
@@ -109,10 +117,11 @@ def decode_attention(
     bias: Tensor | None,
     buckets: Tensor | None,
     scale: float,
+    work: torch.dtype | None = None,
 ) -> Tensor:
-    """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
+    """See `dsmr_kernels.decode_attention`; arguments are taken as checked, `work` is as in `memory_attention`."""
     new, group = q.shape[2], q.shape[1] // memory.kv_heads
-    work = _work_dtype(q)
+    work = work or _work_dtype(q)
     keys, values, held = memory.ordered()
     kw, vw = (x.to(work).repeat_interleave(group, 1) for x in (keys, values))
     j = torch.arange(-memory.capacity, 0, device=q.device)
@@ -120,7 +129,7 @@ def decode_attention(
     oldest = -(memory.length if visible is None else visible).to(torch.int64)[:, None, None]
     seen = (j >= oldest) & (j <= p[:, None]) & held[:, None, :]  # [B, n, C]
     scores = _moved((q.to(work) @ kw.mT) * scale, p[:, None] - j, alibi_slopes, bias, buckets)
-    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    scores, vw = _marked(scores.masked_fill(~seen[:, None], -torch.inf), vw, seen[:, None])
     if sinks is not None:  # one more key, without a value
         logits = sinks.to(work).view(-1, 1, 1).expand(*scores.shape[:3], 1)
         return (torch.cat([scores, logits], -1).softmax(-1)[..., :-1] @ vw).to(q.dtype)

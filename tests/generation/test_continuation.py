@@ -356,3 +356,63 @@ def test_nothing_that_is_read_is_written_over(run_directory, piece, tmp_path):
             play_live(run_directory, prompt=piece, tokens=5, **options)
     assert piece.read_bytes() == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.mid"]
+
+
+# --- results that cannot be written take no other with them ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", ["kept.stream", "on.mid", "on-continuation.mid", "on.png"])
+def test_a_result_that_cannot_be_written_takes_no_other_with_it(lost, run_directory, piece, tmp_path):
+    """The place of one is taken while the music is played: as late as a disk fills up."""
+    folder, kept = tmp_path / "there", tmp_path / "there" / "kept.stream"
+    names = ["on.mid", "on-continuation.mid", "kept.stream", "on.png"]
+
+    def take_its_place(played):
+        if played.tokens == 30:
+            (folder / lost / "in the way").mkdir(parents=True)
+
+    options = {"prompt_seconds": 3.0, "tokens": 40, "sampling": Sampling(seed=4), "save_state": kept}
+    with pytest.raises(UserError) as said:
+        continue_piece(run_directory, piece, folder / "on.mid", on_progress=take_its_place, **options)
+    text = str(said.value)
+    assert text.startswith(f"cannot write {folder / lost}: ")
+    assert f"; not written: {folder / lost}; written: " in text
+    for name in names:
+        assert (folder / name).is_file() == (name != lost)
+        assert (str(folder / name) in text.partition("; written: ")[2]) == (name != lost)
+
+
+def test_trouble_says_that_the_stream_is_not_kept_and_unknown_trouble_keeps_the_music(
+    run_directory, piece, tmp_path, monkeypatch
+):
+    honest, calls = Step.__call__, []
+
+    def step(self, tokens):
+        calls.append(tokens)
+        if len(calls) > 60:
+            raise failure
+        return honest(self, tokens)
+
+    monkeypatch.setattr(Step, "__call__", step)
+    options = {"prompt_seconds": 3.0, "tokens": 500, "sampling": Sampling(seed=4), "save_state": tmp_path / "kept"}
+    for failure in (UserError("broken weights"), ZeroDivisionError("of nobody's making"), MemoryError()):
+        calls.clear()
+        out = tmp_path / type(failure).__name__ / "on.mid"
+        with pytest.raises(type(failure)) as said:
+            continue_piece(run_directory, piece, out, **options)
+        words = str(said.value) + " ".join(getattr(said.value, "__notes__", []))
+        assert "kept is not written, because the playing broke off" in words
+        assert len(notes_of(out)) > 5
+        assert not (tmp_path / "kept").exists()
+
+
+def test_a_growing_file_outlives_a_disk_that_is_full_for_a_while(run_directory, piece, tmp_path, monkeypatch):
+    from dsmr.generation.recorder import Recorder
+
+    def full(self, force=False):
+        raise UserError("no space left on device")
+
+    monkeypatch.setattr(Recorder, "save", full)
+    options = {"prompt_seconds": 3.0, "tokens": 40, "sampling": Sampling(seed=4), "growing": True}
+    assert continue_piece(run_directory, piece, tmp_path / "on.mid", **options).played.tokens == 40
+    assert len(notes_of(tmp_path / "on.mid")) > 5

@@ -216,6 +216,29 @@ def test_interrupting_ends_every_note_and_keeps_what_was_played(number, player, 
     assert (tmp_path / "played.mid").stat().st_size > 40
 
 
+def test_a_recording_that_cannot_be_written_ends_no_playing_and_loses_no_stream(
+    player, model, tsd, tmp_path, monkeypatch
+):
+    from dsmr.live import performance
+
+    port, kept, way = MemoryPort(), tmp_path / "kept.stream", tmp_path / "played.mid" / "in the way"
+    monkeypatch.setattr(performance, "load_run", lambda *given, **options: (model, tsd))
+    monkeypatch.setattr(performance, "OutputPort", lambda *given: port)
+    options = {"tokens": 20, "look_ahead": 0.1, "sampling": Sampling(seed=1), "dtype": "float32", "save_state": kept}
+    with pytest.raises(UserError) as said:
+        performance.play_live(
+            tmp_path / "run", out=tmp_path / "played.mid", say=lambda line: way.mkdir(parents=True), **options
+        )
+    assert f"not written: {tmp_path / 'played.mid'}; written: {kept}" in str(said.value)
+    assert kept.is_file()
+    assert len(port.sent) > 5
+    assert port.sounding == set()
+    monkeypatch.setattr(performance, "save_player", lambda path, player: (_ for _ in ()).throw(UserError("disk full")))
+    with pytest.raises(UserError, match=r"disk full; not written: .*kept\.stream; written: .*again\.mid"):
+        performance.play_live(tmp_path / "run", out=tmp_path / "again.mid", say=lambda line: None, **options)
+    assert (tmp_path / "again.mid").is_file()
+
+
 def test_a_port_that_goes_away_is_a_sentence_and_nothing_played_is_lost(player, tmp_path):
     port = MemoryPort(breaks_at=12)
     with pytest.raises(UserError, match="took no more notes: unplugged"):

@@ -181,3 +181,42 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write .*model\.safetensors"):
         DSMRModel(config()).save_pretrained(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "absurd",
+    [
+        {"schedule": "uniform(layers=10000, horizon=8)"},
+        {"schedule": "uniform(layers=1000000000, horizon=8)"},
+        *({name: 2**exponent} for name in ("d_model", "n_heads") for exponent in (18, 20, 40, 62)),
+        *({name: 2**exponent} for name in ("vocab_size", "d_ff", "recall") for exponent in (24, 31, 62)),
+        {"segment_length": 2**62},
+        {"rope_base": 1e-320, "d_model": 2**20, "d_ff": 2**24},
+    ],
+    ids=str,
+)
+def test_an_absurd_configuration_is_refused_before_memory_is_taken(
+    absurd: dict[str, Any], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = saved / "config.json"
+    values = json.loads(described.read_text())
+    del values["seal"]
+    described.write_text(json.dumps(values | absurd))
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda *given, **options: pytest.fail("memory was taken"))
+    with pytest.raises(UserError, match=r"config\.json"):
+        DSMRModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("schedule", ["uniform(layers=3, horizon=8)", "fhcr(layers=2, length=8, kv_heads=2)"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("more", [{}, {"ffn": "swiglu"}, {"d_ff": 24}, {"recall": 3}], ids=str)
+def test_the_parameters_are_counted_without_making_them(schedule: str, tied: bool, more: dict[str, Any]) -> None:
+    described = DSMRConfig(29, schedule, d_model=16, n_heads=4, tie_embeddings=tied, **more)
+    assert described.parameters == sum(one.numel() for one in DSMRModel(described).parameters())
+
+
+def test_a_model_beyond_any_machine_is_a_sentence() -> None:
+    with pytest.raises(ValueError, match="at most 1,099,511,627,776 parameters"):
+        DSMRConfig(29, "uniform(layers=10000, horizon=8)", d_model=2**17)
+    with pytest.raises(ValueError, match="rope_base must be above 0 and finite"):
+        DSMRConfig(29, "uniform(layers=2, horizon=8)", rope_base=float("inf"))

@@ -166,11 +166,15 @@ def _masked(
     if learned is not None and buckets is not None:
         columns = buckets[distance.clamp(0, buckets.shape[0] - 1)]
         bias = bias + learned.to(wide)[:, columns].transpose(0, 1).unflatten(1, (kv_heads, group))
+    k, v = held_values(memory, age, work)
+    # A NaN would outlive both a score of minus infinity and a weight of 0: it is given to those who see it alone.
+    broken = ~(k.isfinite().all(-1) & v.isfinite().all(-1))  # [B, Hkv, C]
+    k, v = (x.masked_fill(broken.unsqueeze(-1), 0.0) for x in (k, v))
+    bias = bias.masked_fill(broken[:, :, None, None] & seen[:, None, None], torch.nan)
     # Grouped heads share their keys: a group's queries are stacked, [B, Hkv, G * n, D]. PyTorch's kernel keeps the
     # scores in float32 whatever the dtype of q.
     bias = bias.expand(-1, -1, group, -1, -1).flatten(2, 3)
     grouped = q.to(work).reshape(batch, kv_heads, group * new, dim)
-    k, v = held_values(memory, age, work)
     if sinks is not None:  # one more key, of zeros, that has its logit for a score and zeros for a value
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
         logits = sinks.to(wide).view(1, kv_heads, group, 1).expand(batch, -1, -1, new).reshape(batch, kv_heads, -1, 1)

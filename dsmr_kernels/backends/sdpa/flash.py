@@ -1,6 +1,8 @@
 """PyTorch's flash kernel, over each source apart, merged by log-sum-exp; a call's forward by it: over memory, earlier
 tokens and the run itself."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,8 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """One source. q (b, Hq, n, D), k and v (b, Hkv, s, D) -> out (b, Hq, n, D), lse (b, Hq, n)."""
     assert _FLASH is not None
+    if k.shape[2] == 1 and not math.isfinite(k.sum().item()):
+        return _one_key(q, k, v, scale)
     queries, group = q.shape[2], q.shape[1] // k.shape[1]
     if group == 1:
         return _FLASH(q, k, v, 0.0, causal, scale=scale)
@@ -38,6 +42,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
     return torch.stack([out for out, _ in parts], 2).flatten(1, 2), torch.stack([lse for _, lse in parts], 2).flatten(
         1, 2
     )
+
+
+def _one_key(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`attend` to one key, whose score the kernel would take for a masked one if it is NaN."""
+    grouped = q.unflatten(1, (k.shape[1], -1))  # [b, Hkv, G, n, D]
+    lse = (grouped * k.unsqueeze(2)).sum(-1) * scale
+    out = v.unsqueeze(2) + (lse * 0.0).unsqueeze(-1)
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2).float()
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ are held at a time; memory and call are multiplied apart and never concatenated.
 import torch
 from torch import Tensor
 
+from dsmr_kernels.backends.sdpa.finite import marked
 from dsmr_kernels.ring import Ring
 from dsmr_kernels.spec import Gradients, Inputs, Needs
 from dsmr_kernels.visibility import lowest_visible, segment_of
@@ -35,12 +36,12 @@ class Masked:
         self.work = torch.float32 if q.dtype == torch.float16 and q.device.type == "cpu" else q.dtype
         self.wide = torch.promote_types(self.work, torch.float32)
         self.shift, self.group = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
-        self.sides = [(k.to(self.work), inputs.v.to(self.work))]
+        self.sides = [marked(k.to(self.work), inputs.v.to(self.work))]
         self.j = torch.arange(k.shape[2], device=q.device).expand(q.shape[0], -1)  # [B, m], keys as they are counted
         self.held = None
         if memory is not None and memory.capacity:
             age = ages(memory)
-            self.sides.insert(0, held_values(memory, age, self.work))
+            self.sides.insert(0, marked(*held_values(memory, age, self.work)))
             self.held = torch.cat([age <= memory.length[:, None], torch.ones_like(self.j, dtype=torch.bool)], 1)
             self.j = torch.cat([-age, self.j], 1)
 

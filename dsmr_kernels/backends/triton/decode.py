@@ -19,7 +19,7 @@ from dsmr_kernels.backends.triton import configs
 from dsmr_kernels.backends.triton.arrivals import MOST_COUNTERS, arrives_last, launch_counting
 from dsmr_kernels.backends.triton.configs import choose, named, padded
 from dsmr_kernels.backends.triton.launch import LOG2E, Launch, architecture, as_rows, processors
-from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows, shares, softmax_step
+from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows, nan_of, numbers_of, shares, softmax_step
 from dsmr_kernels.ring import Ring
 
 
@@ -41,7 +41,9 @@ def _decode_block(
     v = load_rows(V, rows, v_stride, e, in_range, v_dim, WHOLE_V, not MASKED)  # [BN, BV]
     s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION) * scale_log2  # [BM, BN]
     if QUANTISED:  # a scale belongs to a whole row of k or v: it may multiply the score and the weight instead
-        s *= tl.load(KScale + rows, mask=in_range, other=0.0)[None, :]
+        k_scale = tl.load(KScale + rows, mask=in_range, other=0.0)  # [BN]
+        v_scale = tl.load(VScale + rows, mask=in_range, other=0.0)
+        s *= nan_of(k_scale, v_scale)[None, :]
     if HAS_ALIBI:
         s -= slope[:, None] * (p[:, None] - j[None, :]).to(tl.float32)
     if HAS_BIAS:  # noqa: SIM102, the one is decided when this is compiled, the other when it runs
@@ -54,7 +56,7 @@ def _decode_block(
     w, shrink, top, total = softmax_step(s, top, total, scale_log2, False)  # [BM, BN]
     acc = acc * shrink[:, None]
     if QUANTISED:
-        share, largest = shares(tl.load(VScale + rows, mask=in_range, other=0.0))
+        share, largest = shares(numbers_of(v_scale))
         acc += tl.dot((w * share[None, :]).to(q.dtype), v.to(q.dtype), input_precision=PRECISION) * largest
     else:
         acc = tl.dot(w.to(v.dtype), v, acc, input_precision=PRECISION)

@@ -165,6 +165,19 @@ def moved(s, move, distance, HAS_ALIBI: tl.constexpr, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
+def nan_of(k_scale, v_scale):
+    """The scales of keys [BN], and NaN for those whose values' scales are: where a value is no number the score is
+    none, and a mask over the scores keeps it from whoever does not see it."""
+    return tl.where(v_scale == v_scale, k_scale, v_scale)
+
+
+@triton.jit
+def numbers_of(scale):
+    """Scales [BN] with 0 for those that are NaN, of which the scores know (`nan_of`)."""
+    return tl.where(scale == scale, scale, 0.0)
+
+
+@triton.jit
 def shares(scale):
     """Scales [BN] as shares of the largest of them, and that one: what is rounded to sixteen bits does not underflow,
     however small the scales are."""

@@ -8,7 +8,7 @@ Blocks that every query of the tile sees are computed without a mask; only those
 import triton
 import triton.language as tl
 
-from dsmr_kernels.backends.triton.primitives import load_rows, moved, shares, softmax_step
+from dsmr_kernels.backends.triton.primitives import load_rows, moved, nan_of, numbers_of, shares, softmax_step
 
 
 @triton.jit
@@ -56,7 +56,10 @@ def _block(
         v_scale = tl.load(VScale + rows, mask=in_range, other=0.0)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
     if QUANTISED:
-        s *= k_scale[None, :]
+        if BACKWARD:  # whose results are not kept apart once they are not finite
+            s *= k_scale[None, :]
+        else:
+            s *= nan_of(k_scale, v_scale)[None, :]
     if not LATE:
         s *= scale_log2
     s = moved(s, move, p[:, None] - j[None, :], HAS_ALIBI, HAS_BIAS)
@@ -76,7 +79,7 @@ def _block(
     else:
         w, shrink, top, total = softmax_step(s, top, total, scale_log2, LATE)
         if QUANTISED:
-            share, largest = shares(v_scale)
+            share, largest = shares(numbers_of(v_scale))
             acc = acc * shrink[:, None]
             acc += tl.dot((w * share[None, :]).to(v.dtype), v, input_precision=PRECISION) * largest
         else:

@@ -229,11 +229,11 @@ class Lanes:
 
     def _setp(self, parts: Any, operands: Any, mask: Array | None) -> None:
         comparison, kind = parts[1], parts[-1]
-        _check_plain(parts, *_COMPARE, *(name + "u" for name in _COMPARE), "nan")
+        _check_plain(parts, *_COMPARE, *(name + "u" for name in _COMPARE), "nan", "num")
         x, y = self._lanes(operands[1], kind), self._lanes(operands[2], kind)
         unordered = np.isnan(x) | np.isnan(y) if kind[0] == "f" else np.zeros(self.threads, bool)
-        if comparison == "nan":
-            found = unordered
+        if comparison in ("nan", "num"):
+            found = unordered if comparison == "nan" else ~unordered
         elif kind[0] == "f" and len(comparison) == 3:  # true if one of them is not a number
             found = _COMPARE[comparison[:2]](x, y) | unordered
         else:

@@ -1,0 +1,48 @@
+"""Values that are not finite, kept to the queries that see them: a weight of 0 does not silence a NaN in a product.
+
+Where nobody sees a key its score is replaced before the softmax, so that what is wrong with a key stays with those who
+see it. A token whose value is not finite is therefore given a key of NaN and a value of zeros: who sees it has NaN for
+a result, and nobody else. To know whether there is such a token is one sum over the values.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dsmr_kernels.ring import Ring
+from dsmr_kernels.spec import Inputs
+
+
+def _finite(*values: Tensor | None) -> bool:
+    """Whether all are; a sum that overflows says no, which costs time and changes nothing."""
+    wide = (x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in values if x is not None)
+    return all(math.isfinite(total.item()) for total in wide)
+
+
+def marked(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of k and v: NaN for the keys of the tokens whose values are not finite, and zeros for their values."""
+    broken = ~v.isfinite().all(-1, keepdim=True)
+    return k.masked_fill(broken, math.nan), v.masked_fill(broken, 0.0)
+
+
+def _marked_ring(memory: Ring) -> Ring:
+    view = Ring(**memory.tensors(), room=memory.room)
+    if memory.k_scale is not None and memory.v_scale is not None:
+        broken = ~memory.v_scale.isfinite()
+        view.k_scale, view.v_scale = memory.k_scale.masked_fill(broken, math.nan), memory.v_scale.masked_fill(broken, 0)
+    else:
+        view.k, view.v = marked(memory.k, memory.v)
+    return view
+
+
+def kept_apart(inputs: Inputs) -> tuple[Inputs, bool]:
+    """The call with values that its products may multiply by 0, and whether its own keys and values are finite."""
+    memory = inputs.memory
+    values = [inputs.k, inputs.v] if inputs.q.shape[2] > 1 else []
+    if memory is not None and inputs.spec.visibility == "sliding" and inputs.q.shape[2] > 1:  # seen in part by a tile
+        values.append(memory.v if memory.v_scale is None else memory.v_scale)
+    if _finite(*values):
+        return inputs, True
+    k, v = marked(inputs.k, inputs.v)
+    return inputs._replace(k=k, v=v, memory=None if memory is None else _marked_ring(memory)), False

@@ -1,0 +1,144 @@
+"""No number that an option takes ends in a traceback: every numeric option of every verb, with absurd values.
+
+Takes minutes in all, because what is no error is let compute for `ENOUGH` seconds.
+"""
+
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from known_ceilings import KNOWN
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from dsmr.cli.app import app
+from dsmr.console.stopping import Interruption
+
+VALUES = ["-1", "0", "-0.0", "1e-320", "2147483648", "9223372036854775808", "1e29", "nan", "inf", "9" * 5000]
+ENOUGH = 3.0  # seconds: what still computes then was no error, and is ended as SIGTERM ends it
+ROOM = 3 << 30  # bytes beyond what the process has: what takes more must have been refused before
+SCHEDULE = "uniform(layers=1, horizon=16)"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A corpus, a run and a prompt."""
+    pytest.importorskip("miditok")
+    from small_scores import score_of
+    from tiny_corpus import tiny_corpus
+
+    from dsmr.model.transformer import DSMRConfig, DSMRModel
+    from dsmr.music.tokenizer import write_midi
+
+    folder = tmp_path_factory.mktemp("absurd")
+    vocabulary = tiny_corpus(folder / "corpus").vocabulary
+    torch.manual_seed(0)
+    DSMRModel(DSMRConfig(vocabulary.size, SCHEDULE, d_model=16, n_heads=1, segment_length=16)).save_pretrained(
+        folder / "run"
+    )
+    vocabulary.save(folder / "run" / "tokenizer.json")
+    write_midi(folder / "p.mid", score_of([(0.25 * place, 0.2, 60 + place % 12) for place in range(24)]))
+    return folder
+
+
+def commands() -> dict[str, list[str]]:
+    """Every verb, and its options that take a number."""
+
+    def walk(group, name):
+        for verb, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from walk(command, f"{verb} ")
+            else:
+                yield name + verb, [option.opts[0] for option in command.params if _numeric(option)]
+
+    return dict(walk(get_command(app), ""))
+
+
+def _numeric(option) -> bool:
+    if option.param_type_name != "option" or option.is_flag:
+        return False
+    written = str(option.type_descriptor.annotation)
+    return "int" in written or "float" in written
+
+
+SMALL = [
+    *("--schedule", SCHEDULE, "--d-model", "16", "--n-heads", "1", "--segment-length", "16", "--batch-size", "1"),
+    *("--steps", "2", "--device", "cpu", "--threads", "1"),
+]
+ARGUMENTS = {
+    "train": ["--data", "{0}/corpus", "--out", "{0}/trained", "--overwrite", *SMALL],
+    "eval": ["{0}/run", "--data", "{0}/corpus", "--device", "cpu"],
+    "generate": ["{0}/run", "--prompt", "{0}/p.mid", "--out", "{0}/o.mid", "--tokens", "3", "--device", "cpu"],
+    "play": ["{0}/run", "--prompt", "{0}/p.mid", "--tokens", "3", "--device", "cpu"],
+    "budget": ["--schedule", SCHEDULE],
+    "profile": ["--schedule", SCHEDULE, "--out", "{0}/profile", "--device", "cpu", "--budget", "64MiB"],
+    "demo": ["--out", "{0}/demo"],
+    "export": ["{0}/run", "--out", "{0}/exported"],
+    "prepare composed": ["--out", "{0}/composed", "--overwrite"],
+    "prepare midi": ["{0}", "--out", "{0}/midi", "--overwrite"],
+    "prepare maestro": ["{0}/nothing.zip", "--out", "{0}/maestro"],
+    "experiments list": [],
+    "experiments run": ["{0}/nothing.toml", "--out", "{0}/results"],
+}
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """No more memory than `ROOM`, no longer than `ENOUGH`."""
+
+    def leave(number, frame):
+        raise Interruption(signal.SIGTERM)
+
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    former = signal.signal(signal.SIGALRM, leave)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (held + ROOM, limits[1]))
+        signal.setitimer(signal.ITIMER_REAL, ENOUGH)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+class SilentPort:
+    name = "silent"
+
+    def send(self, event: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bounds memory as Linux does")
+@pytest.mark.parametrize(("verb", "option"), [(verb, option) for verb, each in commands().items() for option in each])
+def test_no_number_ends_in_a_traceback(verb, option, place, monkeypatch):
+    monkeypatch.setattr("dsmr.live.performance.OutputPort", lambda *given: SilentPort())
+    monkeypatch.setattr("dsmr.live.performance.listen", lambda *given: [])
+    monkeypatch.setattr("dsmr_kernels.costing.ceilings.ceilings_of", lambda *given, **options: KNOWN)
+    monkeypatch.setattr("dsmr.profiling.profile.measured_row", lambda job: {"error": "not measured"})
+    base = [argument.format(place) for argument in ARGUMENTS[verb]]
+    if option in base:
+        at = base.index(option)
+        del base[at : at + 2]
+    threads = torch.get_num_threads()
+    for value in VALUES:
+        with bounded():
+            result = CliRunner().invoke(app, [*verb.split(), *base, option, value])
+        torch.set_num_threads(threads)
+        said = result.stderr.strip().splitlines()
+        trace = "" if result.exception is None else "".join(traceback.format_exception(result.exception)[-4:])
+        assert result.exit_code in (0, 1, 2, 143), f"{verb} {option} {value[:40]}: {result.exit_code} {trace}"
+        assert isinstance(result.exception, SystemExit | None), f"{verb} {option} {value[:40]}: {trace}"
+        if result.exit_code == 1:
+            assert said[-1].startswith("dsmr: "), f"{verb} {option} {value[:40]}: {said[-1]}"
+            assert len(said[-1]) < 1000, f"{verb} {option} {value[:40]}: {said[-1][:200]}"
