@@ -179,7 +179,8 @@ def _process(
 def run(device: torch.device, steps: list[str], out: Path, dtype: str, backend: str, total: float) -> dict[str, Any]:
     """All steps; the report is written after each step and each row."""
     begin = time.monotonic()
-    command = f"python -m benchmarks.gpu --steps {','.join(steps)}"
+    given = [word for i, word in enumerate(sys.argv[1:]) if "--out" not in (word, sys.argv[i])]  # where it goes aside
+    command = " ".join(["python -m benchmarks.gpu", *given])
     report: dict[str, Any] = {"machine": describe(device), "command": command, "steps": [], "rows": []}
     name = slug(report["machine"]["device"])
 

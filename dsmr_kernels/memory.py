@@ -257,7 +257,9 @@ class KVMemory(Ring):
 
     def append_within(self, k: Tensor, v: Tensor) -> None:
         """`append` of tokens that the segment in progress has room for, for a captured graph: nothing in it asks
-        whether a segment is over. Whoever replays it calls `settle` where one begins."""
+        whether a segment is over. Whoever replays it calls `settle` where one begins, and counts in `seen` what a
+        replay stores, which Python does not see: appended to eagerly with another count, a set would lose tokens.
+        """
         check_new(self, k, v, None, None)
         self._store(k.detach(), v.detach(), None, None, WITHIN)
 
