@@ -43,9 +43,8 @@ def _write(
     """Both halves of rows (h, at) of a ring; in int8 as `dsmr_kernels.quantise` has it."""
     if QUANTISED:
         scale = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1)) * (1.0 / 127)  # [BR]
-        scale = tl.where(scale >= 1.1754943508222875e-38, scale, 0.0) + scale * 0.0  # NaN if that is infinite
-        broken = tl.max((first != first).to(tl.int32), 1) + tl.max((second != second).to(tl.int32), 1)
-        scale = tl.where(broken > 0, float("nan"), scale)
+        scale = tl.where(scale >= 1.1754943508222875e-38, scale, 0.0)
+        scale += tl.sum(first * 0.0 + second * 0.0, 1)  # NaN where one of them is no finite number
         inverse = (1.0 / tl.where(scale > 0, scale, 1.0))[:, None]
         # Adding and taking away 1.5 * 2 ** 23 rounds to the nearest integer, ties to even.
         first = first * inverse + 12582912.0 - 12582912.0
