@@ -71,6 +71,13 @@ def test_caches_that_do_not_fit() -> None:
             model(prompt(5)[0], past_key_values=DSMRCache(other.config))
 
 
+def test_a_cache_is_not_moved_off_its_device() -> None:
+    cache = DSMRCache(with_horizons(tiny("llama"), SHORT).config)
+    for layer in cache.layers:
+        with pytest.raises(ValueError, match="not moved off its device: what it takes there, its schedule decides"):
+            layer.offload()
+
+
 def test_a_model_that_attends_otherwise() -> None:
     model = tiny("llama")
     set_schedule(model, SHORT)

@@ -153,7 +153,8 @@ class DSMRLayer(CacheLayerMixin):
         self.memory, self.offered, self.is_initialized = None, None, False
 
     def offload(self) -> None:
-        raise NotImplementedError("a DSMRCache is not offloaded: its size is what the schedule says")
+        """Refused: the memory stays where the model is, since every step reads all of it."""
+        raise ValueError("a DSMRCache is not moved off its device: what it takes there, its schedule decides")
 
     def _rearrange(self, how: Callable[[KVMemory], KVMemory]) -> None:
         if self.memory is not None:
