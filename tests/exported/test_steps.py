@@ -196,6 +196,16 @@ def test_heads_that_the_operator_does_not_take_are_a_sentence(tmp_path):
     assert export_run(tmp_path / "run", tmp_path / "export", portable=True).error < 5e-6
 
 
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("retention", ["uniform", "random"])
+def test_a_model_that_keeps_others_than_the_newest_tokens_is_a_sentence(retention, portable, tmp_path):
+    """An export remembers the newest: it would play other music once the memory is full."""
+    small_run(tmp_path / "run", schedule=f"uniform(layers=2, horizon=16, retention={retention})")
+    with pytest.raises(UserError, match=r"schedule keeps others \(retention\): play it with PyTorch"):
+        export_run(tmp_path / "run", tmp_path / "export", portable=portable)
+    assert not (tmp_path / "export").exists()
+
+
 @pytest.mark.parametrize("visibility", ["segment", "sliding"])
 def test_a_runtime_that_sees_otherwise_is_refused(visibility, tmp_path):
     """A window one too wide or too narrow, or one less of what is held: as another version might read the operator."""
