@@ -157,6 +157,7 @@ def test_the_trial_of_a_bias_passes_and_sees_one_that_is_wrong(monkeypatch: pyte
     from dsmr_kernels.backends import triton
 
     def small(**options: Any) -> Case:
+        assert options["biased"]  # with tiles of its own, and with shared ones
         seen = [30, 7][: options.get("batch", 2)]
         return random_case(**options | {"queries": 9, "capacity": 20, "seen": seen, "horizon": 20})
 
