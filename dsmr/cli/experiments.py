@@ -1,5 +1,6 @@
 """`dsmr experiments`: the paper's models side by side."""
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -79,3 +80,57 @@ def report(
     folder = out if out is not None else (results if results.is_dir() else results.parent) / "report"
     for line in write_report(found, folder, rows_path=rows):
         console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@group.command("search")
+@command
+def search(
+    run: Annotated[Path, typer.Argument(help="A trained run, of a full schedule best.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the results.", show_default="RUN/search")
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Bytes of one stream's memory, such as 2MiB, or a share: 50%.")] = "50%",
+    on: Annotated[str, typer.Option(help="Count the loss on all tokens, or at planted returns: tokens, returns.")] = (
+        "tokens"
+    ),
+    distance: Annotated[str, typer.Option(help="How far back planted returns lie, in tokens.")] = "1000,16000",
+    data: Annotated[
+        Path | None, typer.Option(help="The corpus.", show_default="the one that RUN was trained on")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Measured on: train, validation or test.")] = "validation",
+    tokens: Annotated[int, typer.Option(min=1, help="Measure on pieces of about so many tokens.")] = 100_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pieces side by side.")] = 4,
+    dtype: Annotated[str, typer.Option(help="Computed in: float32, bfloat16, float16 or auto.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+) -> None:
+    """Which layers of a trained model need distance and width, and the best schedule within a budget."""
+    from dsmr.console.files import check_writable
+    from dsmr.console.progress import ProgressLine, duration
+    from dsmr.experiments.search import parse_budget, parse_distance
+    from dsmr.experiments.search import search as find
+    from dsmr.experiments.search_report import write_search
+
+    folder = run / "search" if out is None else out
+    check_writable(folder / "search.json")
+    began = time.monotonic()
+    with ProgressLine() as line:
+
+        def progress(done: int, total: int) -> None:
+            left = (time.monotonic() - began) / done * (total - done)
+            line.update(f"{done} of {total} schedules measured, {duration(left)} to go")
+
+        found = find(
+            run,
+            data,
+            budget=parse_budget(budget),
+            on=on,
+            split=split,
+            tokens=tokens,
+            distance=parse_distance(distance),
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+            progress=progress,
+        )
+    for said in write_search(found, folder):
+        console().print(said, highlight=False, markup=False, soft_wrap=True)

@@ -8,7 +8,6 @@ are kept throughout. A bin's loss is that of all its tokens, whichever piece the
 from resampling the pieces.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from dsmr.console.files import check_writable, write_json
 from dsmr.corpus.store import Corpus
 from dsmr.evaluation.losses import open_run, piece_losses, pieces_of
 from dsmr.evaluation.report import EvaluationReport, report_losses
+from dsmr.model.reshaped import with_schedule
 from dsmr.model.schedule import MemorySchedule
 from dsmr.model.transformer import DSMRModel
 
@@ -253,10 +253,7 @@ def keeping_only(model: DSMRModel, k: int) -> DSMRModel:
     keeps the newest instead: as many as it has slots, and at most `k`."""
     schedule = model.config.schedule
     cut = MemorySchedule.explicit([min(horizon, k) for horizon in schedule.horizons], schedule.kv_heads)
-    weight = next(model.parameters())
-    other = DSMRModel(dataclasses.replace(model.config, schedule=cut)).to(weight.device, weight.dtype)
-    other.load_state_dict(model.state_dict())
-    return other
+    return with_schedule(model, cut)
 
 
 def parse_tokens(text: str) -> tuple[int, ...]:
