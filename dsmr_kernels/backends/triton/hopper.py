@@ -68,9 +68,8 @@ def _softmax_step(s, top, total, scale_log2):
 
 
 @gluon.jit
-def _scores(q, ks, stage, k_full, phase, none, BN: gl.constexpr, D: gl.constexpr):
+def _scores(q, ks, stage, none, BN: gl.constexpr, D: gl.constexpr):
     """The product of the queries with a block of keys, under way."""
-    mbarrier.wait(k_full.index(stage), phase)
     k = ks.index(stage).reshape([BN, D]).permute([1, 0])
     return warpgroup_mma(q, k, none, use_acc=False, is_async=True)
 
@@ -116,7 +115,8 @@ def _consume(
         for i in range(edges):
             start, stop, at = edge_of(i, s, begin, inner, outer, high_end, BN)
             stage, phase = n % STAGES, (n // STAGES) & 1
-            x = warpgroup_mma_wait(0, deps=[_scores(q, ks, stage, k_full, phase, none, BN, D)])
+            mbarrier.wait(k_full.index(stage), phase)
+            x = warpgroup_mma_wait(0, deps=[_scores(q, ks, stage, none, BN, D)])
             mbarrier.arrive(k_empty.index(stage))
             j = at + gl.arange(0, BN, gl.SliceLayout(0, S))
             seen = (j[None, :] >= gl.maximum(low, start)[:, None]) & (j[None, :] <= gl.minimum(p, stop - 1)[:, None])
@@ -135,18 +135,20 @@ def _consume(
     if OVERLAP:
         if blocks > 0:
             stage = n % STAGES
-            x = warpgroup_mma_wait(0, deps=[_scores(q, ks, stage, k_full, (n // STAGES) & 1, none, BN, D)])
+            mbarrier.wait(k_full.index(stage), (n // STAGES) & 1)
+            x = warpgroup_mma_wait(0, deps=[_scores(q, ks, stage, none, BN, D)])
             mbarrier.arrive(k_empty.index(stage))
             w, shrink, top, total = _softmax_step(x, top, total, scale_log2)
             acc = acc * gl.convert_layout(shrink, OF_O)[:, None]
             w = gl.convert_layout(w.to(dtype), W)
+            mbarrier.wait(k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=blocks > 1)
             for i in range(1, blocks):
                 stage, phase = n % STAGES, (n // STAGES) & 1
                 n += 1
                 following = n % STAGES
                 if PINGPONG:
                     mbarrier.wait(turns.index(ME), (i + ME) & 1)
-                scores = _scores(q, ks, following, k_full, (n // STAGES) & 1, none, BN, D)
+                scores = _scores(q, ks, following, none, BN, D)
                 mbarrier.wait(v_full.index(stage), phase)
                 result = warpgroup_mma(w, vs.index(stage).reshape([BN, D]), acc, is_async=True)
                 if PINGPONG:
@@ -154,7 +156,10 @@ def _consume(
                 x = warpgroup_mma_wait(1, deps=[scores])
                 mbarrier.arrive(k_empty.index(following))
                 y, shrink, top, total = _softmax_step(x, top, total, scale_log2)
-                acc, _ = warpgroup_mma_wait(0, deps=[result, w])
+                # The exponentials belong before the wait for the product, which the assembler would else move up to
+                # the other one: it moves nothing across the loop of this wait, for the keys of the next turn.
+                mbarrier.wait(k_full.index((n + 1) % STAGES), ((n + 1) // STAGES) & 1, pred=i + 1 < blocks)
+                acc, _, y = warpgroup_mma_wait(0, deps=[result, w, y])
                 mbarrier.arrive(v_empty.index(stage))
                 acc = acc * gl.convert_layout(shrink, OF_O)[:, None]
                 w = gl.convert_layout(y.to(dtype), W)
@@ -167,8 +172,8 @@ def _consume(
             stage, phase = n % STAGES, (n // STAGES) & 1
             if PINGPONG:
                 mbarrier.wait(turns.index(ME), (i + 1 + ME) & 1)
-            scores = _scores(q, ks, stage, k_full, phase, none, BN, D)
-            x = warpgroup_mma_wait(0, deps=[scores])
+            mbarrier.wait(k_full.index(stage), phase)
+            x = warpgroup_mma_wait(0, deps=[_scores(q, ks, stage, none, BN, D)])
             mbarrier.arrive(k_empty.index(stage))
             if PINGPONG:
                 mbarrier.arrive(turns.index(1 - ME))
