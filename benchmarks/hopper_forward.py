@@ -208,11 +208,13 @@ def _run(task: Row, limit: float, dry: bool) -> list[Row]:
 
 def measure(candidates: list[str], dtype: str, seconds: float, dry: bool) -> Row:
     """The whole comparison within so many seconds."""
+    from dsmr_kernels.backends.triton import bulk
+
     end = time.monotonic() + seconds
     shapes = {"check": DRY if dry else LARGE, "time": DRY if dry else LARGE + SMALL}
 
-    def task(kind: str, names: list[str], of: list[Shape] | None = None) -> Row:
-        return {"kind": kind, "candidates": names, "dtype": dtype, "shapes": [vars(x) for x in of or shapes[kind]]}
+    def task(kind: str, names: list[str], of: list[Shape]) -> Row:
+        return {"kind": kind, "candidates": names, "dtype": dtype, "shapes": [vars(x) for x in of]}
 
     report: Row = {"dtype": dtype, "checks": [], "times": [], "device": "none", "torch": torch.__version__}
     limit = min(CHECK_SECONDS, seconds * 0.65)
@@ -221,7 +223,8 @@ def measure(candidates: list[str], dtype: str, seconds: float, dry: bool) -> Row
         until = begin + seconds * 0.65
 
         def checked(name: str) -> list[Row]:
-            return _run(task("check", [name]), min(limit, until - time.monotonic()), dry)
+            of = [shape for shape in shapes["check"] if shape.head_dim in bulk.CANDIDATES[name].head_dims]
+            return _run(task("check", [name], of), min(limit, until - time.monotonic()), dry)
 
         for rows in pool.map(checked, candidates):
             report["checks"] += rows
