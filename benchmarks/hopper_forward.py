@@ -32,8 +32,8 @@ TODAY = "today's"
 LARGE = [Shape(8, 16, 16, 1024, 8192, 64), Shape(8, 16, 16, 1024, 8192, 128)]
 SMALL = [Shape(1, 8, 8, 1024, 8192, 64), Shape(1, 8, 8, 1024, 8192, 128)]
 DRY = [Shape(1, 2, 1, 20, 40, 64)]
-CHECK_SECONDS = 60.0  # of one candidate, compilation included
-SIDE_BY_SIDE = 6  # candidates checked at once
+CHECK_SECONDS = 70.0  # of one candidate, compilation included
+SIDE_BY_SIDE = 12  # candidates checked at once
 ROUNDS = 15  # of all candidates in turn
 Row = dict[str, Any]
 
