@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -178,6 +179,7 @@ def _worker(task: Row, device: torch.device) -> None:
             said = str(error).strip().split("\n")
             failed = f"{type(error).__name__}: {said[0] or said[-1]}"[:400]
             rows = [{"candidate": ", ".join(task["candidates"]), "head_dim": shape.head_dim, "failed": failed}]
+            rows[0]["trace"] = traceback.format_exc()[-3000:]
         for row in rows:
             print(json.dumps(row), flush=True)
 
@@ -206,8 +208,8 @@ def _run(task: Row, limit: float, dry: bool) -> list[Row]:
     return rows
 
 
-def measure(candidates: list[str], dtype: str, seconds: float, dry: bool) -> Row:
-    """The whole comparison within so many seconds."""
+def measure(candidates: list[str], dtype: str, seconds: float, dry: bool, save: Callable[[Row], None]) -> Row:
+    """The whole comparison within so many seconds; `save` is given what there is whenever there is more."""
     from dsmr_kernels.backends.triton import bulk
 
     end = time.monotonic() + seconds
@@ -216,7 +218,7 @@ def measure(candidates: list[str], dtype: str, seconds: float, dry: bool) -> Row
     def task(kind: str, names: list[str], of: list[Shape]) -> Row:
         return {"kind": kind, "candidates": names, "dtype": dtype, "shapes": [vars(x) for x in of]}
 
-    report: Row = {"dtype": dtype, "checks": [], "times": [], "device": "none", "torch": torch.__version__}
+    report: Row = {"dtype": dtype, "checks": [], "times": []}
     limit = min(CHECK_SECONDS, seconds * 0.65)
     begin = time.monotonic()
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
@@ -231,6 +233,7 @@ def measure(candidates: list[str], dtype: str, seconds: float, dry: bool) -> Row
             for row in rows:
                 said = row.get("failed") or f"{row['share']:.2f} of the allowed error"
                 print(f"checked {row['candidate']}, head_dim {row.get('head_dim', '?')}: {said}", flush=True)
+            save(report)
     good = {
         dim: [x["candidate"] for x in report["checks"] if "failed" not in x and x["head_dim"] == dim]
         for dim in {shape.head_dim for shape in shapes["time"]}
@@ -245,6 +248,7 @@ def measure(candidates: list[str], dtype: str, seconds: float, dry: bool) -> Row
                 if time.monotonic() < end - 8:
                     rows += _run(task("time", [name], of), min(15.0, end - time.monotonic()), dry)
         report["times"] += rows
+        save(report)
         _print(rows)
     report["seconds"] = time.monotonic() - begin
     return report
@@ -280,6 +284,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not given.dry and not torch.cuda.is_available():
         print("there is no GPU: --dry runs what needs none", file=sys.stderr)
         return 2
+    import triton
+
     from dsmr_kernels.backends.triton import bulk
 
     names = given.only or list(bulk.CANDIDATES)
@@ -289,15 +295,18 @@ def main(arguments: list[str] | None = None) -> int:
     if given.dry:
         names = [name for name in names if not bulk.CANDIDATES[name].consumers]
     dtype = "float16" if given.dry else given.dtype  # the interpreter errs in bfloat16
-    report = measure(names, dtype, given.seconds, given.dry)
+    machine = {"torch": torch.__version__, "triton": triton.__version__, "device": "none"}
     if not given.dry:
-        report["device"] = torch.cuda.get_device_name()
-        import triton
+        machine["device"] = torch.cuda.get_device_name()
 
-        report["triton"] = triton.__version__
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(report, indent=1) + "\n")
+    def save(report: Row) -> None:
+        if given.json:
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+            given.json.write_text(json.dumps(report | machine, indent=1) + "\n")
+
+    report = measure(names, dtype, given.seconds, given.dry, save)
+    save(report)
+    report |= machine
     print(f"\n{report['device']}, torch {report['torch']}, {report['seconds']:.0f} s", flush=True)
     failed = [row for row in report["checks"] + report["times"] if "failed" in row]
     return 1 if given.dry and failed else 0
