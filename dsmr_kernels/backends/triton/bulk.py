@@ -41,7 +41,7 @@ class Tile:
         return 64 * self.consumers or (16 if INTERPRETED else 128)
 
 
-# By compiling alone: nothing spills, under Triton 3.6 and 3.7. `benchmarks/hopper_forward.py` is to say which are fast.
+# By compiling alone: nothing in the loop over whole blocks spills, under Triton 3.6 and 3.7. `benchmarks/hopper_forward.py` is to say which are fast.
 TABLE = dict.fromkeys(HEAD_DIMS, Tile(2, 128, 2, overlap=True, pingpong=True))
 CANDIDATES = {
     "2 consumers": Tile(2, 128, 2),

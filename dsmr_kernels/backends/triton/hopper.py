@@ -126,8 +126,10 @@ def _consume(
             mbarrier.wait(v_full.index(stage), phase)
             v = vs.index(stage).reshape([BN, D])
             if unclean(at, begin, shift):  # every consumer does so, and writes the same
-                clean = at + gl.arange(0, BN, gl.SliceLayout(1, ROWS)) >= begin
-                v.store(gl.where(clean[:, None], v.load(ROWS), 0.0))
+                for part in gl.static_range(BN // 32):  # all at once would not fit the registers
+                    some = v.slice(part * 32, 32)
+                    clean = at + part * 32 + gl.arange(0, 32, gl.SliceLayout(1, ROWS)) >= begin
+                    some.store(gl.where(clean[:, None], some.load(ROWS), 0.0))
                 fence_async_shared()
             acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(w, v, acc, is_async=True)])
             mbarrier.arrive(v_empty.index(stage))
