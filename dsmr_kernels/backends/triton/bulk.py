@@ -41,13 +41,15 @@ class Tile:
         return 64 * self.consumers or (16 if INTERPRETED else 128)
 
 
-# By compiling alone: nothing in the loop over whole blocks spills, under Triton 3.6 and 3.7. `benchmarks/hopper_forward.py` is to say which are fast.
+# By compiling alone: nothing in the loop over whole blocks spills, under Triton 3.6 and 3.7. Which of the candidates is
+# fast is for `benchmarks/hopper_forward.py` to say.
 TABLE = dict.fromkeys(HEAD_DIMS, Tile(2, 128, 2, overlap=True, pingpong=True))
 CANDIDATES = {
     "2 consumers": Tile(2, 128, 2),
     "2 consumers, in turns": Tile(2, 128, 2, pingpong=True),
     "2 consumers, overlapped": Tile(2, 128, 2, overlap=True),
     "2 consumers, overlapped, in turns": Tile(2, 128, 2, overlap=True, pingpong=True),
+    "2 consumers, overlapped, in turns, 3 stages": Tile(2, 128, 3, overlap=True, pingpong=True),
     "2 consumers, overlapped, 3 stages": Tile(2, 128, 3, overlap=True),
     "2 consumers, overlapped, 64 keys, 4 stages": Tile(2, 64, 4, overlap=True),
     "3 consumers": Tile(3, 128, 2, head_dims=(64,)),
