@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
+import gluon_machine
 import pytest
 import torch
 
@@ -19,7 +21,9 @@ from dsmr_kernels.testing import assert_agrees_with_oracle
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs Triton and its interpreter", allow_module_level=True)
 
+from dsmr_kernels.backends import triton as triton_room
 from dsmr_kernels.backends.triton import bulk
+from dsmr_kernels.backends.triton.training import bounded
 
 PLAIN = bulk.Tile(0, 16, 1)  # the kernel that the interpreter can run, and that shares the index arithmetic
 
@@ -116,6 +120,7 @@ def test_asked_for_it_serves_after_its_trial_and_not_before(
 
     monkeypatch.setattr(trial, "disagreement", disagreement)
     monkeypatch.setattr(bulk, "available", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     q = half().q
     dispatch.choose(q, "triton")
     assert not tried
@@ -206,3 +211,49 @@ def test_importing_the_triton_room_imports_no_gluon_kernel() -> None:
     code = "import sys, dsmr_kernels.backends.triton; print('dsmr_kernels.backends.triton.hopper' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert result.stdout.strip() == "False"
+
+
+MACHINE: dict[str, dict[str, Any]] = {
+    "wrapped": {"queries": 150, "capacity": 300, "seen": [457], "horizon": 300},
+    "few tokens held": {"queries": 30, "capacity": 200, "seen": [150], "horizon": 11},
+    "segments": {"queries": 200, "capacity": 150, "seen": [170], "horizon": 150, "segment_length": 60},
+    "no memory": {"queries": 300, "horizon": 64, "segment_length": 300},
+}
+TILES = {name: tile for name, tile in bulk.CANDIDATES.items() if tile.consumers}
+
+
+@pytest.mark.slow  # threads that wait for one another, in the place of a GPU
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("name", MACHINE)
+def test_partitions_agree_on_their_stages(name: str, tile: bulk.Tile) -> None:
+    case = random_case(batch=1, heads=1, kv_heads=1, head_dim=64, dtype=torch.float16, **MACHINE[name])
+    if case.memory is not None:
+        unseen_are_nan(case)
+    found = computed_by_the_machine(case, tile)
+    with bulk.trying(PLAIN):
+        wanted = case.computed_by(triton_room.memory_attention)
+    for x, what in zip(found, ("out", "lse"), strict=True):
+        torch.testing.assert_close(x, wanted[what], rtol=4e-3, atol=4e-3)
+
+
+def computed_by_the_machine(case: Case, tile: bulk.Tile) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse by the Gluon kernel's source, launched as `bulk.forward` launches it."""
+    call = inputs(case, **case.options)
+    out, lse = torch.full_like(case.q, torch.nan), torch.full(case.q.shape[:3], torch.nan)
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+                assert num_warps == 4
+                gluon_machine.run(arguments[:9], arguments[9:], grid[0], **constants)
+
+            return launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bulk, "_descriptor", lambda x, tile: gluon_machine.Descriptor(x, tile.bn))
+        patch.setitem(sys.modules, "dsmr_kernels.backends.triton.hopper", SimpleNamespace(hopper_kernel=Kernel()))
+        memory = case.memory
+        bulk.forward(
+            call, tile, bounded(call.spec, case.k.shape[2], 0 if memory is None else memory.capacity), out, lse
+        )
+    return out, lse
