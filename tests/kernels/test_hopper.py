@@ -220,16 +220,19 @@ MACHINE: dict[str, dict[str, Any]] = {
     "no memory": {"queries": 300, "horizon": 64, "segment_length": 300},
 }
 TILES = {name: tile for name, tile in bulk.CANDIDATES.items() if tile.consumers}
+IN_TURNS = "2 consumers, overlapped, in turns"
 
 
 @pytest.mark.slow  # threads that wait for one another, in the place of a GPU
-@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
-@pytest.mark.parametrize("name", MACHINE)
-def test_partitions_agree_on_their_stages(name: str, tile: bulk.Tile) -> None:
+@pytest.mark.parametrize(
+    ("name", "tile"),
+    [("wrapped", tile) for tile in TILES] + [(name, IN_TURNS) for name in MACHINE if name != "wrapped"],
+)
+def test_partitions_agree_on_their_stages(name: str, tile: str) -> None:
     case = random_case(batch=1, heads=1, kv_heads=1, head_dim=64, dtype=torch.float16, **MACHINE[name])
     if case.memory is not None:
         unseen_are_nan(case)
-    found = computed_by_the_machine(case, tile)
+    found = computed_by_the_machine(case, TILES[tile])
     with bulk.trying(PLAIN):
         wanted = case.computed_by(triton_room.memory_attention)
     for x, what in zip(found, ("out", "lse"), strict=True):
