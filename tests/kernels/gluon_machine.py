@@ -1,7 +1,7 @@
 """Runs the Gluon kernel for Hopper on a CPU, as it is written: its source with other meanings for Gluon's words.
 
 Every partition is a thread. Barriers count arrivals and bytes and have phases; a copy leaves NaN where it is to land
-until it lands, late; a product that is under way is computed when it is waited for, from what then lies in its stage.
+until it lands, late; a product is computed when it begins or when it is waited for, from what then lies in its stage.
 So a stage that is overwritten too early, read too early or never released shows as NaN, another result or a deadlock.
 Layouts, registers and fences mean nothing here.
 """
@@ -103,9 +103,12 @@ class Product:
     """A product that is under way."""
 
     def __init__(self, a: Any, b: Shared, acc: Tensor) -> None:
-        self.of, self.result = (a, b, acc), None
+        self.of = a, b, acc
+        self.result: Tensor | None = None
 
     def finish(self) -> None:
+        if self.result is not None:
+            return
         a, b, acc = self.of
         self.result = acc + (a.x if isinstance(a, Shared) else a).float() @ b.x.float()
 
@@ -134,7 +137,9 @@ def _store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
 def _multiply(a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Product:
     assert is_async
     product = Product(a, b, acc if use_acc else torch.zeros_like(acc))
-    _here.products = [*getattr(_here, "products", []), product]
+    if random.random() < 0.5:
+        product.finish()
+    _here.products.append(product)
     return product
 
 
@@ -159,7 +164,7 @@ class Machine:
         to.x.fill_(torch.nan)
 
         def land() -> None:
-            time.sleep(random.random() * 2e-3)
+            time.sleep(random.choice((0.0, 1e-3, 2e-2)))
             to.x.copy_(source.block(at).view(to.x.shape))
             barrier.change(expected=-source.block_type.nbytes)
 
