@@ -3,8 +3,8 @@ own.
 
 A program takes 64 queries for each of its consumers, which are four warps each. A producer copies blocks of keys and
 values by tensor descriptors into a ring of stages, from the memory or from the call; every consumer runs over the same
-blocks: first those on the edges, which are masked, then those that all queries see. It serves where
-it is asked for, see `bulk`.
+blocks: first those on the edges, which are masked, then those that all queries see. It serves where it
+is asked for, see `bulk`.
 """
 
 from triton.experimental import gluon
