@@ -41,7 +41,7 @@ class Tile:
         return 64 * self.consumers or (16 if INTERPRETED else 128)
 
 
-# Measured on an H100 (benchmarks/results/hopper-forward.md): the fastest at 64 by 5 %, and at 128 beside the overlapped.
+# Measured on an H100 (benchmarks/results/hopper-forward.md): the fastest at 64, and at 128 beside the overlapped one.
 TABLE = dict.fromkeys(HEAD_DIMS, Tile(2, 128, 2, pingpong=True))
 CANDIDATES = {
     "2 consumers": Tile(2, 128, 2),
