@@ -106,6 +106,8 @@ def unsupported(inputs: Inputs) -> str | None:
 
 def tile_for(inputs: Inputs) -> Tile | None:
     """The tile with which these kernels compute a call that they are to serve; None leaves it to the others."""
+    if not (serving or _trying):
+        return None
     q = inputs.q
     if _trying:
         return (_trying[-1] or TABLE[q.shape[3]]) if unsupported(inputs) is None else None
