@@ -4,7 +4,7 @@ A backend is a module with `unsupported(q, v_head_dim, biased)`, `memory_attenti
 `append_rotated`. The Triton backend is imported only where Triton and something to run it on exist, and serves a GPU
 unasked once it has agreed with the oracle there (`dsmr_kernels.trial`). Its tile sizes are those of its table, unless
 the environment variable DSMR_TUNED names a file of measured ones, which is read when the Triton backend is first
-chosen.
+chosen. With DSMR_HOPPER=1 it also tries its forwards with tensor descriptors, which serve once they agree, too.
 """
 
 import importlib.util
@@ -27,6 +27,8 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _constant = torch.compiler.assume_constant_result
 # Device, class of head_dim, dtype and whether there is a bias -> what the trial of the Triton kernels there ended with.
 _disagreements: dict[tuple[str, int, str, bool], str | None] = {}
+# Device, head_dim and dtype -> likewise, of the forwards with tensor descriptors, where DSMR_HOPPER asks for them.
+_hopper_disagreements: dict[tuple[str, int, str], str | None] = {}
 _tiles_settled = False  # whether the Triton backend has been told which tile sizes to use
 
 
@@ -120,6 +122,35 @@ def _tried_out(device: str, head_dim: int, dtype: str, biased: bool) -> bool:
     return _disagreements[key] is None
 
 
+@_constant
+def _settle_hopper(device: str, head_dim: int, v_head_dim: int, dtype: str) -> None:
+    """With DSMR_HOPPER=1, have the forwards with tensor descriptors serve a head_dim and dtype on a Hopper GPU if they
+    agree with the oracle there: tried out once a process. Where they do not, a warning says why, and nothing changes.
+    """
+    key = (device, head_dim, dtype)
+    if key in _hopper_disagreements:
+        return
+    from dsmr_kernels.backends.triton import bulk  # not above: importing it fails where Triton is missing
+
+    kind = getattr(torch, dtype)
+    if head_dim not in bulk.HEAD_DIMS or v_head_dim != head_dim or kind not in bulk.DTYPES:
+        return
+    if (reason := bulk.available(torch.device(device))) is None:
+        if torch.cuda.is_current_stream_capturing():
+            return  # nothing can be tried out here
+        with bulk.trying():
+            reason = trial.disagreement(torch.device(device), head_dim, kind)
+    _hopper_disagreements[key] = reason
+    if reason is None:
+        bulk.serving.add((device, head_dim, kind))
+    else:
+        warnings.warn(
+            f"DSMR_HOPPER=1 asks for the forwards with tensor descriptors, which fail on {device} at a head_dim of "
+            f"{head_dim} in {dtype}, and the other Triton kernels serve in their place ({reason})",
+            stacklevel=2,
+        )
+
+
 def _unasked(q: Tensor, v_head_dim: int, biased: bool) -> str:
     # In float32 the Triton kernels compute without matrix units, and a subclass of tensors may have no address.
     suits = q.device.type == GPU and q.dtype.itemsize == 2 and type(q) in (Tensor, torch.nn.Parameter)
@@ -148,7 +179,10 @@ def choose(q: Tensor, backend: str | None, *, v_head_dim: int | None = None, bia
     asked = backend or os.environ.get("DSMR_BACKEND") or None
     v_head_dim = q.shape[3] if v_head_dim is None else v_head_dim
     if asked is None:
-        return _module(_unasked(q, v_head_dim, biased))
+        name = _unasked(q, v_head_dim, biased)
+        if name == "triton" and os.environ.get("DSMR_HOPPER") == "1":
+            _settle_hopper(str(q.device), q.shape[3], v_head_dim, str(q.dtype).removeprefix("torch."))
+        return _module(name)
     if asked not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {asked!r}")
     if asked == "triton" and (reason := _why_no_triton()):
@@ -158,4 +192,6 @@ def choose(q: Tensor, backend: str | None, *, v_head_dim: int | None = None, bia
         raise ValueError(f"backend {asked!r} cannot serve these inputs: {reason}")
     if asked == "triton":
         _settle_tiles(str(q.device))
+        if os.environ.get("DSMR_HOPPER") == "1":
+            _settle_hopper(str(q.device), q.shape[3], v_head_dim, str(q.dtype).removeprefix("torch."))
     return module

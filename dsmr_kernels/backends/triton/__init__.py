@@ -4,6 +4,8 @@
 `splits` the sharing of tiles in small grids, `bias` the kernels of a learned bias by distance, `configs` tile sizes by
 architecture, `launch` the way to the GPU and `training` that of one call; `decode` serves the newest tokens alone,
 `step` stores them before, `arrivals` tells which program of several is the last; `tuned` reads measured tile sizes.
+`hopper` and `descriptors` are forwards for Hopper that are asked for, `stretches` their way over the keys, and `bulk`
+the way to them.
 Under TRITON_INTERPRET=1 they run on CPU tensors, for tests. They may import the contract and `autograd`, and Triton,
 which need not be installed: nothing but the dispatcher, its trial and the tools may import this room, and only when it
 is asked for.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends.triton import configs
+from dsmr_kernels.backends.triton import bulk, configs
 from dsmr_kernels.backends.triton.backward import dkv_kernel, dq_kernel
 from dsmr_kernels.backends.triton.bias import bucketed, dbias_kernel, table_of
 from dsmr_kernels.backends.triton.configs import choose, named, padded, unrolled
@@ -322,7 +322,10 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     same = inputs.v.shape[3] == q.shape[3]
     out = _room(q) if same else torch.empty((*shape, inputs.v.shape[3]), dtype=q.dtype, device=q.device)
     lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-    if q.numel():
+    if q.numel() and (tile := bulk.tile_for(inputs)) is not None:
+        capacity = 0 if inputs.memory is None else inputs.memory.capacity
+        bulk.forward(inputs, tile, bounded(inputs.spec, inputs.k.shape[2], capacity), out, lse)
+    elif q.numel():
         tensors, signature = _read(inputs)
         plan = _forward(signature)
         if plan.together is None:
