@@ -10,6 +10,7 @@ BENCH = ["pytest>=8", "pytest-benchmark>=5"]
 HF = ["transformers>=5.23"]
 PEERS = ["x-transformers>=2.3", *HF]
 PLAY = ["mido>=1.3", "python-rtmidi>=1.5"]
+AUDIO = ["tinysoundfont>=0.3.6"]
 # Playing an exported model, and making one. `GroupQueryAttention` over int8 memories is of ONNX Runtime 1.32.
 ONNX = ["onnxruntime>=1.32", "onnx>=1.17"]
 
@@ -31,6 +32,8 @@ setup(
         "triton": TRITON,
         # Real-time playing through MIDI ports.
         "play": PLAY,
+        # `dsmr render` and --wav: a SoundFont's piano as a WAV file, without a sound card or a system library.
+        "audio": AUDIO,
         # Models that play without PyTorch: `dsmr export`, and what plays them (docs/onnx.md).
         "onnx": ONNX,
         # Memory horizons in models of Hugging Face Transformers (docs/huggingface.md).
@@ -41,6 +44,7 @@ setup(
             *BENCH,
             *ONNX,
             *HF,
+            *AUDIO,
             "hypothesis>=6",
             "mido>=1.3",
             "pytest-xdist>=3",

@@ -18,6 +18,7 @@ from dsmr.cli.pack import pack
 from dsmr.cli.play import play
 from dsmr.cli.prepare import group
 from dsmr.cli.profile import profile
+from dsmr.cli.render import render
 from dsmr.cli.train import train
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(play)
+app.command()(render)
 app.command()(export)
 app.command()(budget)
 app.command()(profile)

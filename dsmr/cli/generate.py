@@ -18,12 +18,15 @@ from dsmr.cli.options import (
     PromptSeconds,
     Run,
     SaveState,
+    SoundFont,
     StopAtEnd,
     Temperature,
     Threads,
     Tokens,
     TopK,
     TopP,
+    Wav,
+    check_sound,
     sampling_of,
 )
 from dsmr.console.terminal import command, console, interrupted
@@ -77,6 +80,8 @@ def generate(
     threads: Threads = 1,
     device: Device = "auto",
     engine: Engine = "auto",
+    wav: Wav = False,
+    soundfont: SoundFont = None,
 ) -> None:
     """Continue the beginning of a piece: MIDI of the whole, MIDI of the continuation alone, and a piano roll."""
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
@@ -85,6 +90,9 @@ def generate(
     from dsmr.generation.continuation import Played, continue_variations
     from dsmr.music.sounding import ON
 
+    wholes = [out] if variations == 1 else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(variations)]
+    others = {"the prompt": prompt, "the saved stream": load_state, "where the stream is saved": save_state}
+    font = check_sound(wav, soundfont, [path.with_suffix(".wav") for path in wholes], others)
     with ProgressLine() as line:
 
         def show(played: Played) -> None:
@@ -132,12 +140,22 @@ def generate(
         print_to.print(f"{prompt}: {count:,} notes left out: {reason}", soft_wrap=True)
     for one in done:
         print_to.print(_report(one), soft_wrap=True)
+    if font is not None:
+        for one in done:
+            print_to.print(_sound(one.whole, font), soft_wrap=True, markup=False)
     if realtime:
         print_to.print(_realtime(done[0]), soft_wrap=True)
     if save_state is not None:
         print_to.print(f"{save_state}: the stream, to be played on with --load-state", soft_wrap=True)
     if done[0].signal is not None:
         interrupted(done[0].signal, "what was played until then is written")
+
+
+def _sound(midi: Path, font: Path) -> str:
+    from dsmr.music.sound import render
+    from dsmr.music.tokenizer import load_midi
+
+    return render(load_midi(midi), midi.with_suffix(".wav"), font).sentence
 
 
 def _report(done: "Continuation") -> str:

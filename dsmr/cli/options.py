@@ -8,6 +8,8 @@ import typer
 from dsmr.console.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from dsmr.generation.drawing import Sampling
     from dsmr.model.schedule import MemorySchedule
 
@@ -77,6 +79,32 @@ Threads = Annotated[
 SaveState = Annotated[Path | None, typer.Option(help="Keep the stream in this file when it ends.", show_default="no")]
 LoadState = Annotated[Path | None, typer.Option(help="Play on from this file instead of a prompt.", show_default=False)]
 
+Wav = Annotated[bool, typer.Option("--wav", help="Also write it as sound, X.wav (see dsmr render).")]
+SoundFont = Annotated[
+    Path | None,
+    typer.Option(help="For --wav: an .sf2 or .sf3 file.", show_default="DSMR_SOUNDFONT, else one that the system has"),
+]
+
+
+def check_sound(
+    wav: bool, soundfont: Path | None, sounds: "Sequence[Path]", others: "Mapping[str, Path | None]"
+) -> Path | None:
+    """The SoundFont to write `sounds` with, or None without --wav; `UserError` before any work if they cannot be
+    written, or one of them is another file of the job."""
+    if not wav:
+        if soundfont is not None:
+            raise UserError("--soundfont is for --wav, which was not given")
+        return None
+    from dsmr.console.files import check_apart, check_writable
+    from dsmr.music.sound import find_soundfont, require_synthesiser
+
+    require_synthesiser()
+    font = find_soundfont(soundfont)
+    check_apart(sounds, {**others, "the SoundFont": font})
+    for path in sounds:
+        check_writable(path)
+    return font
+
 
 def parse_schedule(text: str) -> "MemorySchedule":
     """A `MemorySchedule` of its string; `UserError` in one sentence where it is unknown or malformed."""
@@ -91,6 +119,7 @@ def parse_schedule(text: str) -> "MemorySchedule":
 
 def sampling_of(given: dict[str, Any], resumed: bool) -> "Sampling | None":
     """The sampling asked for; None = the saved stream's own."""
+
     from dsmr.generation.drawing import Sampling
 
     asked = {name: value for name, value in given.items() if value is not None}

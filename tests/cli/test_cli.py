@@ -1,13 +1,16 @@
 """The program: every command's help, what it prints, and bad input that ends in one sentence and exit code 1."""
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import pytest
+from small_soundfont import write_soundfont
 from typer.testing import CliRunner
 
 from dsmr.cli.app import app
@@ -36,6 +39,7 @@ COMMANDS = [
     "eval",
     "generate",
     "play",
+    "render",
     "export",
     "budget",
     "profile",
@@ -260,6 +264,13 @@ def test_from_nothing_to_a_continued_piece(tmp_path):
     several = dsmr("generate", run, "--prompt", piece, "--tokens", 9, "--out", out, "--variations", 2)
     assert several.exit_code == 0, several.output
     assert out.with_name("continued-2.mid").is_file()
+    if importlib.util.find_spec("tinysoundfont") is not None:
+        font = write_soundfont(tmp_path / "sine.sf2")
+        loud = dsmr("generate", run, "--load-state", kept, "--tokens", 20, "--out", out, "--wav", "--soundfont", font)
+        assert loud.exit_code == 0, loud.output
+        with wave.open(str(out.with_suffix(".wav"))) as file:
+            assert file.getnframes() > 1000
+        assert says(dsmr("generate", run, "--load-state", kept, "--out", out, "--soundfont", font), "--wav")
     assert says(dsmr("generate", run, "--prompt", piece, "--out", out, "--dtype", "int4"), "int4", "int8")
     assert says(dsmr("generate", run, "--prompt", piece, "--out", out, "--memory-dtype", "int4"), "int4", "int8")
     assert says(dsmr("play", run, "--prompt", piece, "--memory-dtype", "int4"), "int4", "int8")
