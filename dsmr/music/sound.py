@@ -110,7 +110,7 @@ def require_synthesiser() -> Any:
     try:
         return require("tinysoundfont")
     except UserError as error:
-        raise UserError("sound needs the package tinysoundfont: pip install dsmr[audio]") from error
+        raise UserError("sound needs the package tinysoundfont: pip install --no-deps tinysoundfont") from error
 
 
 def _synthesiser(tinysoundfont: Any, font: Path, rate: int, program: int, gain: float) -> Any:

@@ -148,7 +148,10 @@ def test_the_command_writes_a_page_a_picture_and_lines_of_a_table(corpus: Corpus
     assert "layer" in (folder / "search.md").read_text()
     assert (folder / "search.png").stat().st_size > 10_000
     lines = (folder / "found.toml").read_text()
-    whole = f'name = "again"\n[data]\npath = "{corpus.path}"\n[size]\nlayers = 2\nn_heads = 2\nhead_dim = 8\nn_long = 1\n' + lines
+    whole = (
+        f'name = "again"\n[data]\npath = "{corpus.path}"\n[size]\nlayers = 2\nn_heads = 2\nhead_dim = 8\nn_long = 1\n'
+        + lines
+    )
     (tmp_path / "again.toml").write_text(whole)
     (cell,) = Table.load(tmp_path / "again.toml").cells
     assert list(cell.model.schedule.horizons) == written["best"]["horizons"]
