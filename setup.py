@@ -10,8 +10,8 @@ BENCH = ["pytest>=8", "pytest-benchmark>=5"]
 HF = ["transformers>=5.23"]
 PEERS = ["x-transformers>=2.3", *HF]
 PLAY = ["mido>=1.3", "python-rtmidi>=1.5"]
-# Sound. Its own dependency PyAudio, which rendering never imports, has to be compiled where it has no wheel: so it is not
-# in `dev`, and the Makefile installs it alone.
+# Sound. Its own dependency PyAudio, which rendering never imports, has to be compiled where it has no wheel: so it is
+# not in `dev`, and the Makefile installs it alone.
 AUDIO = ["tinysoundfont>=0.3.6"]
 # Playing an exported model, and making one. `GroupQueryAttention` over int8 memories is of ONNX Runtime 1.32.
 ONNX = ["onnxruntime>=1.32", "onnx>=1.17"]
