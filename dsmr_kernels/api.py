@@ -1,13 +1,17 @@
-"""The two attention calls and the step before decoding: check the arguments at the border, hand them to a backend."""
+"""The two attention calls and the step before decoding: check the arguments at the border, hand them to a backend.
+
+What follows from shapes, strides, dtypes and options alone is found out for the first of the calls that have these in
+common (`dsmr_kernels.alike`), everything else for each.
+"""
 
 import torch
 from torch import Tensor
 
-from dsmr_kernels import border, watch
-from dsmr_kernels.dispatch import choose
+from dsmr_kernels import alike, border, watch
+from dsmr_kernels.dispatch import Choice, asked_for, choose
 from dsmr_kernels.memory import KVMemory, MemorySnapshot, may_look
 from dsmr_kernels.ring import Ring
-from dsmr_kernels.spec import AttentionSpec, Inputs
+from dsmr_kernels.spec import Alike, AttentionSpec, Inputs, layout, learning
 from dsmr_kernels.visibility import VISIBILITIES
 
 
@@ -112,23 +116,36 @@ def memory_attention(
             out = memory_attention(q, k, v, memory, horizon=horizon, segment_length=64, segment_offset=memory.seen % 64)
             memory.append(k, v, counts=torch.tensor([3, 5]))
     """
-    border.check_query(q)
-    border.check_keys(q, k, v)
-    border.check_integer("horizon", horizon, 0)
-    border.check_segments(segment_length, segment_offset, q)
-    if visibility not in VISIBILITIES:
-        raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {visibility!r}")
-    if memory is not None:
-        border.check_memory(memory, q, k.shape[1], v.shape[3])
+    asked, compiling, biased = asked_for(backend), torch.compiler.is_compiling(), distance_bias is not None
+    by_row, with_lse = isinstance(segment_offset, Tensor), return_lse or sinks is not None
+    key = kind = None
+    if not compiling:
+        key = alike.attention_key(
+            q, k, v, memory, horizon, segment_length, None if by_row else segment_offset, visibility, detach_segments,
+            scale, with_lse, asked, biased,
+        )  # fmt: skip
+        kind = alike.found(key)
+    if kind is None:
+        border.check_query(q)
+        border.check_keys(q, k, v)
+        border.check_integer("horizon", horizon, 0)
+    if kind is None or by_row:
+        border.check_segments(segment_length, segment_offset, q)
+    if kind is None:
+        if visibility not in VISIBILITIES:
+            raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {visibility!r}")
+        if memory is not None:
+            border.check_memory(memory, q, k.shape[1], v.shape[3])
     if piece_start is not None:
         border.check_piece_start(piece_start, k)
     if alibi_slopes is not None:
         border.check_alibi(alibi_slopes, q)
     if sinks is not None:
         border.check_sinks(sinks, q)
-    border.check_bias(distance_bias, distance_buckets, q)
+    if biased or distance_buckets is not None:
+        border.check_bias(distance_bias, distance_buckets, q)
     if memory is not None and memory.mark is not None:
-        by_age = visibility != "segment" or alibi_slopes is not None or distance_bias is not None
+        by_age = visibility != "segment" or alibi_slopes is not None or biased
         border.check_set(memory, horizon, by_age)
         border.check_one_segment(memory, k, segment_length, segment_offset)
         border.check_place(memory, horizon, segment_offset)
@@ -138,34 +155,41 @@ def memory_attention(
         memory.check_read()
         memory.settle()  # what the last append left: a segment that is over
         live = memory.moved
-        learning = any(x is not None and x.requires_grad for x in (q, k, v, distance_bias, sinks))
-        if torch.compiler.is_compiling() and torch.is_grad_enabled() and learning:
+        learns = compiling and any(x is not None and x.requires_grad for x in (q, k, v, distance_bias, sinks))
+        if learns and torch.is_grad_enabled():
             memory.note_graph_read()
 
-    q, scale = border.scaled(q, scale)
-    offsets = segment_offset if isinstance(segment_offset, Tensor) else None
+    if kind is not None and kind.spec is not None:
+        q, ring, spec = -q if kind.negated else q, memory, kind.spec
+        chosen = kind.choice.module
+        if not kind.choice.stands():
+            chosen = choose(q, asked, v_head_dim=v.shape[3], biased=biased)
+    else:
+        turned, scale = border.scaled(q, scale)
+        rows = border.rows(turned), border.rows(k), border.rows(v)
+        ring = None if memory is None else _readable(memory)
+        own = 0 if isinstance(segment_offset, Tensor) else segment_offset
+        spec = AttentionSpec(horizon, segment_length, own, visibility, detach_segments, scale, with_lse)
+        chosen = choose(q, asked, v_head_dim=v.shape[3], biased=biased)
+        if key is not None and rows[0] is turned and rows[1] is k and rows[2] is v and ring is memory:
+            choice = Choice.of(chosen, q, asked, v.shape[3], biased)
+            kind = alike.keep(key, Alike(choice, spec, layout(*rows), turned is not q))
+        q, k, v = rows
     inputs = Inputs(
-        border.rows(q),
-        border.rows(k),
-        border.rows(v),
-        None if memory is None else _readable(memory),
+        q,
+        k,
+        v,
+        ring,
         piece_start,
         alibi_slopes,
-        offsets,
+        segment_offset if isinstance(segment_offset, Tensor) else None,
         None if distance_bias is None else distance_bias.to(torch.promote_types(q.dtype, torch.float32)),
-        None if distance_bias is None else distance_buckets,
-        AttentionSpec(
-            horizon=horizon,
-            segment_length=segment_length,
-            segment_offset=0 if isinstance(segment_offset, Tensor) else segment_offset,
-            visibility=visibility,
-            detach_segments=detach_segments,
-            scale=scale,
-            return_lse=return_lse or sinks is not None,
-        ),
-        live=live,
+        distance_buckets,
+        spec,
+        learning(q, k, v, distance_bias),
+        live,
+        kind,
     )
-    chosen = choose(q, backend, v_head_dim=v.shape[3], biased=distance_bias is not None)
     out, lse = chosen.memory_attention(inputs)
     if watch.every:
         watch.attention(chosen, inputs, out, lse)

@@ -1,6 +1,6 @@
 """Which backend serves a call, and why not another.
 
-A backend is a module with `unsupported(q, v_head_dim, biased)`, `memory_attention`, `decode_attention` and
+A backend is a module with `unsupported(q, v_head_dim)`, `memory_attention`, `decode_attention` and
 `append_rotated`. The Triton backend is imported only where Triton and something to run it on exist, and serves a GPU
 unasked once it has agreed with the oracle there (`dsmr_kernels.trial`). Its tile sizes are those of its table, unless
 the environment variable DSMR_TUNED names a file of measured ones, which is read when the Triton backend is first
@@ -11,6 +11,7 @@ import importlib.util
 import os
 import warnings
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,15 +124,23 @@ def _tried_out(device: str, head_dim: int, dtype: str, biased: bool) -> bool:
 def _unasked(q: Tensor, v_head_dim: int, biased: bool) -> str:
     # In float32 the Triton kernels compute without matrix units, and a subclass of tensors may have no address.
     suits = q.device.type == GPU and q.dtype.itemsize == 2 and type(q) in (Tensor, torch.nn.Parameter)
-    if suits and _why_no_triton() is None and _module("triton").unsupported(q, v_head_dim, biased) is None:
+    if suits and _why_no_triton() is None and _module("triton").unsupported(q, v_head_dim) is None:
         device = str(q.device)
         _settle_tiles(device)  # before the trial: a file that cannot be used is no fault of the kernels
-        widest = v_head_dim if v_head_dim > q.shape[3] else q.shape[3]
-        if _tried_out(device, trial.class_of(widest), str(q.dtype).removeprefix("torch."), biased):
+        if _tried_out(device, trial.class_of(_widest(q, v_head_dim)), str(q.dtype).removeprefix("torch."), biased):
             return "triton"
     return (
-        "sdpa" if sdpa.unsupported(q, v_head_dim, biased) is None else "reference"
+        "sdpa" if sdpa.unsupported(q, v_head_dim) is None else "reference"
     )  # the definition serves everything
+
+
+def _widest(q: Tensor, v_head_dim: int) -> int:
+    return v_head_dim if v_head_dim > q.shape[3] else q.shape[3]
+
+
+def asked_for(backend: str | None) -> str | None:
+    """The backend that is asked for by argument or environment."""
+    return backend or os.environ.get("DSMR_BACKEND") or None
 
 
 def choose(q: Tensor, backend: str | None, *, v_head_dim: int | None = None, biased: bool = False) -> ModuleType:
@@ -145,7 +154,7 @@ def choose(q: Tensor, backend: str | None, *, v_head_dim: int | None = None, bia
         ValueError: if the one asked for does not exist or cannot serve inputs like `q`, or if DSMR_TUNED names a file
             that cannot be used; the message says why.
     """
-    asked = backend or os.environ.get("DSMR_BACKEND") or None
+    asked = asked_for(backend)
     v_head_dim = q.shape[3] if v_head_dim is None else v_head_dim
     if asked is None:
         return _module(_unasked(q, v_head_dim, biased))
@@ -154,8 +163,42 @@ def choose(q: Tensor, backend: str | None, *, v_head_dim: int | None = None, bia
     if asked == "triton" and (reason := _why_no_triton()):
         raise ValueError(f"backend {asked!r} cannot serve: {reason}")
     module = _module(asked)
-    if reason := module.unsupported(q, v_head_dim, biased):
+    if reason := module.unsupported(q, v_head_dim):
         raise ValueError(f"backend {asked!r} cannot serve these inputs: {reason}")
     if asked == "triton":
         _settle_tiles(str(q.device))
     return module
+
+
+class Choice(NamedTuple):
+    """A backend that `choose` has chosen, for calls alike, and what that rests on besides what they have in common.
+
+    Attributes:
+        module: the backend.
+        keeps: whether it is worth remembering: others than the Triton backend are found as quickly as this is checked.
+        on_gpu: of a tensor; that it lies there shows that there is a GPU.
+        trial: under which the trial that let the kernels serve unasked is found; None if they were asked for.
+    """
+
+    module: ModuleType
+    keeps: bool
+    on_gpu: bool
+    trial: tuple[str, int, str, bool] | None
+
+    @classmethod
+    def of(cls, module: ModuleType, q: Tensor, asked: str | None, v_head_dim: int, biased: bool) -> "Choice":
+        """What `choose` gave for q, where `asked` is `asked_for(...)`."""
+        keeps = module not in _ALWAYS.values()
+        tried = None
+        if asked is None:
+            dtype = str(q.dtype).removeprefix("torch.")
+            tried = str(q.device), trial.class_of(_widest(q, v_head_dim)), dtype, biased
+        return cls(module, keeps, q.device.type == "cuda", tried)
+
+    def stands(self) -> bool:
+        """Whether `choose` would choose it again; False if that is to be asked."""
+        if not (self.keeps and _tiles_settled):
+            return False
+        if self.trial is not None and _disagreements.get(self.trial, "none yet") is not None:
+            return False
+        return self.on_gpu or _why_no_triton() is None

@@ -24,7 +24,7 @@ __all__ = ["append_rotated", "decode_attention", "memory_attention", "unsupporte
 _ELSEWHERE = "backend 'sdpa' serves it as it is"
 
 
-def unsupported(q: Tensor, v_head_dim: int, biased: bool) -> str | None:
+def unsupported(q: Tensor, v_head_dim: int) -> str | None:
     """Why this backend cannot serve `q`; None if it can."""
     if q.device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"it runs on {'CPU tensors under TRITON_INTERPRET=1' if INTERPRETED else 'GPUs'}, not on {q.device}"
