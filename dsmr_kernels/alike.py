@@ -49,6 +49,16 @@ def attention_key(q: Any, k: Any, v: Any, memory: Any, *options: Any) -> tuple[A
         return None
 
 
+def decoding_key(q: Any, memory: Any, *options: Any) -> tuple[Any, ...] | None:
+    """The same of a `decode_attention`."""
+    if type(q) not in _PLAIN or not isinstance(memory, Ring):
+        return None
+    try:
+        return (q.dtype, q.device, q.shape, q.stride(), _of_memory(memory), *options, *map(type, options))
+    except (AttributeError, RuntimeError):
+        return None
+
+
 def found(key: tuple[Any, ...] | None) -> Alike | None:
     """What calls of this key left."""
     if key is None:

@@ -226,17 +226,25 @@ def decode_attention(
         ValueError, TypeError: naming the argument, what was expected and what came.
         RuntimeError: if a gradient is asked for.
     """
-    border.check_query(q)
+    asked, biased = asked_for(backend), distance_bias is not None
+    key = kind = None
+    if not torch.compiler.is_compiling():
+        key = alike.decoding_key(q, memory, scale, asked, biased)
+        kind = alike.found(key)
+    if kind is None:
+        border.check_query(q)
     if torch.is_grad_enabled() and q.requires_grad:
         raise RuntimeError("decode_attention gives no gradient, but q requires one: call it under torch.no_grad()")
-    if not isinstance(memory, (KVMemory, MemorySnapshot)):
-        raise TypeError(f"memory must be a KVMemory that holds the new tokens, got {type(memory).__name__}")
-    border.check_heads(q, memory.kv_heads)
-    border.check_memory(memory, q, memory.kv_heads, None)
-    if not 1 <= q.shape[2] <= min(16, memory.capacity):
-        raise ValueError(
-            f"q must hold 1 to 16 new tokens, no more than the memory's capacity of {memory.capacity}, got {q.shape[2]}"
-        )
+    if kind is None:
+        if not isinstance(memory, (KVMemory, MemorySnapshot)):
+            raise TypeError(f"memory must be a KVMemory that holds the new tokens, got {type(memory).__name__}")
+        border.check_heads(q, memory.kv_heads)
+        border.check_memory(memory, q, memory.kv_heads, None)
+        if not 1 <= q.shape[2] <= min(16, memory.capacity):
+            raise ValueError(
+                f"q must hold 1 to 16 new tokens, no more than the memory's capacity of {memory.capacity}, "
+                f"got {q.shape[2]}"
+            )
     if visible is not None:
         expected = (q.shape[0],)
         border.check_table("visible", visible, q, torch.int32, expected, f"int32 of shape {expected}")
@@ -244,10 +252,11 @@ def decode_attention(
         border.check_alibi(alibi_slopes, q)
     if sinks is not None:
         border.check_sinks(sinks, q)
-    border.check_bias(distance_bias, distance_buckets, q)
+    if biased or distance_buckets is not None:
+        border.check_bias(distance_bias, distance_buckets, q)
     if memory.mark is not None:
         border.check_room(memory)
-        border.check_set(memory, None, visible is not None or alibi_slopes is not None or distance_bias is not None)
+        border.check_set(memory, None, visible is not None or alibi_slopes is not None or biased)
     if may_look(q):
         sees = memory.length if visible is None else torch.minimum(visible, memory.length)
         if (few := sees < q.shape[2]).any():
@@ -255,12 +264,19 @@ def decode_attention(
             raise ValueError(
                 f"each of the {q.shape[2]} new tokens must see itself, but row {row} sees {int(sees[row])}"
             )
-    q, scale = border.scaled(q, scale)
-    chosen = choose(q, backend, v_head_dim=memory.v_head_dim, biased=distance_bias is not None)
+    given, scale = border.scaled(q, scale)
     learned = (None if x is None else x.detach() for x in (sinks, distance_bias))
-    q, ring = border.rows(q), _readable(memory)
     rest = (visible, alibi_slopes, *learned, distance_buckets, scale)
-    out: Tensor = chosen.decode_attention(q, ring, *rest)
+    out: Tensor
+    if kind is not None and kind.choice.stands():
+        chosen, q, ring = kind.choice.module, given, memory
+        out = chosen.decode_attention(q, ring, *rest, kind)
+    else:
+        chosen = choose(q, asked, v_head_dim=memory.v_head_dim, biased=biased)
+        q, ring = border.rows(given), _readable(memory)
+        if kind is None and key is not None and q is given and ring is memory:
+            alike.keep(key, Alike(Choice.of(chosen, q, asked, memory.v_head_dim, biased)))
+        out = chosen.decode_attention(q, ring, *rest)
     if watch.every:
         watch.decoding(chosen, q, ring, *rest, out=out)
     return out
@@ -296,6 +312,30 @@ def append_rotated(
         ValueError, TypeError: naming the argument, what was expected and what came.
         RuntimeError: if a gradient is asked for.
     """
+    asked = asked_for(backend)
+    key = kind = None
+    if not torch.compiler.is_compiling():
+        key = alike.attention_key(q, k, v, memory, "append", asked)
+        kind = alike.found(key)
+    if kind is None:
+        _check_step(q, k, v, memory)
+    if cos is not None or sin is not None:
+        border.check_angles(cos, sin, q)
+    if memory.mark is not None:
+        border.check_room(memory, q.shape[2])
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError("append_rotated is for inference: call it under torch.no_grad()")
+    if kind is not None and kind.choice.stands():
+        return kind.choice.module.append_rotated(q, k, v, memory, cos, sin, kind)  # type: ignore[no-any-return]
+    chosen = choose(q, asked, v_head_dim=memory.v_head_dim)
+    rows = border.rows(q), border.rows(k), border.rows(v)
+    as_rows = rows[0] is q and rows[1] is k and rows[2] is v and all(border.rows(x) is x for x in memory.storage())
+    if kind is None and key is not None and as_rows and memory.mark is None:
+        alike.keep(key, Alike(Choice.of(chosen, q, asked, memory.v_head_dim, False)))
+    return chosen.append_rotated(*rows, memory, cos, sin)  # type: ignore[no-any-return]
+
+
+def _check_step(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory) -> None:
     border.check_query(q)
     if not isinstance(memory, KVMemory):
         raise TypeError(f"memory must be a KVMemory, got {type(memory).__name__}")
@@ -313,10 +353,3 @@ def append_rotated(
         raise ValueError(
             f"q must hold at least one new token, no more than the memory's capacity of {memory.capacity}, got {new}"
         )
-    border.check_angles(cos, sin, q)
-    if memory.mark is not None:
-        border.check_room(memory, new)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise RuntimeError("append_rotated is for inference: call it under torch.no_grad()")
-    chosen = choose(q, backend, v_head_dim=memory.v_head_dim)
-    return chosen.append_rotated(border.rows(q), border.rows(k), border.rows(v), memory, cos, sin)

@@ -9,6 +9,7 @@ chosen.
 
 import importlib.util
 import os
+import sys
 import warnings
 from types import ModuleType
 from typing import NamedTuple
@@ -129,9 +130,7 @@ def _unasked(q: Tensor, v_head_dim: int, biased: bool) -> str:
         _settle_tiles(device)  # before the trial: a file that cannot be used is no fault of the kernels
         if _tried_out(device, trial.class_of(_widest(q, v_head_dim)), str(q.dtype).removeprefix("torch."), biased):
             return "triton"
-    return (
-        "sdpa" if sdpa.unsupported(q, v_head_dim) is None else "reference"
-    )  # the definition serves everything
+    return "sdpa" if sdpa.unsupported(q, v_head_dim) is None else "reference"  # the definition serves everything
 
 
 def _widest(q: Tensor, v_head_dim: int) -> int:
@@ -188,7 +187,7 @@ class Choice(NamedTuple):
     @classmethod
     def of(cls, module: ModuleType, q: Tensor, asked: str | None, v_head_dim: int, biased: bool) -> "Choice":
         """What `choose` gave for q, where `asked` is `asked_for(...)`."""
-        keeps = module not in _ALWAYS.values()
+        keeps = module is sys.modules.get("dsmr_kernels.backends.triton")
         tried = None
         if asked is None:
             dtype = str(q.dtype).removeprefix("torch.")

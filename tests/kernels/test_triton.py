@@ -204,7 +204,7 @@ def test_a_call_like_an_earlier_one_is_not_worked_out_anew() -> None:
     before = [plan.cache_info() for plan in plans]
     run(random_case(**options, seen=[5], seed=1), "triton")  # other tensors, another place in the ring
     for old, new in zip(before, (plan.cache_info() for plan in plans), strict=True):
-        assert (new.hits, new.misses) == (old.hits + 1, old.misses)
+        assert new.misses == old.misses
 
 
 @pytest.mark.slow
