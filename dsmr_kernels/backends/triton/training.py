@@ -21,43 +21,13 @@ from dsmr_kernels.backends.triton.bias import bucketed, dbias_kernel, table_of
 from dsmr_kernels.backends.triton.configs import choose, named, padded, unrolled
 from dsmr_kernels.backends.triton.forward import forward_kernel
 from dsmr_kernels.backends.triton.launch import LOG2E, Launch, architecture, as_rows, in_units, processors
+from dsmr_kernels.backends.triton.limits import bounded_rows, distances_seen, limits_of
 from dsmr_kernels.backends.triton.primitives import MARGIN
 from dsmr_kernels.backends.triton.splits import LEAST_KEYS, LEAST_QUERIES, merge_kernel, shares_of, sum_kernel
 from dsmr_kernels.spec import AttentionSpec, Gradients, Inputs, Needs
 
 _KEPT = 1024  # launches of each kernel
 _TABLES = 16  # of them, in which calls differ that are alike
-
-
-def bounded(spec: AttentionSpec, tokens: int, capacity: int) -> tuple[int, int, int]:
-    """Horizon, segment length (0 = one segment) and offset as the kernels count them, in 32 bits.
-
-    None of them is larger than the tokens of call and memory together: beyond that they make no difference.
-    """
-    most = tokens + capacity
-    horizon, length, offset = min(spec.horizon, most), spec.segment_length, spec.segment_offset
-    if length is None or length - offset >= tokens:
-        return horizon, 0, min(offset, capacity)
-    if length > most:
-        length, offset = most, offset - (length - most)
-    return horizon, length, offset
-
-
-def bounded_rows(offsets: Tensor, length: int | None, tokens: int, capacity: int) -> Tensor:
-    """Each row's own offset, for a segment length of at most the tokens of call and memory together."""
-    most = tokens + capacity
-    if length is None or length <= most:
-        return offsets.contiguous()
-    left = length - offsets  # until the segment ends
-    return torch.where(left >= tokens, offsets.clamp(max=capacity), most - left)
-
-
-def distances_seen(limits: tuple[int, int, int], sliding: bool, tokens: int, capacity: int) -> int:
-    """How many distances a pair of query and key may have, of a call that is limited so (`bounded`): 0 ... n - 1."""
-    horizon, length, _ = limits
-    if sliding:
-        return min(horizon + 1, tokens + capacity)
-    return min(horizon + length if length else tokens + capacity, tokens + capacity)
 
 
 class _Signature(NamedTuple):
@@ -159,18 +129,10 @@ class _Plan(NamedTuple):
         return torch.empty((self.splits, *shape), dtype=torch.float32, device=like.device)
 
 
-def _limits(spec: AttentionSpec, has_offsets: bool, tokens: int, capacity: int) -> tuple[int, int, int]:
-    """Horizon, segment length and offset of a call, the rows of which may have offsets of their own."""
-    limits = bounded(spec, tokens, capacity)
-    if has_offsets:  # a segment that ends in no row may end in one
-        limits = (limits[0], min(spec.segment_length or 0, tokens + capacity), 0)
-    return limits
-
-
 def _distances(inputs: Inputs) -> int:
     """How many distances are seen in a call."""
     tokens, capacity = inputs.k.shape[2], 0 if inputs.memory is None else inputs.memory.capacity
-    limits = _limits(inputs.spec, inputs.offsets is not None, tokens, capacity)
+    limits = limits_of(inputs.spec, inputs.offsets is not None, tokens, capacity)
     return distances_seen(limits, inputs.spec.visibility == "sliding", tokens, capacity)
 
 
@@ -185,7 +147,7 @@ class _Sizes:
         self.widest = max(self.head_dim, self.v_head_dim)
         self.capacity = ring[2] if of.has_memory else 0
         self.group, self.scale = self.heads // self.kv_heads, of.spec.scale
-        self.limits = _limits(of.spec, of.has_offsets, self.tokens, self.capacity)
+        self.limits = limits_of(of.spec, of.has_offsets, self.tokens, self.capacity)
         self.constants = {
             "SLIDING": of.spec.visibility == "sliding",
             "HAS_MEMORY": of.has_memory,
