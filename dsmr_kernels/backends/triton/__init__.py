@@ -2,8 +2,10 @@
 
 `primitives` holds the visibility rule for a tile, `walk` its way over its keys, `forward` and `backward` the kernels,
 `splits` the sharing of tiles in small grids, `bias` the kernels of a learned bias by distance, `configs` tile sizes by
-architecture, `launch` the way to the GPU, `training` that of one call and `limits` how far it reaches; `decode` serves the newest tokens alone,
-`step` stores them before, `arrivals` tells which program of several is the last; `tuned` reads measured tile sizes.
+architecture, `launch` the way to the GPU, `training` that of one call and `limits` how far it reaches; `decode` serves
+the newest tokens alone, `step` stores them before, `arrivals` tells which program of several is the last; `tuned` reads
+measured tile sizes.
+
 Under TRITON_INTERPRET=1 they run on CPU tensors, for tests. They may import the contract and `autograd`, and Triton,
 which need not be installed: nothing but the dispatcher, its trial and the tools may import this room, and only when it
 is asked for.

@@ -21,6 +21,7 @@ from dsmr_kernels.backends.triton.bias import bucketed, dbias_kernel, table_of
 from dsmr_kernels.backends.triton.configs import choose, named, padded, unrolled
 from dsmr_kernels.backends.triton.forward import forward_kernel
 from dsmr_kernels.backends.triton.launch import LOG2E, Launch, architecture, as_rows, in_units, processors
+from dsmr_kernels.backends.triton.limits import bounded as bounded  # where the kernels' comments look for it
 from dsmr_kernels.backends.triton.limits import bounded_rows, distances_seen, limits_of
 from dsmr_kernels.backends.triton.primitives import MARGIN
 from dsmr_kernels.backends.triton.splits import LEAST_KEYS, LEAST_QUERIES, merge_kernel, shares_of, sum_kernel
