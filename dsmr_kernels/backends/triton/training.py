@@ -301,7 +301,8 @@ class _Plans:
     def __init__(self, of: _Signature) -> None:
         self.of, self.forward = of, _forward(of)
         self.out_shape = (*of.shapes[0][:3], of.shapes[2][3])
-        self.lse = self.out_shape[:3], torch.empty(self.out_shape[:3], device="meta").stride()
+        _, heads, queries, _ = self.out_shape
+        self.lse = self.out_shape[:3], (heads * queries, queries, 1)  # shape and strides
         self._backward: dict[Any, tuple[_Plan | None, _Plan | None]] = {}
 
     def backward(self, grad: Tensor, lse_grad: bool, needs: Needs) -> tuple[_Plan | None, _Plan | None]:
