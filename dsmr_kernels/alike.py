@@ -14,7 +14,7 @@ from torch import Tensor
 from dsmr_kernels.ring import Ring
 from dsmr_kernels.spec import Alike
 
-_MOST = 4096  # kinds of calls; beyond, the oldest gives way
+_MOST = 4096  # kinds of calls; beyond, all are found out anew
 _known: dict[tuple[Any, ...], Alike] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may be anything, sizes without a number included
 
@@ -75,8 +75,8 @@ def keep(key: tuple[Any, ...], kind: Alike) -> Alike | None:
         hash(key)
     except TypeError:
         return None
-    while len(_known) >= _MOST:
-        _known.pop(next(iter(_known)), None)
+    if len(_known) >= _MOST:
+        _known.clear()
     _known[key] = kind
     return kind
 

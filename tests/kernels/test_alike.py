@@ -139,7 +139,7 @@ def test_no_more_kinds_are_kept_than_may_be(monkeypatch: pytest.MonkeyPatch) -> 
     case = small()
     for horizon in (1, 2, 3, 4, 5, 4):
         attend(case, horizon=horizon)
-    assert len(alike._known) == 3
+        assert 1 <= len(alike._known) <= 3
 
 
 @needs_triton
