@@ -146,7 +146,8 @@ class Launch:
         assert self._key is not None
         if found := _compiled.get(self._key):
             compiled, constants = found
-            self._runner, self._behind = compiled[self.grid], (*self.numbers, *constants)
+            self._behind = (*self.numbers, *constants)  # first: another thread may be here, too
+            self._runner = compiled[self.grid]
             if BY_ADDRESS:  # without hooks, and what would be handed to them
                 self._loaded, self._run = (compiled.function, compiled.packed_metadata, *(None,) * 3), compiled.run
         return self._runner is not None
