@@ -95,9 +95,7 @@ class Launch:
         self.kernel, self.grid, self.device, self.numbers = kernel, grid, device, numbers
         self.constants, self.options = constants, options
         self._run: Any = None  # Triton's launcher, called as Triton itself calls it
-        self._runner: Any = (
-            None  # around it, what Triton offers for calling it; the only one where that is all there is
-        )
+        self._runner: Any = None  # what Triton offers for calling it, which tells hooks, too
         self._loaded: tuple[Any, ...] = ()  # the launcher's arguments between stream and addresses
         self._behind: tuple[Any, ...] = ()  # and those behind the addresses
         if INTERPRETED:
