@@ -24,7 +24,7 @@ from dsmr_kernels.spec import Gradients, Inputs, Needs
 __all__ = ["append_rotated", "decode_attention", "memory_attention", "unsupported"]
 
 
-def unsupported(q: Tensor, v_head_dim: int, biased: bool) -> str | None:
+def unsupported(q: Tensor, v_head_dim: int) -> str | None:
     """Why this backend cannot serve `q`; None if it can."""
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"it computes in float16, bfloat16, float32 or float64, not {q.dtype}"
