@@ -1,0 +1,99 @@
+"""The end of a step: gradients are clipped as PyTorch clips them, weights are cast once, freed memory is kept."""
+
+import math
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsmr import DSMRConfig, DSMRModel
+from dsmr.console.devices import autocast
+from dsmr.training.update import clip_gradients
+
+
+def gradients(scale: float) -> list[torch.nn.Parameter]:
+    torch.manual_seed(3)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((5, 7), (3,), (2, 2), (4,))]
+    for parameter in parameters[:-1]:
+        parameter.grad = scale * torch.randn(parameter.shape)
+    return parameters
+
+
+@pytest.mark.parametrize("longest", [1.0, 0.3, math.inf])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_gradients_are_clipped_as_pytorch_clips_them(scale: float, longest: float) -> None:
+    ours, theirs = gradients(scale), gradients(scale)
+    assert clip_gradients(ours, longest) == torch.nn.utils.clip_grad_norm_(theirs, longest).item()
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_length_that_is_not_finite_is_told_and_changes_nothing(value: float) -> None:
+    parameters = gradients(1.0)
+    before = [None if p.grad is None else p.grad.clone() for p in parameters]
+    parameters[1].grad[0] = value  # type: ignore[index]
+    before[1][0] = value  # type: ignore[index]
+    assert not math.isfinite(clip_gradients(parameters, 1.0))
+    for parameter, was in zip(parameters, before, strict=True):
+        assert was is None or torch.equal(parameter.grad.nan_to_num(7), was.nan_to_num(7))  # type: ignore[union-attr]
+
+
+class Casts(TorchDispatchMode):
+    """How often a matrix of `rows` rows is cast to bfloat16."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.count = rows, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        made = function(*args, **(kwargs or {}))
+        if function._schema.name == "aten::_to_copy" and made.dtype == torch.bfloat16 and made.shape[0] == self.rows:
+            self.count += 1
+        return made
+
+
+@pytest.mark.parametrize("schedule", ["full(layers=3, length=8)", "full(layers=3, length=8, retention=uniform)"])
+def test_a_step_casts_each_weight_once_however_many_segments_it_reads(schedule: str) -> None:
+    """By autocast's own cache; the second schedule reads the segments one after another."""
+    config = DSMRConfig(20, schedule, d_model=16, n_heads=2, segment_length=4, d_ff=99)  # type: ignore[arg-type]
+    model, tokens = DSMRModel(config), torch.randint(0, 20, (1, 12))
+    with Casts(rows=99) as casts, autocast(torch.device("cpu"), torch.bfloat16):
+        loss = model(tokens, model.new_state(1, aligned=True), targets=tokens).loss
+    with casts:
+        loss.backward()
+    assert casts.count == 3  # ffn.up of three layers
+
+
+FAULTS = """
+import resource, sys, torch
+from dsmr.training.update import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        tensors = [torch.ones(4 << 18) for _ in range(8)]  # 4 MiB each
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+faults()
+before = faults()
+kept = keep_freed_memory()
+faults()
+print(int(kept), before, faults())
+"""
+
+
+@pytest.mark.slow  # PyTorch starts
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is asked")
+def test_memory_that_a_step_freed_is_there_for_the_next() -> None:
+    said = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
+    kept, before, after = map(int, said.split())
+    if not kept:
+        pytest.skip("the C library is another than glibc")
+    pages = 4 * 8 * (4 << 20) // resource.getpagesize()
+    assert after < 0.01 * pages, f"{before} page faults before, {after} afterwards"
