@@ -113,9 +113,7 @@ class _Join(torch.autograd.Function):
         cos: Tensor | None, sin: Tensor | None, parts: tuple[Part, ...], dtype: torch.dtype, *grads: Tensor
     ) -> Tensor:
         batch, _, tokens, dim = grads[0].shape
-        whole = torch.empty(
-            batch, tokens, dim * sum(count for count, _ in parts), dtype=dtype, device=grads[0].device
-        )
+        whole = torch.empty(batch, tokens, dim * sum(count for count, _ in parts), dtype=dtype, device=grads[0].device)
         for out, grad, (_, turned) in zip(_views(whole, parts), grads, parts, strict=True):
             if turned:
                 assert cos is not None

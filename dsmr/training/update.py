@@ -1,4 +1,4 @@
-"""The end of a training step: gradients are clipped and AdamW takes them in. And the memory in which steps are computed."""
+"""The end of a training step: gradients are clipped, AdamW takes them in, and what was freed is kept for the next."""
 
 import ctypes
 import math
@@ -43,8 +43,8 @@ def keep_freed_memory() -> bool:
     """Have this process keep the memory that a step frees, for the next step, which asks for the same again.
 
     Else the C library gives tensors of more than a few hundred kilobytes back to the system, which hands out pages
-    anew, zeroed, one fault each, in every step. Only glibc is asked, so that it is False elsewhere, and nothing changes;
-    the peak stays what it is. `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` in the environment do the same.
+    anew, zeroed, one fault each, in every step. Only glibc is asked: elsewhere it is False, and nothing changes. The
+    peak stays what it is. `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` in the environment do the same.
     """
     if not sys.platform.startswith("linux"):
         return False

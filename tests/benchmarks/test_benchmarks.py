@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import (
     report,
+    step_profile,
     test_attention,
     test_decode_attention,
     test_ring_append,
@@ -308,6 +309,7 @@ def test_a_run_of_pytest_keeps_every_row(tmp_path: Path) -> None:
 def test_goals_are_judged_by_ratios() -> None:
     sizes = Sizes(8, 512, 8, 512, 2048, 2)
     process: Any = None
+
     def known(peak: int) -> dict[str, int]:
         return {"parameters": 25_000_000, "peak_bytes": 2**32, "own_peak_bytes": peak}
 
@@ -354,3 +356,12 @@ def test_what_is_known_outlives_an_interruption(tmp_path: Path, monkeypatch: pyt
     assert [(row["dtype"], row["tokens_per_s"]) for row in saved["rows"]] == [("bfloat16", 1024), ("float32", 1024)]
     assert (tmp_path / "cpu-training-step.png").exists()
     assert training_step.main(["--width", "100", "--out", str(tmp_path)]) == 1
+
+
+def test_a_profile_of_a_step_finds_every_kind_of_work() -> None:
+    training = Training(Sizes(2, 64, 2, 16, 32, 1, vocabulary=40), CONTENDERS["ours, full"])
+    found, seconds, copies = step_profile.shares(training)
+    assert sum(found.values()) == pytest.approx(1)
+    assert all(share > 0 for share in found.values()), found
+    assert seconds > 0
+    assert copies > 0

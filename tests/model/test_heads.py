@@ -1,4 +1,4 @@
-"""A projection becomes heads as PyTorch's own split, turn and transpose make them, values and gradients, in few copies."""
+"""A projection becomes heads as PyTorch's own split, turn and transpose make them, in values and gradients."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.calls: dict[str, int] = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name
         self.calls[name] = self.calls.get(name, 0) + 1
         return function(*args, **(kwargs or {}))

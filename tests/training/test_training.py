@@ -365,7 +365,7 @@ def test_compiling_without_a_compiler_is_refused_in_a_sentence(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match="no C\\+\\+ compiler: 'no-such-compiler' is not installed.*without --compile"):
+    with pytest.raises(UserError, match=r"no C\+\+ compiler: 'no-such-compiler' is not installed.*without --compile"):
         quiet(tiny_config(data, tmp_path / "run", compile=True, device="cpu"))
     assert not (tmp_path / "run" / "train.json").exists()
 

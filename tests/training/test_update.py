@@ -49,7 +49,7 @@ class Casts(TorchDispatchMode):
         super().__init__()
         self.rows, self.count = rows, 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         if function._schema.name == "aten::_to_copy" and made.dtype == torch.bfloat16 and made.shape[0] == self.rows:
             self.count += 1
