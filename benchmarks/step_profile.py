@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
             found, seconds, copies = shares(training)
             told = " | ".join(f"{share:.1%}" for share in found.values())
             lines.append(f"| {name}, {dtype} | {told} | {copies:,} | {seconds:.3f} |")
-    Console().print("\n".join(lines), soft_wrap=True, highlight=False)
+    Console().print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
     return 0
 
 

@@ -311,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
                 for now in measure(sizes, dtype, options.contenders, options.turns, options.threads, line):
                     text = write(done + now, sizes, options.turns, options.out)  # outlives an interruption
             done += now
-        Console().print(text, soft_wrap=True, highlight=False)
+        Console().print(text, soft_wrap=True, highlight=False, markup=False)
     except UserError as error:
         print(f"benchmarks.training_step: {error}", file=sys.stderr)
         return 1
