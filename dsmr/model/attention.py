@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmr.model.heads import heads_of
+from dsmr.model.heads import Part, heads_of
 from dsmr.model.positions import POSITIONS, Rotary, alibi_slopes, sinusoids, token_positions
 from dsmr_kernels import KVMemory, MemorySnapshot, memory_attention
 from dsmr_kernels.costing.cost import memory_capacity
@@ -209,7 +209,7 @@ class DSMRAttention(nn.Module):
                 q_input, k_input = q_input + labels[0].to(x.dtype), k_input + labels[1].to(x.dtype)
             weights = self.qkv.weight.split([count * self.head_dim for count, _ in parts])
             inputs = zip((q_input, k_input, x), weights, parts, strict=True)
-            projected = [(F.linear(y, weight), (part,)) for y, weight, part in inputs]
+            projected: list[tuple[Tensor, tuple[Part, ...]]] = [(F.linear(y, w), (part,)) for y, w, part in inputs]
         else:
             projected = [(self.qkv(x), parts)]
         turned = place if isinstance(place, Rotary) else None

@@ -34,7 +34,7 @@ def heads_of(x: Tensor, parts: Sequence[Part], place: Rotary | None, dtype: torc
     if torch.compiler.is_compiling():  # which fuses it; a node of our own would be in its way
         return _plainly(x, cos, sin, parts, dtype)
     if torch.is_grad_enabled() and x.requires_grad:
-        found: tuple[Tensor, ...] = _Split.apply(x, cos, sin, parts, dtype)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, ...] = _Split.apply(x, cos, sin, parts, dtype)
         return found
     return _split(x, cos, sin, parts, dtype)
 
@@ -102,7 +102,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Join.apply(*ctx.saved_tensors, ctx.parts, ctx.dtype, *grads), None, None, None, None  # type: ignore[no-untyped-call]
+        return _Join.apply(*ctx.saved_tensors, ctx.parts, ctx.dtype, *grads), None, None, None, None
 
 
 class _Join(torch.autograd.Function):
@@ -131,4 +131,4 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, None, None, None, *_Split.apply(grad, *ctx.saved_tensors, ctx.parts, ctx.dtype)  # type: ignore[no-untyped-call]
+        return None, None, None, None, *_Split.apply(grad, *ctx.saved_tensors, ctx.parts, ctx.dtype)

@@ -202,12 +202,12 @@ class Block(nn.Module):
         segment_offset: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, d_model) -> x of the next layer, and the new k and v; arguments as of `DSMRAttention.attend`."""
-        attention, where = self.attention, {"piece_start": piece_start, "segment_offset": segment_offset}
-        attention.check_memory(memory, x.shape[0], segment_offset)
+        self.attention.check_memory(memory, x.shape[0], segment_offset)
         compiled = self.compiled and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         before, after = _compiled() if compiled else (Block.before, Block.after)
         q, k, v = before(self, x, place, labels, memory.dtype)
-        return after(self, x, attention.look(q, k, v, memory, **where)), k, v
+        found = self.attention.look(q, k, v, memory, piece_start=piece_start, segment_offset=segment_offset)
+        return after(self, x, found), k, v
 
     def before(
         self, x: Tensor, place: Rotary | Tensor | None, labels: tuple[Tensor, Tensor] | None, dtype: torch.dtype
