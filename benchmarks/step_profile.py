@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.parts.models import CLIPPING, CONTENDERS, VARIANTS, Training
 from benchmarks.training_step import DTYPES, SIZES
+from dsmr.console.heap import keep_freed_memory
 from dsmr.corpus.pool import cores
-from dsmr.training.update import keep_freed_memory
 
 CALLERS = {  # whatever runs inside of these
     "_Node": "attention",

@@ -33,11 +33,11 @@ from benchmarks.parts.rows import about
 from dsmr.console.devices import resolve_device
 from dsmr.console.errors import UserError
 from dsmr.console.files import write_json, write_text
+from dsmr.console.heap import keep_freed_memory
 from dsmr.console.progress import ProgressLine
 from dsmr.console.terminal import out_of_memory
 from dsmr.corpus.pool import cores
 from dsmr.profiling.row import Peak, resident_bytes
-from dsmr.training.update import keep_freed_memory
 from dsmr_kernels.costing.cost import human_bytes
 from dsmr_kernels.costing.timing import synchronize
 

@@ -19,6 +19,7 @@ from dsmr.console.devices import autocast, resolve_device, resolve_dtype
 from dsmr.console.errors import UserError
 from dsmr.console.figures import available
 from dsmr.console.files import write_json
+from dsmr.console.heap import keep_freed_memory
 from dsmr.console.locks import alone_in
 from dsmr.console.progress import ProgressLine, duration
 from dsmr.console.stopping import Stop, StoppedError, graceful_stop
@@ -43,7 +44,7 @@ from dsmr.runs.settings import TrainConfig, run_settings, validation_pieces
 from dsmr.training.compiling import missing_compiler
 from dsmr.training.figures import loss_figure
 from dsmr.training.pacing import Pace
-from dsmr.training.update import clip_gradients, keep_freed_memory, optimizer_of
+from dsmr.training.update import clip_gradients, optimizer_of
 from dsmr_kernels.costing.cost import human_bytes
 
 if TYPE_CHECKING:

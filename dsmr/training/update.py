@@ -1,18 +1,12 @@
-"""The end of a training step: gradients are clipped, AdamW takes them in, and what was freed is kept for the next."""
+"""The end of a training step: gradients are clipped, and AdamW takes them in."""
 
-import ctypes
 import math
-import sys
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from dsmr.runs.settings import TrainConfig
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_MOST_FROM_HEAP = 2**25  # bytes: the most that glibc lets a threshold be
-_NEVER = -1
 
 
 def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -37,19 +31,3 @@ def clip_gradients(parameters: Iterable[Tensor], longest: float) -> float:
     if math.isfinite(length) and longest / (length + 1e-6) < 1:
         torch.nn.utils.clip_grads_with_norm_(parameters, longest, norm, foreach=True)
     return length
-
-
-def keep_freed_memory() -> bool:
-    """Have this process keep the memory that a step frees, for the next step, which asks for the same again.
-
-    Else the C library gives tensors of more than a few hundred kilobytes back to the system, which hands out pages
-    anew, zeroed, one fault each, in every step. Only glibc is asked: elsewhere it is False, and nothing changes. The
-    peak stays what it is. `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` in the environment do the same.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _MOST_FROM_HEAP)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))

@@ -1,9 +1,6 @@
-"""The end of a step: gradients are clipped as PyTorch clips them, weights are cast once, freed memory is kept."""
+"""The end of a step: gradients are clipped as PyTorch clips them. And in a step, weights are cast once."""
 
 import math
-import resource
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -66,34 +63,3 @@ def test_a_step_casts_each_weight_once_however_many_segments_it_reads(schedule: 
     with casts:
         loss.backward()
     assert casts.count == 3  # ffn.up of three layers
-
-
-FAULTS = """
-import resource, sys, torch
-from dsmr.training.update import keep_freed_memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
-        tensors = [torch.ones(4 << 18) for _ in range(8)]  # 4 MiB each
-        del tensors
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-torch.set_num_threads(1)
-faults()
-before = faults()
-kept = keep_freed_memory()
-faults()
-print(int(kept), before, faults())
-"""
-
-
-@pytest.mark.slow  # PyTorch starts
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is asked")
-def test_memory_that_a_step_freed_is_there_for_the_next() -> None:
-    said = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
-    kept, before, after = map(int, said.split())
-    if not kept:
-        pytest.skip("the C library is another than glibc")
-    pages = 4 * 8 * (4 << 20) // resource.getpagesize()
-    assert after < 0.01 * pages, f"{before} page faults before, {after} afterwards"
