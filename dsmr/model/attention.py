@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmr.model.heads import Part, heads_of
 from dsmr.model.positions import POSITIONS, Rotary, alibi_slopes, sinusoids, token_positions
 from dsmr_kernels import KVMemory, MemorySnapshot, memory_attention
 from dsmr_kernels.costing.cost import memory_capacity
@@ -37,6 +38,16 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
     device = parameter.device.type
     cast = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if cast else parameter.dtype
+
+
+def side_by_side(heads: Tensor, weight: Tensor) -> Tensor:
+    """(B, H, T, head_dim) -> (B, T, H * head_dim), in the dtype that a product with `weight` takes."""
+    return heads.transpose(1, 2).flatten(2).to(compute_dtype(weight))
+
+
+def _kept(projected: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype heads are written: the memory's at once, where that rounds no more often."""
+    return dtype if projected.dtype == torch.float32 and dtype.is_floating_point else projected.dtype
 
 
 class DSMRAttention(nn.Module):
@@ -181,24 +192,43 @@ class DSMRAttention(nn.Module):
         (B, T, d_model) each, are added to the inputs of the Q and of the K projection. Under activation checkpointing
         give it `memory.snapshot()`, and append k and v outside.
         """
-        self._check_memory(memory, x.shape[0], segment_offset)
-        q_size, kv_size = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.check_memory(memory, x.shape[0], segment_offset)
+        q, k, v = self.project(x, place, labels, memory.dtype)
+        out = self.look(q, k, v, memory, piece_start=piece_start, segment_offset=segment_offset)
+        return self.out(side_by_side(out, self.out.weight)), k, v
+
+    def project(
+        self, x: Tensor, place: Rotary | Tensor | None, labels: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, d_model) -> q (B, Hq, T, head_dim), k and v (B, Hkv, T, head_dim), in the dtype of the memory, or as
+        they come out of the projection if that is int8; arguments as of `attend`."""
+        parts = ((self.n_heads, True), (self.n_kv_heads, True), (self.n_kv_heads, False))
         if isinstance(place, Tensor) or labels is not None:
             q_input = k_input = x + place.to(x.dtype) if isinstance(place, Tensor) else x
             if labels is not None:
                 q_input, k_input = q_input + labels[0].to(x.dtype), k_input + labels[1].to(x.dtype)
-            weights = self.qkv.weight.split([q_size, kv_size, kv_size])
-            qkv = torch.cat([F.linear(y, w) for y, w in zip((q_input, k_input, x), weights, strict=True)], -1)
+            weights = self.qkv.weight.split([count * self.head_dim for count, _ in parts])
+            inputs = zip((q_input, k_input, x), weights, parts, strict=True)
+            projected: list[tuple[Tensor, tuple[Part, ...]]] = [(F.linear(y, w), (part,)) for y, w, part in inputs]
         else:
-            qkv = self.qkv(x)
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for part in qkv.split([q_size, kv_size, kv_size], -1)
-        )
-        if isinstance(place, Rotary):
-            q, k = place(q), place(k)
-        if memory.dtype != torch.int8:
-            q, k, v = (x.to(memory.dtype) for x in (q, k, v))
+            projected = [(self.qkv(x), parts)]
+        turned = place if isinstance(place, Rotary) else None
+        found = [head for made, kinds in projected for head in heads_of(made, kinds, turned, _kept(made, dtype))]
+        q, k, v = found if dtype == torch.int8 else (head.to(dtype) for head in found)
+        return q, k, v
+
+    def look(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        memory: KVMemory | MemorySnapshot,
+        *,
+        piece_start: Tensor | None = None,
+        segment_offset: int | Tensor = 0,
+    ) -> Tensor:
+        """What `project` gave, looked up in the segment and in a memory that `check_memory` has passed: (B, Hq, T,
+        head_dim); arguments as of `attend`."""
         # A token attends to its segment's keys as they will be stored: else outputs depended on where calls begin.
         out = memory_attention(
             q,
@@ -215,9 +245,9 @@ class DSMRAttention(nn.Module):
             backend=self.backend,
         )
         assert isinstance(out, Tensor)
-        return self.out(out.transpose(1, 2).flatten(2).to(x.dtype)), k, v
+        return out
 
-    def _check_memory(self, memory: KVMemory | MemorySnapshot, batch: int, segment_offset: int | Tensor) -> None:
+    def check_memory(self, memory: KVMemory | MemorySnapshot, batch: int, segment_offset: int | Tensor) -> None:
         """That a memory is of this layer and this batch: another would be taken, and attention be silently other."""
         if memory.batch != batch:
             raise ValueError(f"the memory holds {memory.batch} streams, but x has {batch} rows")
