@@ -6,13 +6,17 @@ import math
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends.sdpa.plan import Group, Source, sources_of
+from dsmr_kernels.backends.sdpa.plan import Group, Part, Source, pairs_of, parts_of, sources_of
+from dsmr_kernels.backends.sdpa.workers import hands, in_parallel
 from dsmr_kernels.quantise import dequantise
 from dsmr_kernels.spec import Inputs
 
-# Private to PyTorch, but the only way to the log-sum-exp; without it, `blocks` serves.
+# Private to PyTorch, but the only way to the log-sum-exp; without it, `products` serves.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 AVAILABLE = _FLASH is not None
+# Of a part: with fewer query-key pairs starting the kernel would cost more than a core gains by being free.
+PART_PAIRS = 1 << 19
+PARTS = 2  # of a call for each thread, where that leaves them so many pairs
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -24,6 +28,12 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[3] == k.shape[3] == v.shape[3]
         and all(x.stride(3) == 1 or x.shape[3] == 1 for x in (q, k, v))
     )
+
+
+def serves(inputs: Inputs) -> bool:
+    """Whether `forward` can serve a call: what a query sees needs no mask but the causal one of its own segment."""
+    plain = inputs.alibi is None and inputs.bias is None and inputs.spec.visibility == "segment"
+    return plain and fits(inputs.q, inputs.k, inputs.v)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -61,47 +71,50 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:
     return out.float().lerp_(more.float(), torch.sigmoid(more_lse - lse).unsqueeze_(-1))
 
 
-def _stretch(tensor: Tensor, rows: slice, start: int, stop: int) -> Tensor:
-    """Some rows and tokens of (B, H, n, ...), without a slice where it is all of them: a small call notices each."""
-    if rows.stop - rows.start != tensor.shape[0]:
-        tensor = tensor[rows]
-    return tensor if stop - start == tensor.shape[2] else tensor.narrow(2, start, stop - start)
-
-
-def _sides(inputs: Inputs, rows: slice, source: Source) -> list[Tensor]:
-    """Keys and values of a source, in q's dtype."""
-    memory = inputs.memory
-    if memory is None or not source.memory:
-        return [_stretch(x, rows, source.start, source.stop) for x in (inputs.k, inputs.v)]
-    found = [_stretch(x, rows, source.start, source.stop) for x in (memory.k, memory.v)]
-    if memory.k_scale is None or memory.v_scale is None:
-        return [x.to(inputs.q.dtype) for x in found]
-    scales = [_stretch(x, rows, source.start, source.stop) for x in (memory.k_scale, memory.v_scale)]
-    return [dequantise(x, scale, inputs.q.dtype) for x, scale in zip(found, scales, strict=True)]
-
-
-def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of the whole call; lse only if it is wanted."""
-    q, k, v, memory, scale, wants_lse = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec.scale, inputs.wants_lse
-    shift = k.shape[2] - q.shape[2]
-    whole = len(plan) == 1 and len(plan[0].runs) == 1
-    if not whole:
-        out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+def forward(inputs: Inputs, plan: list[Group], work: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of the whole call, computed in `work`; lse only if it is wanted."""
+    q, kv_heads = inputs.q, inputs.k.shape[1]
+    out = q.new_empty((*q.shape[:3], inputs.v.shape[3]))
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if inputs.wants_lse else None
+    parts: list[Part] = []
     for group in plan:
-        rows = group.rows
-        for run in group.runs:
-            block = _stretch(q, rows, run.start - shift, run.stop - shift)
-            keys, values = (_stretch(x, rows, run.start, run.stop) for x in (k, v))
-            o, l = attend(block, keys, values, True, scale)
-            sources = sources_of(run.floor, run.start, group.position, memory.capacity if memory else 0, False)
-            for source in sources:
-                keys, values = _sides(inputs, rows, source)
-                past_o, past_l = attend(block, keys, values, False, scale)
-                o = merge(o, l, past_o, past_l)
-                if wants_lse or source is not sources[-1]:
-                    l = torch.logaddexp(past_l, l)
-            if whole:
-                return o.to(q.dtype), l if wants_lse else None
-            here = (rows, slice(None), slice(run.start - shift, run.stop - shift))
-            out[here], lse[here] = o, l
-    return out, lse if wants_lse else None
+        heads, members = (group.rows.stop - group.rows.start) * kv_heads, q.shape[1] // kv_heads
+        threads = hands()
+        enough = -(-PART_PAIRS // max(1, pairs_of(group) * members))
+        few = -(-heads // (PARTS * threads))
+        most = heads if threads == 1 else min(max(few, enough), -(-heads // threads))
+        parts += parts_of(group, kv_heads, most)
+    in_parallel(lambda part: _attend_part(inputs, part, work, out, lse), parts)
+    return out, lse
+
+
+def _attend_part(inputs: Inputs, part: Part, work: torch.dtype, out: Tensor, lse: Tensor | None) -> None:
+    """Fill the part's share of the outputs."""
+    q, k, v, memory, scale = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec.scale
+    shift, members = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
+    rows, heads = part.rows, part.heads
+    query_heads = slice(heads.start * members, heads.stop * members)
+    for run in part.group.runs:
+        here = (rows, query_heads, slice(run.start - shift, run.stop - shift))
+        block = q[here].to(work)
+        keys, values = (x[rows, heads, run.start : run.stop].to(work) for x in (k, v))
+        o, l = attend(block, keys, values, True, scale)
+        sources = sources_of(run.floor, run.start, part.group.position, memory.capacity if memory else 0, False)
+        for source in sources:
+            past_o, past_l = attend(block, *_sides(inputs, part, source, work), False, scale)
+            o = merge(o, l, past_o, past_l)
+            if lse is not None or source is not sources[-1]:
+                l = torch.logaddexp(past_l, l)
+        out[here] = o
+        if lse is not None:
+            lse[here] = l
+
+
+def _sides(inputs: Inputs, part: Part, source: Source, work: torch.dtype) -> list[Tensor]:
+    """The part's keys and values of a source, in the dtype that is computed in."""
+    memory, here = inputs.memory, (part.rows, part.heads, slice(source.start, source.stop))
+    if memory is None or not source.memory:
+        return [x[here].to(work) for x in (inputs.k, inputs.v)]
+    if memory.k_scale is None or memory.v_scale is None:
+        return [x[here].to(work) for x in (memory.k, memory.v)]
+    return [dequantise(x[here], s[here], work) for x, s in ((memory.k, memory.k_scale), (memory.v, memory.v_scale))]

@@ -1,6 +1,7 @@
-"""What a call's queries see, as plain integers: runs of queries, and where their keys lie in storage."""
+"""What a call's queries see, as plain integers: runs of queries, where their keys lie in storage, and the parts of the
+call that can be computed side by side."""
 
-import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -96,14 +97,28 @@ def sources_of(low: int, stop: int, position: int, capacity: int, in_order: bool
     return sources
 
 
-def past_of(run: Run, group: Group, capacity: int, detach: bool) -> list[tuple[Source, bool]]:
-    """The stretches of keys that all queries of a run see, in any order, and whether each takes a gradient."""
-    first = max(run.own if detach else 0, run.floor, 0)
-    stretches = []
-    for source in sources_of(run.floor, run.start, group.position, capacity, False):
-        cuts = [source.start, source.stop]
-        if not source.memory and source.start < first < source.stop:
-            cuts.insert(1, first)
-        for start, stop in itertools.pairwise(cuts):
-            stretches.append((Source(source.memory, start, stop, 0), not source.memory and start >= first))
-    return stretches
+class Part(NamedTuple):
+    """Rows of a group and KV heads, all of them where there are several rows."""
+
+    group: Group
+    rows: slice
+    heads: slice
+
+
+def cut(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    """Stretches of `step` from `start` to `stop`; the last may be shorter."""
+    return ((at, min(at + step, stop)) for at in range(start, stop, step))
+
+
+def parts_of(group: Group, kv_heads: int, most: int) -> list[Part]:
+    """A group cut into parts of at most `most` KV heads, all rows counted."""
+    parts, together = [], max(1, most // kv_heads)
+    for row in cut(group.rows.start, group.rows.stop, together):
+        for heads in cut(0, kv_heads, kv_heads if together > 1 else max(1, most)):
+            parts.append(Part(group, slice(*row), slice(*heads)))
+    return parts
+
+
+def pairs_of(group: Group) -> int:
+    """Query-key pairs of a row and query head, the masked ones too."""
+    return sum((run.stop - run.start) * (run.stop - run.low(run.start)) for run in group.runs)
