@@ -34,7 +34,7 @@ def _only(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sdpa = "dsmr_kernels.backends.sdpa"
     for name in ("BLOCK_QUERIES", "BLOCK_KEYS", "TILE_BYTES"):
         monkeypatch.setattr(f"{sdpa}.products.{name}", 5)
-    monkeypatch.setattr(f"{sdpa}.flash.PART_PAIRS", 1)
+    monkeypatch.setattr(f"{sdpa}.workers.SHARED_PAIRS", 0)
     if way == "products":
         monkeypatch.setattr(f"{sdpa}.flash.AVAILABLE", False)
     if way == "masked":

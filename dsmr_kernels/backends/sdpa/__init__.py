@@ -42,8 +42,14 @@ def _may_look(inputs: Inputs) -> bool:
 
 def _small(inputs: Inputs, plan: list[Group]) -> bool:
     heads, queries = inputs.q.shape[1:3]
-    pairs = sum(pairs_of(group) * (group.rows.stop - group.rows.start) for group in plan)
-    return queries < PRODUCTS_QUERIES or pairs * heads < PRODUCTS_PAIRS
+    return queries < PRODUCTS_QUERIES or pairs_of(plan) * heads < PRODUCTS_PAIRS
+
+
+def _dtype_of_products(inputs: Inputs) -> torch.dtype:
+    """In which dtype they are made."""
+    if inputs.spec.visibility == "sliding" and inputs.spec.horizon == 0:
+        return torch.promote_types(inputs.q.dtype, torch.float32)  # who sees itself alone has gradients of exactly zero
+    return choose(inputs.q.dtype, "backward").dtype
 
 
 def _keeps_result(inputs: Inputs) -> bool:
@@ -61,8 +67,8 @@ def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, list[Group] | None]
     if by_flash and (choice.engine == "flash" or _small(inputs, plan)):
         out, lse = flash.forward(inputs, plan, choice.dtype)
     else:
-        work = choice.dtype if choice.engine == "products" else choose(dtype, "backward").dtype
-        out, lse = products.forward(inputs, plan, work)
+        plain = choice.engine == "products" and flash.plain(inputs)
+        out, lse = products.forward(inputs, plan, choice.dtype if plain else _dtype_of_products(inputs))
     return out, None if lse is None else lse.float(), plan
 
 
@@ -76,7 +82,7 @@ def _backward(
 ) -> Gradients:
     if not _may_look(inputs):
         return Masked(inputs).backward(grad, grad_lse, needs)
-    plan, work = plan_call(inputs) if plan is None else plan, choose(inputs.q.dtype, "backward").dtype
+    plan, work = plan_call(inputs) if plan is None else plan, _dtype_of_products(inputs)
     if result is None:
         out, lse = products.forward(inputs._replace(recorded=True), plan, work)
         assert lse is not None

@@ -14,9 +14,7 @@ from dsmr_kernels.spec import Inputs
 # Private to PyTorch, but the only way to the log-sum-exp; without it, `products` serves.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 AVAILABLE = _FLASH is not None
-# Of a part: with fewer query-key pairs starting the kernel would cost more than a core gains by being free.
-PART_PAIRS = 1 << 19
-PARTS = 2  # of a call for each thread, where that leaves them so many pairs
+PARTS = 4  # of a call for each thread, where it has heads enough
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -30,10 +28,14 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def plain(inputs: Inputs) -> bool:
+    """Whether what a query sees needs no mask but the causal one of its own segment, and no bias."""
+    return inputs.alibi is None and inputs.bias is None and inputs.spec.visibility == "segment"
+
+
 def serves(inputs: Inputs) -> bool:
-    """Whether `forward` can serve a call: what a query sees needs no mask but the causal one of its own segment."""
-    plain = inputs.alibi is None and inputs.bias is None and inputs.spec.visibility == "segment"
-    return plain and fits(inputs.q, inputs.k, inputs.v)
+    """Whether `forward` can serve a call."""
+    return plain(inputs) and fits(inputs.q, inputs.k, inputs.v)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -76,14 +78,11 @@ def forward(inputs: Inputs, plan: list[Group], work: torch.dtype) -> tuple[Tenso
     q, kv_heads = inputs.q, inputs.k.shape[1]
     out = q.new_empty((*q.shape[:3], inputs.v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if inputs.wants_lse else None
+    threads = hands(pairs_of(plan) * q.shape[1], q.shape[3])
     parts: list[Part] = []
     for group in plan:
-        heads, members = (group.rows.stop - group.rows.start) * kv_heads, q.shape[1] // kv_heads
-        threads = hands()
-        enough = -(-PART_PAIRS // max(1, pairs_of(group) * members))
-        few = -(-heads // (PARTS * threads))
-        most = heads if threads == 1 else min(max(few, enough), -(-heads // threads))
-        parts += parts_of(group, kv_heads, most)
+        heads = (group.rows.stop - group.rows.start) * kv_heads
+        parts += parts_of(group, kv_heads, heads if threads == 1 else -(-heads // (PARTS * threads)))
     in_parallel(lambda part: _attend_part(inputs, part, work, out, lse), parts)
     return out, lse
 

@@ -119,6 +119,10 @@ def parts_of(group: Group, kv_heads: int, most: int) -> list[Part]:
     return parts
 
 
-def pairs_of(group: Group) -> int:
-    """Query-key pairs of a row and query head, the masked ones too."""
-    return sum((run.stop - run.start) * (run.stop - run.low(run.start)) for run in group.runs)
+def pairs_of(plan: list[Group]) -> int:
+    """Query-key pairs of a query head, over all rows, the masked ones too."""
+    pairs = 0
+    for group in plan:
+        rows = group.rows.stop - group.rows.start
+        pairs += rows * sum((run.stop - run.start) * (run.stop - run.low(run.start)) for run in group.runs)
+    return pairs

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmr_kernels.backends.sdpa.plan import Group, Part, cut, parts_of, sources_of
+from dsmr_kernels.backends.sdpa.plan import Group, Part, cut, pairs_of, parts_of, sources_of
 from dsmr_kernels.backends.sdpa.workers import hands, in_parallel
 from dsmr_kernels.quantise import dequantise
 from dsmr_kernels.spec import Gradients, Inputs, Needs
@@ -65,7 +65,8 @@ class Call:
 
     def parts(self, plan: list[Group]) -> list[Part]:
         """As many heads each as fill a tile, but several parts for every thread where there are heads enough."""
-        threads, parts = hands(), []
+        threads = hands(pairs_of(plan) * self.inputs.q.shape[1], self.inputs.q.shape[3])
+        parts: list[Part] = []
         for group in plan:
             tallest = max((min(run.stop - run.start, self.height) for run in group.runs), default=0)
             if not tallest:

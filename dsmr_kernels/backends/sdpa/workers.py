@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+# Of a call, over all heads: with fewer query-key pairs at a head_dim of 64 it has too little to do between two turns of
+# Python's lock for several threads to share it.
+SHARED_PAIRS = 1 << 22
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -32,9 +35,16 @@ def _region() -> Callable[..., None] | None:
     return entry
 
 
-def hands() -> int:
-    """How many jobs `in_parallel` can run at once; where it is 1, a job's operators have all cores."""
-    return torch.get_num_threads() if _region() is not None else 1
+def hands(pairs: int, dim: int) -> int:
+    """How many jobs of a call `in_parallel` can and should run at once; where it is 1, a job's operators have all
+    cores.
+
+    Args:
+        pairs: query-key pairs of the call, over all heads.
+        dim: the keys' head_dim.
+    """
+    worth = pairs * dim >= SHARED_PAIRS * 64
+    return torch.get_num_threads() if worth and _region() is not None else 1
 
 
 def in_parallel(job: Callable[[Any], None], arguments: Sequence[Any]) -> None:
