@@ -300,7 +300,9 @@ def _main_on_cpu(asked: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Tune, write the file, say what won."""
-    parser = argparse.ArgumentParser(description="Measure alternatives to the fixed configurations on this GPU, or to the engines of this CPU.")
+    parser = argparse.ArgumentParser(
+        description="Measure alternatives to the fixed configurations on this GPU, or to the engines of this CPU."
+    )
     parser.add_argument("--out", type=Path, required=True, help="the file to write, for DSMR_TUNED (DSMR_TUNED_CPU)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what to measure on (default cuda)")
     parser.add_argument("--dim", type=int, action="append", help="head_dim (may be given again; default 64 and 128)")

@@ -1,11 +1,11 @@
 """Fast attention over memory and segment in plain PyTorch: the default on CPU, and it runs on any device.
 
 `plan` cuts each row into runs that share segment and piece, so that under segment visibility nothing needs a mask but
-the run's own causal edge. On a CPU there are two engines: `flash`, PyTorch's flash kernel over each source apart, merged
-by log-sum-exp, and `products`, own matrix products over tiles, which serves every call and makes every backward; which
-of them makes a forward, and in which dtype, says the table in `processor`. `masked` serves other devices, which must not
-wait for a plan. Keys and values are never concatenated and grouped heads never expanded. They may import the contract
-and `autograd`.
+the run's own causal edge. On a CPU there are two engines: `flash`, PyTorch's flash kernel over each source apart,
+merged by log-sum-exp, and `products`, own matrix products over tiles, which serves every call and makes every backward.
+Which of them makes a forward, and in which dtype, says the table in `processor`. `masked` serves other devices, which
+must not wait for a plan. Keys and values are never concatenated and grouped heads never expanded. They may import the
+contract and `autograd`.
 """
 
 import torch

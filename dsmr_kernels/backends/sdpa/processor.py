@@ -17,10 +17,8 @@ Engine = Literal["flash", "products"]
 
 
 class Choice(NamedTuple):
-    """Who makes a pass, and in which dtype it is computed.
-
-    `flash` serves where it fits the call (`Engine` "products" does otherwise, in the dtype of the backward's choice).
-    """
+    """Who makes a pass, and in which dtype it is computed. `flash` does where it serves the call; "products" do
+    otherwise, in the dtype of the backward's choice."""
 
     engine: Engine
     dtype: torch.dtype
@@ -28,8 +26,7 @@ class Choice(NamedTuple):
 
 Key = tuple[torch.dtype, Pass]
 
-# What a processor multiplies fast beyond float32, the best first: the name and the flag by which PyTorch knows it. Those
-# of x86 come with AVX-512, to which ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA may be held short.
+# What a processor multiplies fast beyond float32, the best first: the name, and the flag by which PyTorch knows it.
 _NARROW = (("AMX", "amx_bf16"), ("AVX-512 BF16", "avx512_bf16"), ("ARM BF16", "bf16"))
 # Which of them oneDNN may not use when it is held to an instruction set of this name.
 _HELD_SHORT = {

@@ -135,7 +135,7 @@ class Job:
         return x[self.rows, self.heads, start:stop].flatten(0, 1)
 
     def side(self, tile: Tile, name: str) -> Tensor:
-        """The tile's keys ("k") or values ("v") in the dtype that is computed in, made so a tile at a time. (m, s, D)"""
+        """The tile's keys ("k") or values ("v"), (m, s, D), cast or dequantised a tile at a time."""
         source = self.inputs.memory if tile.memory else self.inputs
         x, scale = getattr(source, name), getattr(source, f"{name}_scale", None)
         x = self.of_keys(x, tile.start, tile.stop)

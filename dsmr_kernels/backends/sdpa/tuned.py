@@ -22,7 +22,12 @@ from dsmr_kernels.measured import read_measured
 FORMAT = 1
 VARIABLE = "DSMR_TUNED_CPU"
 AGAIN = "python -m dsmr_kernels.tools.tune --device cpu"
-_WORDS = {"processor": "for", "instruction_set": "with", "torch": "with torch", "sources": "with engines of source hash"}
+_WORDS = {
+    "processor": "for",
+    "instruction_set": "with",
+    "torch": "with torch",
+    "sources": "with engines of source hash",
+}
 
 
 def processor_name() -> str:
