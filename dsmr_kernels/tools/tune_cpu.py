@@ -95,7 +95,7 @@ def _timed(case: Case, key: Key, choice: Choice) -> Callable[[], Any]:
     return call
 
 
-def measure(key: Key, rounds: int, shapes: Iterable[Shape] = SHAPES) -> list[dict[str, Any]]:
+def measure(key: Key, rounds: int) -> list[dict[str, Any]]:
     """What every candidate takes for a pass, in seconds at each shape; those whose results are wrong are left out."""
     rows: list[dict[str, Any]] = []
     right: list[tuple[dict[str, Any], Choice]] = []
@@ -107,7 +107,7 @@ def measure(key: Key, rounds: int, shapes: Iterable[Shape] = SHAPES) -> list[dic
             right.append((row | {"seconds": []}, choice))
         except (AssertionError, RuntimeError) as error:  # also what PyTorch has no kernel for
             rows.append(row | {"left_out": str(error).strip().split("\n")[0]})
-    for shape in shapes:
+    for shape in SHAPES:
         case = shape.case(key[0])
         for (row, _), seconds in zip(right, in_turn([_timed(case, key, c) for _, c in right], rounds), strict=True):
             row["seconds"].append(seconds)

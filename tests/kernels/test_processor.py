@@ -135,7 +135,6 @@ def test_what_is_faster_by_more_than_noise_wins() -> None:
 def test_the_engines_of_this_machine_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a shape of no size: which wins is noise, and what is written is believed here."""
     monkeypatch.setattr(tune_cpu, "SHAPES", (tune_cpu.SMALL,))
-    monkeypatch.setattr(tune_cpu.measure, "__defaults__", ((tune_cpu.SMALL,),))
     found = tune_cpu.tune(["bfloat16"], rounds=1)
     tried = {(row["pass"], row["engine"], row["computed_in"]) for row in found["measured"] if "seconds" in row}
     assert {("forward", "flash", "float32"), ("backward", "products", "float32")} <= tried

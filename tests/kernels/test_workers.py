@@ -47,7 +47,7 @@ def test_jobs_run_side_by_side_and_without_gradients() -> None:
 
 @shared
 def test_the_threads_are_those_that_pytorch_has_already() -> None:
-    """Others would compete with them for the cores: PyTorch's spin for some milliseconds when they have nothing to do."""
+    """Others would compete for the cores with PyTorch's, which spin for a while when they have nothing to do."""
     code = """if True:
         import os, torch
         from dsmr_kernels.backends.sdpa.workers import in_parallel

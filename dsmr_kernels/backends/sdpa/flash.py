@@ -10,6 +10,7 @@ from dsmr_kernels.backends.sdpa.plan import Group, Part, Source, pairs_of, parts
 from dsmr_kernels.backends.sdpa.workers import hands, in_parallel
 from dsmr_kernels.quantise import dequantise
 from dsmr_kernels.spec import Inputs
+from dsmr_kernels.visibility import Run
 
 # Private to PyTorch, but the only way to the log-sum-exp; without it, `products` serves.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -76,37 +77,40 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:
 def forward(inputs: Inputs, plan: list[Group], work: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of the whole call, computed in `work`; lse only if it is wanted."""
     q, kv_heads = inputs.q, inputs.k.shape[1]
-    out = q.new_empty((*q.shape[:3], inputs.v.shape[3]))
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if inputs.wants_lse else None
     threads = hands(pairs_of(plan) * q.shape[1], q.shape[3])
     parts: list[Part] = []
     for group in plan:
         heads = (group.rows.stop - group.rows.start) * kv_heads
         parts += parts_of(group, kv_heads, heads if threads == 1 else -(-heads // (PARTS * threads)))
-    in_parallel(lambda part: _attend_part(inputs, part, work, out, lse), parts)
-    return out, lse
+    if len(parts) == 1 and len(parts[0].group.runs) == 1:  # a small call notices each operator: no copy
+        out, lse = _attend_run(inputs, parts[0], parts[0].group.runs[0], work)
+        return out.to(q.dtype), lse if inputs.wants_lse else None
+    found = q.new_empty((*q.shape[:3], inputs.v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    shift, members = inputs.k.shape[2] - q.shape[2], q.shape[1] // kv_heads
+
+    def fill(part: Part) -> None:
+        heads = slice(part.heads.start * members, part.heads.stop * members)
+        for run in part.group.runs:
+            here = (part.rows, heads, slice(run.start - shift, run.stop - shift))
+            for whole, own in zip(found, _attend_run(inputs, part, run, work), strict=True):
+                whole[here] = own
+
+    in_parallel(fill, parts)
+    return found[0], found[1] if inputs.wants_lse else None
 
 
-def _attend_part(inputs: Inputs, part: Part, work: torch.dtype, out: Tensor, lse: Tensor | None) -> None:
-    """Fill the part's share of the outputs."""
-    q, k, v, memory, scale = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec.scale
+def _attend_run(inputs: Inputs, part: Part, run: Run, work: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a part's run, out in float32 where there is more than one source to merge."""
+    q, k, memory, scale = inputs.q, inputs.k, inputs.memory, inputs.spec.scale
     shift, members = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
-    rows, heads = part.rows, part.heads
-    query_heads = slice(heads.start * members, heads.stop * members)
-    for run in part.group.runs:
-        here = (rows, query_heads, slice(run.start - shift, run.stop - shift))
-        block = q[here].to(work)
-        keys, values = (x[rows, heads, run.start : run.stop].to(work) for x in (k, v))
-        o, l = attend(block, keys, values, True, scale)
-        sources = sources_of(run.floor, run.start, part.group.position, memory.capacity if memory else 0, False)
-        for source in sources:
-            past_o, past_l = attend(block, *_sides(inputs, part, source, work), False, scale)
-            o = merge(o, l, past_o, past_l)
-            if lse is not None or source is not sources[-1]:
-                l = torch.logaddexp(past_l, l)
-        out[here] = o
-        if lse is not None:
-            lse[here] = l
+    heads = slice(part.heads.start * members, part.heads.stop * members)
+    block = q[part.rows, heads, run.start - shift : run.stop - shift].to(work)
+    out, lse = attend(block, *_sides(inputs, part, Source(False, run.start, run.stop, 0), work), True, scale)
+    capacity = memory.capacity if memory else 0
+    for source in sources_of(run.floor, run.start, part.group.position, capacity, False):
+        more, more_lse = attend(block, *_sides(inputs, part, source, work), False, scale)
+        out, lse = merge(out, lse, more, more_lse), torch.logaddexp(more_lse, lse)
+    return out, lse
 
 
 def _sides(inputs: Inputs, part: Part, source: Source, work: torch.dtype) -> list[Tensor]:
