@@ -22,9 +22,8 @@ from typing import Any, get_args
 import torch
 
 from dsmr_kernels.api import memory_attention
-from dsmr_kernels.backends.sdpa import processor
-from dsmr_kernels.backends.sdpa.processor import Choice, Key, Pass, choose
-from dsmr_kernels.backends.sdpa.tuned import FORMAT, candidates
+from dsmr_kernels.backends.sdpa.processor import Choice, Key, Pass, from_table
+from dsmr_kernels.backends.sdpa.tuned import FORMAT, candidates, use
 from dsmr_kernels.cases import Case, random_case
 from dsmr_kernels.storage import write_text
 from dsmr_kernels.testing import assert_agrees_with_oracle
@@ -58,11 +57,11 @@ SMALL = Shape(1, 2, 96, 160)  # for the oracle
 @contextlib.contextmanager
 def trying(entries: dict[Key, Choice]) -> Iterator[None]:
     """Let these choices serve, whatever DSMR_TUNED_CPU says."""
-    processor.use(entries)
+    use(entries)
     try:
         yield
     finally:
-        processor.use(None)
+        use(None)
 
 
 def in_turn(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
@@ -139,8 +138,7 @@ def winner(rows: list[dict[str, Any]], table: dict[str, Any]) -> dict[str, Any] 
 def tune(dtypes: Iterable[str], rounds: int, say: Callable[[str], None] = lambda said: None) -> dict[str, Any]:
     """{"entries": those that beat the table's, "measured": everything}."""
     entries, measured = [], []
-    with trying({}):
-        table = {(d, of): choose(getattr(torch, d), of) for d in dtypes for of in get_args(Pass)}
+    table = {(d, of): from_table(getattr(torch, d), of) for d in dtypes for of in get_args(Pass)}
     for (dtype, of), first in table.items():
         key: Key = (getattr(torch, dtype), of)
         rows = measure(key, rounds)

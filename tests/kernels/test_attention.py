@@ -84,7 +84,7 @@ def test_without_products_of_a_dtype_it_computes_in_float32_and_rounds(
 def test_an_instruction_set_that_pytorch_may_not_use_does_not_count() -> None:
     """On a processor of any kind: with AVX2 forced, bfloat16 is computed in float32."""
     code = (
-        "import torch; from dsmr_kernels.backends.sdpa.processor import choose, instruction_set;"
+        "import torch; from dsmr_kernels.backends.sdpa.tuned import choose, instruction_set;"
         "print(torch.backends.cpu.get_cpu_capability(), choose(torch.bfloat16, 'backward').dtype, instruction_set())"
     )
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}

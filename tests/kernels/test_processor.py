@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dsmr_kernels.backends.sdpa import processor, tuned
-from dsmr_kernels.backends.sdpa.processor import Choice, choose, instruction_set
+from dsmr_kernels.backends.sdpa.processor import Choice, instruction_set
+from dsmr_kernels.backends.sdpa.tuned import choose
 from dsmr_kernels.tools import tune_cpu
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -20,9 +21,9 @@ ENTRY = {"dtype": "bfloat16", "pass": "forward", "engine": "products", "computed
 def _the_table_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.delenv(tuned.VARIABLE, raising=False)
-    processor.use(None)
+    tuned.use(None)
     yield
-    processor.use(None)
+    tuned.use(None)
 
 
 def _has(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
@@ -72,7 +73,7 @@ def test_a_file_stands_in_the_tables_place_where_the_environment_names_it(
     assert choose(BF16, "forward") == Choice("flash", BF16)
     monkeypatch.setenv(tuned.VARIABLE, str(_file(tmp_path / "new" / "tuned.json")))
     assert choose(BF16, "forward") == Choice("flash", BF16)  # read once a process
-    processor.use(None)
+    tuned.use(None)
     assert choose(BF16, "forward") == Choice("products", F32)
     assert choose(BF16, "backward") == Choice("products", BF16)
 

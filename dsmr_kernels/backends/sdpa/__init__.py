@@ -17,7 +17,7 @@ from dsmr_kernels.backends.sdpa.decode import decode_attention
 from dsmr_kernels.backends.sdpa.finite import kept_apart
 from dsmr_kernels.backends.sdpa.masked import Masked
 from dsmr_kernels.backends.sdpa.plan import Group, pairs_of, plan_call
-from dsmr_kernels.backends.sdpa.processor import choose
+from dsmr_kernels.backends.sdpa.tuned import choose
 from dsmr_kernels.rotary import append_rotated
 from dsmr_kernels.spec import Gradients, Inputs, Needs
 

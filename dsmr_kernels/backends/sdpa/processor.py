@@ -2,7 +2,7 @@
 
 Where a processor has no products of a narrow dtype PyTorch makes them element by element, some twenty times slower than
 in float32: there attention computes in float32 and rounds its results. What was measured on one machine may stand in
-the table's place (`dsmr_kernels.backends.sdpa.tuned`).
+the table's place, see `tuned`.
 """
 
 import functools
@@ -81,25 +81,7 @@ def instruction_set() -> str:
     return "AVX-512" if plain.startswith("AVX512") else plain
 
 
-_measured: dict[Key, Choice] | None = None  # None: nobody has asked yet whether there is a file
-
-
-def use(entries: Mapping[Key, Choice] | None) -> None:
-    """Let these stand in the table's place; None: read the file that DSMR_TUNED_CPU names, if any, at the next call."""
-    global _measured
-    _measured = None if entries is None else dict(entries)
-
-
-def choose(dtype: torch.dtype, of: Pass) -> Choice:
-    """Who makes a pass over inputs of `dtype`.
-
-    Raises:
-        ValueError: in one sentence, if DSMR_TUNED_CPU names a file that cannot be used here.
-    """
-    if _measured is None:
-        from dsmr_kernels.backends.sdpa import tuned  # not above: it asks this module for names
-
-        use(tuned.from_environment())
+def from_table(dtype: torch.dtype, of: Pass) -> Choice:
+    """Who makes a pass over inputs of `dtype` on this processor."""
     key = (dtype, of)
-    assert _measured is not None
-    return _measured.get(key) or BEYOND.get(instruction_set(), {}).get(key) or EVERYWHERE[key]
+    return BEYOND.get(instruction_set(), {}).get(key) or EVERYWHERE[key]

@@ -1,6 +1,6 @@
-"""Reads which engine was found to be the fastest on one machine, from a file that `dsmr_kernels.tools.tune` wrote.
+"""Which engine makes a pass: the one of the table in `processor`, or what `dsmr_kernels.tools.tune` measured and wrote.
 
-The environment variable DSMR_TUNED_CPU names it. It serves the processor, the instruction set, the version of PyTorch
+The environment variable DSMR_TUNED_CPU names such a file. It serves the processor, the instruction set, the version of PyTorch
 and the engines that it was made with and nothing else; whatever does not fit is refused in one sentence.
 """
 
@@ -11,12 +11,13 @@ import inspect
 import os
 import platform
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
-from dsmr_kernels.backends.sdpa.processor import EVERYWHERE, Choice, Engine, Key, instruction_set
+from dsmr_kernels.backends.sdpa.processor import EVERYWHERE, Choice, Engine, Key, Pass, from_table, instruction_set
 from dsmr_kernels.measured import read_measured
 
 FORMAT = 1
@@ -113,3 +114,24 @@ def from_environment() -> dict[Key, Choice]:
             raise
         warnings.warn(f"{error}; the fixed table is used", stacklevel=2)
         return {}
+
+
+_measured: dict[Key, Choice] | None = None  # None: nobody has asked yet whether there is a file
+
+
+def use(entries: Mapping[Key, Choice] | None) -> None:
+    """Let these stand in the table's place; None: read the file that DSMR_TUNED_CPU names, if any, at the next call."""
+    global _measured
+    _measured = None if entries is None else dict(entries)
+
+
+def choose(dtype: torch.dtype, of: Pass) -> Choice:
+    """Who makes a pass over inputs of `dtype`.
+
+    Raises:
+        ValueError: in one sentence, if DSMR_TUNED_CPU names a file that cannot be used here.
+    """
+    global _measured
+    if _measured is None:
+        _measured = from_environment()
+    return _measured.get((dtype, of)) or from_table(dtype, of)
