@@ -1,7 +1,7 @@
 """Which engine makes a pass: the one of the table in `processor`, or what `dsmr_kernels.tools.tune` measured and wrote.
 
-The environment variable DSMR_TUNED_CPU names such a file. It serves the processor, the instruction set, the version of PyTorch
-and the engines that it was made with and nothing else; whatever does not fit is refused in one sentence.
+The environment variable DSMR_TUNED_CPU names such a file. It serves the processor, the instruction set, the version of
+PyTorch and the engines that it was made with and nothing else; whatever does not fit is refused in one sentence.
 """
 
 import functools
