@@ -9,11 +9,11 @@ SPINNING = "one single-threaded program spinning beside"
 
 
 @contextlib.contextmanager
-def spinning() -> Iterator[None]:
+def spinning() -> Iterator[subprocess.Popen[bytes]]:
     """Run a single-threaded program that never rests, on whatever core the system gives it, and end it."""
     program = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        yield
+        yield program
     finally:
         program.kill()
         program.wait()
