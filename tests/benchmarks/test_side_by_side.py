@@ -1,5 +1,6 @@
 """Ours beside concatenating: what is written says on what it was measured, idle or beside a program that spins."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from dsmr_kernels.backends.sdpa.processor import instruction_set
 
 
 def test_a_busy_machine_is_at_rest_again() -> None:
-    with pytest.raises(ValueError, match="in between"), spinning() as program:
+    with contextlib.suppress(ValueError), spinning() as program:
         assert program.poll() is None
         raise ValueError("in between")
     assert program.poll() is not None
