@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsmr_kernels.backends.sdpa.plan import Group, Part, Source, pairs_of, parts_of, sources_of
-from dsmr_kernels.backends.sdpa.workers import hands, in_parallel
+from dsmr_kernels.backends.sdpa.workers import in_parallel, shares
 from dsmr_kernels.quantise import dequantise
 from dsmr_kernels.spec import Inputs
 from dsmr_kernels.visibility import Run
@@ -15,7 +15,6 @@ from dsmr_kernels.visibility import Run
 # Private to PyTorch, but the only way to the log-sum-exp; without it, `products` serves.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 AVAILABLE = _FLASH is not None
-PARTS = 4  # of a call for each thread, where it has heads enough
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -77,11 +76,8 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:
 def forward(inputs: Inputs, plan: list[Group], work: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of the whole call, computed in `work`; lse only if it is wanted."""
     q, kv_heads = inputs.q, inputs.k.shape[1]
-    threads = hands(pairs_of(plan) * q.shape[1], q.shape[3])
-    parts: list[Part] = []
-    for group in plan:
-        heads = (group.rows.stop - group.rows.start) * kv_heads
-        parts += parts_of(group, kv_heads, heads if threads == 1 else -(-heads // (PARTS * threads)))
+    count = shares(pairs_of(plan) * q.shape[1], q.shape[3])
+    parts = [part for group in plan for part in parts_of(group, kv_heads, count, q.shape[0] * kv_heads)]
     if len(parts) == 1 and len(parts[0].group.runs) == 1:  # a small call notices each operator: no copy
         out, lse = _attend_run(inputs, parts[0], parts[0].group.runs[0], work)
         return out.to(q.dtype), lse if inputs.wants_lse else None

@@ -1,6 +1,7 @@
 """What a call's queries see, as plain integers: runs of queries, where their keys lie in storage, and the parts of the
 call that can be computed side by side."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -110,12 +111,20 @@ def cut(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
     return ((at, min(at + step, stop)) for at in range(start, stop, step))
 
 
-def parts_of(group: Group, kv_heads: int, most: int) -> list[Part]:
-    """A group cut into parts of at most `most` KV heads, all rows counted."""
+def parts_of(group: Group, kv_heads: int, shares: int, most: int) -> list[Part]:
+    """A group cut into some `shares`, none of them of more than `most` KV heads, all rows counted."""
+    heads, threads = (group.rows.stop - group.rows.start) * kv_heads, torch.get_num_threads()
+    most = max(1, min(most, -(-heads // shares)))
+    if shares > 1:  # so that all threads are done at once: 3 parts of 2 heads keep one of two threads for 4 heads
+
+        def longest(size: int) -> int:
+            return math.ceil(math.ceil(heads / size) / threads) * size
+
+        most = min(range(most, 0, -1), key=longest)
     parts, together = [], max(1, most // kv_heads)
     for row in cut(group.rows.start, group.rows.stop, together):
-        for heads in cut(0, kv_heads, kv_heads if together > 1 else max(1, most)):
-            parts.append(Part(group, slice(*row), slice(*heads)))
+        for some in cut(0, kv_heads, kv_heads if together > 1 else most):
+            parts.append(Part(group, slice(*row), slice(*some)))
     return parts
 
 

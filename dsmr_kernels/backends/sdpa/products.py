@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmr_kernels.backends.sdpa.plan import Group, Part, cut, pairs_of, parts_of, sources_of
-from dsmr_kernels.backends.sdpa.workers import hands, in_parallel
+from dsmr_kernels.backends.sdpa.workers import in_parallel, shares
 from dsmr_kernels.quantise import dequantise
 from dsmr_kernels.spec import Gradients, Inputs, Needs
 from dsmr_kernels.visibility import Run
 
 BLOCK_QUERIES, BLOCK_KEYS = 512, 512
 TILE_BYTES = 1 << 21  # of a tile's scores, on each core
-PARTS = 2  # of a call for each thread, at least, where it has heads enough
 LOG2E = math.log2(math.e)  # base-2 exponentials are three times as fast as natural ones
 LIMIT = 2.0**64  # of a row's sum, above which a score may be out of range against its pivot
 
@@ -65,20 +64,15 @@ class Call:
 
     def parts(self, plan: list[Group]) -> list[Part]:
         """As many heads each as fill a tile, but several parts for every thread where there are heads enough."""
-        threads = hands(pairs_of(plan) * self.inputs.q.shape[1], self.inputs.q.shape[3])
-        parts: list[Part] = []
+        count, parts = shares(pairs_of(plan) * self.inputs.q.shape[1], self.inputs.q.shape[3]), list[Part]()
         for group in plan:
             tallest = max((min(run.stop - run.start, self.height) for run in group.runs), default=0)
             if not tallest:
                 continue
             longest = max(run.stop - run.low(run.start) for run in group.runs)
             size = tallest * self.members * min(longest, BLOCK_KEYS) * self.work.itemsize
-            if threads == 1:  # the operators have all cores, or there is but one
-                most = TILE_BYTES * torch.get_num_threads() // size
-            else:
-                heads = (group.rows.stop - group.rows.start) * self.kv_heads
-                most = min(TILE_BYTES // size, -(-heads // (PARTS * threads)))
-            parts += parts_of(group, self.kv_heads, max(1, most))
+            most = TILE_BYTES * (torch.get_num_threads() if count == 1 else 1) // size
+            parts += parts_of(group, self.kv_heads, count, most)
         return parts
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-# Of a call, over all heads: with fewer query-key pairs at a head_dim of 64 it has too little to do between two turns of
-# Python's lock for several threads to share it.
-SHARED_PAIRS = 1 << 22
+# Query-key pairs of a call, over all heads, at a head_dim of 64. With fewer than the first it is over before threads
+# have taken turns at Python's lock. Each thread's work is cut into a share for every so many as the second, but no more
+# than `MOST_SHARES`: more shares are fairer where a core is taken, and each costs operators of its own.
+SHARED_PAIRS, SHARE_PAIRS, MOST_SHARES = 1 << 19, 1 << 21, 4
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -35,16 +36,17 @@ def _region() -> Callable[..., None] | None:
     return entry
 
 
-def hands(pairs: int, dim: int) -> int:
-    """How many jobs of a call `in_parallel` can and should run at once; where it is 1, a job's operators have all
-    cores.
+def shares(pairs: int, dim: int) -> int:
+    """Into how many jobs a call should be cut for `in_parallel`; 1 where its operators should rather have all cores.
 
     Args:
         pairs: query-key pairs of the call, over all heads.
         dim: the keys' head_dim.
     """
-    worth = pairs * dim >= SHARED_PAIRS * 64
-    return torch.get_num_threads() if worth and _region() is not None else 1
+    pairs, threads = pairs * dim // 64, torch.get_num_threads()
+    if threads == 1 or pairs < SHARED_PAIRS or _region() is None:
+        return 1
+    return threads * min(max(pairs // SHARE_PAIRS, 1), MOST_SHARES)
 
 
 def in_parallel(job: Callable[[Any], None], arguments: Sequence[Any]) -> None:
