@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 # Query-key pairs of a call, over all heads, at a head_dim of 64. With fewer than the first its operators are so short
-# that threads mostly wait for Python's lock: on an idle machine all cores on each operator are faster by a fifth, beside
-# another program a region would be by far. Which it is must not depend on the load, since sums would round otherwise.
-# Each thread's work is cut into a share for every so many as the second, but no more than `MOST_SHARES`: more shares are
-# fairer where a core is taken, and each costs operators of its own.
+# that threads mostly wait for Python's lock: alone on a machine all cores on each operator are faster by a fifth, and
+# beside another program a region would be by far. The choice never depends on the load, since sums would round
+# otherwise. Each thread's work is cut into a share for every so many as the second, but no more than `MOST_SHARES`:
+# more shares are fairer where a core is taken, and each costs operators of its own.
 SHARED_PAIRS, SHARE_PAIRS, MOST_SHARES = 1 << 21, 1 << 21, 4
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
