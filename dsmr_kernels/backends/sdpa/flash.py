@@ -96,24 +96,28 @@ def forward(inputs: Inputs, plan: list[Group], work: torch.dtype) -> tuple[Tenso
 
 
 def _attend_run(inputs: Inputs, part: Part, run: Run, work: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a part's run, out in float32 where there is more than one source to merge."""
+    """(out, lse) of a part's run: out is in float32 where sources are merged, lse of all of them where it is wanted."""
     q, k, memory, scale = inputs.q, inputs.k, inputs.memory, inputs.spec.scale
     shift, members = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
     heads = slice(part.heads.start * members, part.heads.stop * members)
     block = q[part.rows, heads, run.start - shift : run.stop - shift].to(work)
     out, lse = attend(block, *_sides(inputs, part, Source(False, run.start, run.stop, 0), work), True, scale)
     capacity = memory.capacity if memory else 0
-    for source in sources_of(run.floor, run.start, part.group.position, capacity, False):
+    sources = sources_of(run.floor, run.start, part.group.position, capacity, False)
+    for source in sources:
         more, more_lse = attend(block, *_sides(inputs, part, source, work), False, scale)
-        out, lse = merge(out, lse, more, more_lse), torch.logaddexp(more_lse, lse)
+        out = merge(out, lse, more, more_lse)
+        if inputs.wants_lse or source is not sources[-1]:
+            lse = torch.logaddexp(more_lse, lse)
     return out, lse
 
 
-def _sides(inputs: Inputs, part: Part, source: Source, work: torch.dtype) -> list[Tensor]:
+def _sides(inputs: Inputs, part: Part, source: Source, work: torch.dtype) -> tuple[Tensor, Tensor]:
     """The part's keys and values of a source, in the dtype that is computed in."""
     memory, here = inputs.memory, (part.rows, part.heads, slice(source.start, source.stop))
     if memory is None or not source.memory:
-        return [x[here].to(work) for x in (inputs.k, inputs.v)]
+        return inputs.k[here].to(work), inputs.v[here].to(work)
     if memory.k_scale is None or memory.v_scale is None:
-        return [x[here].to(work) for x in (memory.k, memory.v)]
-    return [dequantise(x[here], s[here], work) for x, s in ((memory.k, memory.k_scale), (memory.v, memory.v_scale))]
+        return memory.k[here].to(work), memory.v[here].to(work)
+    k, v = ((x[here], scale[here]) for x, scale in ((memory.k, memory.k_scale), (memory.v, memory.v_scale)))
+    return dequantise(*k, work), dequantise(*v, work)
