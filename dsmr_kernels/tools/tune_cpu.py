@@ -83,7 +83,8 @@ def _timed(case: Case, key: Key, choice: Choice) -> Callable[[], Any]:
     leaves = [x.detach().requires_grad_(key[1] == "backward") for x in (case.q, case.k, case.v)]
 
     def forward() -> Any:
-        return memory_attention(*leaves, case.memory, **case.options, backend="sdpa")
+        q, k, v = leaves
+        return memory_attention(q, k, v, case.memory, **case.options, backend="sdpa")
 
     out = forward() if key[1] == "backward" else None
 
