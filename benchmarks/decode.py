@@ -11,7 +11,6 @@ ratios. Real time is counted against 40 tokens a second, which a dense performan
 import argparse
 import math
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.parts.decoders import CONTENDERS, Ours, random_context, ready
+from benchmarks.parts.machine import describe
 from dsmr.console.files import atomic_path, write_json, write_text
 
 CONTEXT = 2048
@@ -176,15 +176,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     arguments = parser.parse_args()
     console = Console()
-    machine = {
-        "device": "CPU",
-        "processor": platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    machine = describe(torch.device("cpu"))
+    del machine["threads"]  # each row has its own
     results: dict[str, Any] = {"machine": machine, "context": CONTEXT}
     if arguments.long:
         name, command = "cpu-decode-long", f"python -m benchmarks.decode --long {arguments.long}"
