@@ -8,15 +8,18 @@ stretch like any other. Keys are kept beside the ring in that turned layout, and
 between them, in as many bytes once more; other values are read from the ring itself.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from dsmr_kernels.quantise import quantise
+from dsmr_kernels.quantise import MOST, quantise
 from dsmr_kernels.ring import Ring
 
 BLOCK = 128  # keys in a row: fewer make more rows and bags, more are read in vain at both ends of what is seen
 ROW_NUMBERS = 8  # bytes of a row of bytes for its scale and bias, float32 each
 ZERO = 128  # the byte that stands for 0
+TINY = torch.finfo(torch.float32).tiny  # below it a reciprocal may overflow
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 # Private to PyTorch, or nearly: without it int8 memories are read through a copy.
@@ -136,15 +139,15 @@ class BagAttention:
         slot, turned = position % self.capacity, position % (self.blocks * BLOCK)
         block, column = turned // BLOCK, turned % BLOCK
         if memory.k_scale is None or memory.v_scale is None:
-            memory.k[:, :, slot] = k
-            memory.v[:, :, slot] = v
-            self._keys[:, block, :, column] = k.reshape(self.heads, self.dim)
+            memory.k.select(2, slot).copy_(k)
+            memory.v.select(2, slot).copy_(v)
+            self._keys.select(1, block).select(2, column).copy_(k.reshape(self.heads, self.dim))
             return
-        (k, k_scale), (v, v_scale) = quantise(k), quantise(v)
+        (k, k_scale), (v, v_scale) = _quantised(k, v)
         for ring, x in ((memory.k, k), (memory.v, v), (memory.k_scale, k_scale), (memory.v_scale, v_scale)):
-            ring[:, :, slot] = x
-        self._keys[:, block, :, column] = _as_bytes(k).view(self.heads, self.dim)
-        self._key_scales[:, block, column] = k_scale.view(-1)
+            ring.select(2, slot).copy_(x)
+        self._keys.select(1, block).select(2, column).copy_(_as_bytes(k).view(self.heads, self.dim))
+        self._key_scales.select(1, block).select(1, column).copy_(k_scale.view(-1))
         self._write_values(slot, v.view(self.heads, self.v_dim), v_scale.view(-1))
 
     def __call__(self, q: Tensor, memory: Ring, position: int, sees: int, scale: float) -> Tensor:
@@ -174,6 +177,17 @@ class BagAttention:
         if before < count:
             scores[:, :, before:] *= self._key_scales[:, None, : count - before]
         return scores.view(-1, count * BLOCK)
+
+
+def _quantised(k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """`quantise` of both, in fewer operators where they are as large as each other and all is finite and not zero."""
+    if k.shape == v.shape:
+        both = torch.stack([k, v])
+        scale = both.abs().amax(-1).mul_(1 / MOST)
+        if TINY <= float(scale.min()) and math.isfinite(float(scale.max())):
+            x = both.mul_((1 / scale)[..., None]).round_().to(torch.int8)
+            return [(x[0], scale[0]), (x[1], scale[1])]
+    return [quantise(k), quantise(v)]
 
 
 def _as_bytes(x: Tensor) -> Tensor:
