@@ -55,8 +55,8 @@ def in_step(state: "DSMRState") -> bool:
 
 
 class HostRings:
-    """Rings whose rows are in step, on a CPU. Where somebody else has changed them since the last step (a call, a reset,
-    a state that was loaded), they are looked at anew."""
+    """Rings whose rows are in step, on a CPU. Where somebody else has changed them since the last step (a call, a
+    reset, a state that was loaded), they are looked at anew."""
 
     def __init__(self, layers: list[DSMRAttention], state: "DSMRState") -> None:
         self.layers, self.state = layers, state

@@ -20,7 +20,6 @@ from dsmr.model.positions import Rotary, token_positions
 from dsmr.model.state import DSMRState
 from dsmr.model.transformer import Block, DSMRModel
 
-
 TURNS = 256  # tokens whose rotary angles are computed at a time
 
 
@@ -127,8 +126,8 @@ class Step:
         return self.head(self._normed(x, self.norm))
 
     def _place(self, positions: Tensor) -> Rotary | Tensor | None:
-        """What `DSMRAttention.place` gives for `positions` (B, 1). Rotary angles are made for many tokens at a time where
-        the host knows the position."""
+        """What `DSMRAttention.place` gives for `positions` (B, 1). Rotary angles are made for many tokens at a time
+        where the host knows the position."""
         attention, known = self.layers[0].attention, self.rings.known_position
         if attention.position != "rope" or known is None:
             return attention.place(positions)

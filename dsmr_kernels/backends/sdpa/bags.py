@@ -57,9 +57,7 @@ class Indices:
     def __init__(self) -> None:
         self._made: dict[tuple[object, ...], tuple[tuple[int, ...], tuple[Tensor, Tensor]]] = {}
 
-    def keys(
-        self, heads: int, group: int, blocks: int, dim: int, first: int, count: int
-    ) -> tuple[Tensor, Tensor]:
+    def keys(self, heads: int, group: int, blocks: int, dim: int, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Rows and the beginnings of their bags, one a head, query of its group and block: `count` blocks from `first`
         on, in a circle."""
         known, place = ("keys", heads, group, blocks, dim), (first, count)
@@ -184,7 +182,7 @@ def _quantised(k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
     if k.shape == v.shape:
         both = torch.stack([k, v])
         scale = both.abs().amax(-1).mul_(1 / MOST)
-        if TINY <= float(scale.min()) and math.isfinite(float(scale.max())):
+        if float(scale.min()) >= TINY and math.isfinite(float(scale.max())):
             x = both.mul_((1 / scale)[..., None]).round_().to(torch.int8)
             return [(x[0], scale[0]), (x[1], scale[1])]
     return [quantise(k), quantise(v)]
