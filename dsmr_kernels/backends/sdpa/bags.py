@@ -20,6 +20,7 @@ BLOCK = 128  # keys in a row: fewer make more rows and bags, more are read in va
 ROW_NUMBERS = 8  # bytes of a row of bytes for its scale and bias, float32 each
 ZERO = 128  # the byte that stands for 0
 TINY = torch.finfo(torch.float32).tiny  # below it a reciprocal may overflow
+PER_SCALE = torch.tensor([1.0, -float(ZERO)])  # scale and bias of a row of bytes, of its int8 scale
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 # Private to PyTorch, or nearly: without it int8 memories are read through a copy.
@@ -101,9 +102,11 @@ class BagAttention:
         shape = (self.heads, self.blocks, self.dim)
         if self.bytes:
             self._keys = torch.full((*shape, BLOCK + ROW_NUMBERS), ZERO, dtype=torch.uint8)
-            self._keys[..., BLOCK:].view(torch.float32).copy_(torch.tensor([1.0, -float(ZERO)]))
+            self._keys[..., BLOCK:].view(torch.float32).copy_(PER_SCALE)
             self._key_scales = torch.zeros(self.heads, self.blocks, BLOCK)
             self._values = torch.empty(self.heads, self.capacity, self.v_dim + ROW_NUMBERS, dtype=torch.uint8)
+            self._value_bytes = self._values[..., : self.v_dim]
+            self._value_numbers = self._values[..., self.v_dim :].view(torch.float32)  # scale and bias
         else:
             self._keys = torch.zeros((*shape, BLOCK), dtype=self.dtype)
         self._rows = self._keys.view(-1, self._keys.shape[-1])
@@ -121,15 +124,8 @@ class BagAttention:
             return
         self._keys[:, block, :, column] = _as_bytes(found)
         self._key_scales[:, block, column] = memory.k_scale.flatten(0, 1)[:, slots]
-        self._write_values(slice(None), memory.v.flatten(0, 1), memory.v_scale.flatten(0, 1))
-
-    def _write_values(self, slots: slice | int, v: Tensor, scale: Tensor) -> None:
-        """v (m, n, D) or (m, D) int8 and its scales into rows of bytes."""
-        rows = self._values[:, slots]
-        rows[..., : self.v_dim] = _as_bytes(v)
-        numbers = rows[..., self.v_dim :].view(torch.float32)
-        numbers[..., 0] = scale
-        torch.mul(scale, -float(ZERO), out=numbers[..., 1])
+        self._value_bytes.copy_(_as_bytes(memory.v.flatten(0, 1)))
+        torch.mul(memory.v_scale.flatten(0, 1)[..., None], PER_SCALE, out=self._value_numbers)
 
     def write(self, memory: Ring, k: Tensor, v: Tensor, position: int) -> None:
         """Store the token at `position`, k and v (B, Hkv, D) float32, in the memory's tensors, too; its counters are
@@ -146,7 +142,8 @@ class BagAttention:
             ring.select(2, slot).copy_(x)
         self._keys.select(1, block).select(2, column).copy_(_as_bytes(k).view(self.heads, self.dim))
         self._key_scales.select(1, block).select(1, column).copy_(k_scale.view(-1))
-        self._write_values(slot, v.view(self.heads, self.v_dim), v_scale.view(-1))
+        self._value_bytes.select(1, slot).copy_(_as_bytes(v).view(self.heads, self.v_dim))
+        torch.mul(v_scale.view(-1, 1), PER_SCALE, out=self._value_numbers.select(1, slot))
 
     def __call__(self, q: Tensor, memory: Ring, position: int, sees: int, scale: float) -> Tensor:
         """q (m, g, D) float32, of the token at `position` - 1, which is written already, and sees the `sees` newest
