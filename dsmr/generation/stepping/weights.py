@@ -113,7 +113,7 @@ class Int8Product:
 def _fbgemm() -> Iterator[None]:
     """Weights are packed for FBGEMM inside; PyTorch warns that its quantised tensors may go, and then we do without."""
     before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"  # type: ignore[assignment]  # a property of the module
+    torch.backends.quantized.engine = "fbgemm"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
