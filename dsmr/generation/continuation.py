@@ -376,7 +376,7 @@ def output_paths(out: Path) -> tuple[Path, Path, Path]:
 
 
 def without(whole: Any, beginning: Any, join: int) -> Any:
-    """The notes of the score `whole` that `beginning` does not have, and its pedal from tick `join` on, which becomes 0.
+    """The notes of `whole` that `beginning` does not have, and its pedal from tick `join` on, which becomes 0.
 
     A pedal that is down there is down from the first moment, for as long as it is still held.
     """
