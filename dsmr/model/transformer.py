@@ -257,9 +257,9 @@ class DSMRModel(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.reset_parameters()
+        self._initialise()
 
-    def reset_parameters(self) -> None:
+    def _initialise(self) -> None:
         """Normal weights; what is added to the residual stream is scaled down with depth (Radford et al., 2019)."""
         std = self.config.init_std
         for name, parameter in self.named_parameters():

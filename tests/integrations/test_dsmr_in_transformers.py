@@ -146,9 +146,9 @@ def test_tokens_are_taken_back_as_if_they_were_never_read_or_not_at_all() -> Non
             cache.crop(-back)
             again = model(ids[:, -back:], past_key_values=cache).logits
             torch.testing.assert_close(again, model(ids).logits[:, -back:], rtol=0, atol=1e-12)
+        cache = DSMRStateCache()
+        model(ids, past_key_values=cache)
         with pytest.raises(ValueError, match=r"5 tokens cannot be taken back.*slack=5"):
-            cache = DSMRStateCache()
-            model(ids, past_key_values=cache)
             cache.crop(-5)
 
 
@@ -171,8 +171,9 @@ def test_training_takes_padding_on_the_right_and_layers_are_computed_again() -> 
         model = wrap(network().train()).double()
         rows = [(ids if side == "left" else ids.roll(-7, 1))[1:], (mask if side == "left" else mask.roll(-7, 1))[1:]]
         if "checkpointed" in side:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         labels = rows[0].masked_fill(rows[1] == 0, -100)
+        labels[0, 7 if side == "left" else 0] = -100  # else the padding before it would predict it
         model(rows[0], attention_mask=rows[1], labels=labels, use_cache=False).loss.backward()
         gradients.append(model.model.blocks[0].attention.qkv.weight.grad)
     for other in gradients[1:]:
@@ -195,33 +196,34 @@ def test_a_folder_gives_back_the_same_model(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_model_made_of_its_configuration_has_the_initial_weights_of_ours() -> None:
-    made = AutoModelForCausalLM.from_config(DSMRForCausalLMConfig(**network().config.to_dict()))
+    config = DSMRForCausalLMConfig(**network().config.to_dict())
+    torch.manual_seed(3)
+    made = AutoModelForCausalLM.from_config(config)
     for name, weight in network().state_dict().items():
-        assert made.model.state_dict()[name].std() == pytest.approx(weight.std(), rel=0.3), name
+        assert torch.equal(made.model.state_dict()[name], weight), name
 
 
 def test_a_push_sends_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into another folder here, where the hub would be."""
     sent = tmp_path / "sent"
 
-    def commit(self: Any, repo_id: str, operations: Any, **options: Any) -> Any:
-        for operation in operations:
-            (sent / operation.path_in_repo).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(operation.path_or_fileobj, sent / operation.path_in_repo)
-        return repo_id
+    class Hub:
+        """What Transformers asks of huggingface_hub when it pushes."""
 
-    def nothing(*args: Any, **options: Any) -> Any:
-        return huggingface_hub.RepoUrl("https://huggingface.co/someone/two-scale")
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
-    import transformers.utils.hub as hub
+        def create_commit(self, repo_id: str, operations: Any, **options: Any) -> None:
+            sent.mkdir()
+            for operation in operations:
+                shutil.copy(operation.path_or_fileobj, sent / operation.path_in_repo)
 
-    monkeypatch.setattr(hub, "create_repo", nothing)
-    monkeypatch.setattr(hub, "create_commit", lambda **options: commit(None, **options))
-    monkeypatch.setattr(hub, "create_branch", nothing, raising=False)
-    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *a, **o: _NoCard())
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **options: _NoCard())
     model = wrap(network(), tiny_vocabulary())
     model.push_to_hub("someone/two-scale")
     loaded = AutoModelForCausalLM.from_pretrained(sent)
+    assert loaded.config.vocabulary == tiny_vocabulary().to_json()
     assert torch.equal(loaded.model.head.weight, model.model.head.weight)
 
 
@@ -294,7 +296,7 @@ def test_what_generation_cannot_have_is_refused(tmp_path: Path) -> None:
         greedy(spread, ids[:1], 20, prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match="28 tokens and the vocabulary"):
         wrap(network(vocab_size=28), tiny_vocabulary_of_other_size())
-    with pytest.raises(ValueError, match="horizons? "):
+    with pytest.raises(ValueError, match="missing a required argument"):
         DSMRForCausalLMConfig(schedule="two_scale(layers=3)")
 
 
@@ -311,5 +313,5 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.blocks.1.ffn.up.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks model\.blocks\.1\.ffn\.up\.weight"):
+    with pytest.raises(ValueError, match=r"lacks weights of model\.blocks\.1\.ffn\.up\.weight"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -217,14 +217,23 @@ class DSMRForCausalLM(PreTrainedModel, GenerationMixin):
 
     # --- what Transformers asks for -----------------------------------------------------------------------------------
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: if the weights are not those of such a model: none is made up.
+        """
+        model, found = super().from_pretrained(*args, output_loading_info=True, **options)
+        for kind, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has")):
+            if names := sorted(found[kind]):
+                raise ValueError(
+                    f"the checkpoint {verb} weights of {', '.join(map(str, names))}, against its config.json"
+                )
+        return (model, found) if output_loading_info else model
+
     def _init_weights(self, module: nn.Module) -> None:
-        """The initial weights of a `DSMRModel`; never those that a checkpoint lacks."""
-        if module is self:
-            named = [(name, getattr(x, "_is_hf_initialized", False)) for name, x in self.named_parameters()]
-            if any(loaded for _, loaded in named):
-                lacks = ", ".join(name for name, loaded in named if not loaded)
-                raise ValueError(f"the checkpoint does not fit its config.json: it lacks {lacks}")
-            self.model.reset_parameters()
+        """Nothing: a `DSMRModel` has its initial weights when it is made."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding

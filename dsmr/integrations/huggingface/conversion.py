@@ -51,11 +51,10 @@ def to_run(model: DSMRForCausalLM, directory: str | os.PathLike[str]) -> None:
 def tokenizer_of(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
     """A tokeniser of Transformers whose text is the tokens' names, "BOS_None Pitch_60 Velocity_64": for pipelines.
     MIDI is read and written by `dsmr.music.tokenizer`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel(vocabulary.ids, unk_token=vocabulary.tokens[vocabulary.pad_id]))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.decoder = decoders.Fuse()
     names = {kind: vocabulary.tokens[index] for kind, index in _tokens_of(vocabulary).items()}
     return PreTrainedTokenizerFast(
         tokenizer_object=words, padding_side="left", **{kind.removesuffix("_id"): name for kind, name in names.items()}

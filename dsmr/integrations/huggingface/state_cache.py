@@ -83,7 +83,8 @@ class DSMRStateCache(Cache):
             self.offset = (self.offset + tokens.shape[1]) % self._segment_length
         assert self.state is not None
         if kept := self.state.recent.shape[1]:
-            self._heard = torch.cat([self._heard, tokens], 1)[:, -(kept + self.slack) :]
+            longest = max(self.slack, self._segment_length)  # that can be taken back
+            self._heard = torch.cat([self._heard, tokens], 1)[:, -(kept + longest) :]
 
     # --- what generation asks for -------------------------------------------------------------------------------------
 
