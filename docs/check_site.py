@@ -56,9 +56,9 @@ def faults(site: Path) -> list[str]:
             found.append(f"{name} has a diagram that a script from another host would draw")
         for address in parser.taken:
             path = address.split("?")[0].split("#")[0]
-            if path and not elsewhere(address) and not address.startswith("data:"):
-                if not (page.parent / path).exists() and not (site / path.lstrip("/")).exists():
-                    found.append(f"{name} takes {address}, which is not there")
+            beside = not elsewhere(address) and not address.startswith("data:")
+            if path and beside and not any((folder / path.lstrip("/")).exists() for folder in (page.parent, site)):
+                found.append(f"{name} takes {address}, which is not there")
     for style in sorted(site.rglob("*.css")):
         text = re.sub(r"/\*.*?\*/", "", style.read_text(encoding="utf-8"), flags=re.DOTALL)
         taken = [one or two for one, two in IN_STYLES.findall(text)]

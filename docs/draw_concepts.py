@@ -169,10 +169,8 @@ def schedules() -> str:
             body.append(box(x, below + (13 - thick) / 2, width * horizon / 4096, thick, MEMORY, "none"))
             body.append(box(x, below, width, 13, "none"))
         body.append(text(x, y + 26 + schedule.layers * 15 + 12, f"{bytes_ / 2**20:g} MiB a stream", size=11))
-    said = (
-        "layers from the bottom up; a bar's length is the horizon (4,096 tokens wide), its thickness the KV heads of 8"
-    )
-    body.append(text(30, 412, f"{said}; heads of 64, bfloat16", size=11, colour=FAINT))
+    said = "layers from the bottom up; a bar's length is the horizon (4,096 tokens wide), its thickness its KV heads"
+    body.append(text(30, 412, f"{said}; 8 heads of 64, bfloat16", size=11, colour=FAINT))
     return picture(3 * (width + 40) + 20, 428, body, "The horizon of each layer in six schedules")
 
 

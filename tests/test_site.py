@@ -1,4 +1,4 @@
-"""The site of docs/ and what is said about citing: links lead on, nothing is asked of another host, fields are whole."""
+"""The site of docs/, and how to cite: links lead on, nothing is asked of another host, fields are whole."""
 
 import importlib.util
 import re
