@@ -224,7 +224,8 @@ class DSMRForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the weights are not those of such a model: none is made up.
         """
-        model, found = super().from_pretrained(*args, output_loading_info=True, **options)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **options)
+        model, found = loaded
         for kind, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has")):
             if names := sorted(found[kind]):
                 raise ValueError(
@@ -246,8 +247,13 @@ class DSMRForCausalLM(PreTrainedModel, GenerationMixin):
         raise ValueError(f"{WHO} keeps the vocabulary that it was made for, {self.config.vocab_size} tokens")
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
         """A `DSMRStateCache`, unless the caller gave one."""
         asked = generation_config.cache_implementation
         if asked not in (None, "dynamic"):

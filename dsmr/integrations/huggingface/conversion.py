@@ -5,6 +5,7 @@ The vocabulary travels in the model's configuration, since a `tokenizer.json` of
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -22,7 +23,9 @@ def wrap(model: DSMRModel, vocabulary: Vocabulary | None = None) -> DSMRForCausa
     """
     if vocabulary is not None and vocabulary.size != model.config.vocab_size:
         raise ValueError(f"the model has {model.config.vocab_size} tokens and the vocabulary {vocabulary.size}")
-    known = {} if vocabulary is None else _tokens_of(vocabulary) | {"vocabulary": vocabulary.to_json()}
+    known: dict[str, Any] = {}
+    if vocabulary is not None:
+        known = _tokens_of(vocabulary) | {"vocabulary": vocabulary.to_json()}
     with torch.device("meta"):
         wrapped = DSMRForCausalLM(DSMRForCausalLMConfig(**model.config.to_dict(), **known))
     wrapped.model = model
@@ -61,6 +64,6 @@ def tokenizer_of(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
     )
 
 
-def _tokens_of(vocabulary: Vocabulary) -> dict[str, int]:
+def _tokens_of(vocabulary: Vocabulary) -> dict[str, Any]:
     ids = {"bos": vocabulary.bos_id, "eos": vocabulary.eos_id, "pad": vocabulary.pad_id}
     return {f"{name}_token_id": index for name, index in ids.items()}

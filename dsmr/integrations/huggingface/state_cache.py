@@ -43,7 +43,8 @@ class DSMRStateCache(Cache):
             raise ValueError(f"dtype must be None, for the model's own, or torch.int8, got {dtype}")
         super().__init__(layers=[])
         self.slack, self.dtype = slack, dtype
-        self.reset()
+        self.state: DSMRState | None = None
+        self.offset: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.get_seq_length()} tokens seen, {self.nbytes:,} bytes)"
@@ -147,8 +148,7 @@ class DSMRStateCache(Cache):
 
     def reset(self) -> None:
         """Forget everything: the next call may be of another batch."""
-        self.state: DSMRState | None = None
-        self.offset: Tensor | None = None
+        self.state = self.offset = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rearrange(lambda memory: memory.select(beam_idx), lambda x: x[beam_idx.to(x.device)])
