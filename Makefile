@@ -67,6 +67,7 @@ $(PAGES): $(READY)
 	touch $@
 
 $(READY): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "DSMR needs Python 3.11 or newer, but this is Python {}.{}: make PYTHON=python3.12 ...".format(*sys.version_info))'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
