@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PEERS := $(VENV)/peers
 PAGES := $(VENV)/pages
+TOO_OLD := "DSMR needs Python 3.11 or newer, but this is Python %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2]
 DEMO ?= demo
 # Rounds and shapes of `make bench`: full (five minutes on two cores), or quick (two).
 BENCH ?= full
@@ -67,7 +68,7 @@ $(PAGES): $(READY)
 	touch $@
 
 $(READY): setup.py pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "DSMR needs Python 3.11 or newer, but this is Python {}.{}: make PYTHON=python3.12 ...".format(*sys.version_info))'
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and $(TOO_OLD))'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
