@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
-GUESTS = {"into-my-model.md": "Into my model", "transformers.md": "Other people's models"}  # in the menu if they exist
+GUESTS = {"into-my-model.md": "Into my model"}  # in the menu where they exist
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?![a-z]+:)([^)\s#]+)(#[^)\s]*)?\)")
 
 
