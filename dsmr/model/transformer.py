@@ -199,7 +199,7 @@ class Block(nn.Module):
         place: Rotary | Tensor | None,
         labels: tuple[Tensor, Tensor] | None,
         piece_start: Tensor | None,
-        segment_offset: int,
+        segment_offset: int | Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, d_model) -> x of the next layer, and the new k and v; arguments as of `DSMRAttention.attend`."""
         self.attention.check_memory(memory, x.shape[0], segment_offset)
@@ -325,6 +325,7 @@ class DSMRModel(nn.Module):
         *,
         targets: Tensor | None = None,
         piece_start: Tensor | None = None,
+        segment_offset: Tensor | None = None,
         reduction: str = "mean",
     ) -> DSMROutput:
         """Read the next tokens of every stream.
@@ -336,6 +337,9 @@ class DSMRModel(nn.Module):
             targets: (B, T) int64, the token after each; -100 = no target.
             piece_start: (B, T) int32, for each token the index in this call of its piece's first token; negative = the
                 piece began before the call. None = all tokens belong to the pieces in progress.
+            segment_offset: (B,) int64, how far each row is into its segment, for rows whose segments do not begin
+                together, such as texts that are padded on the left; whoever gives it counts on from call to call.
+                None = all are as far as the state is.
             reduction: "mean" over the targets, or "none" for the loss of each (0 where there is no target).
 
         Raises:
@@ -361,8 +365,13 @@ class DSMRModel(nn.Module):
                 f"an aligned state takes calls that begin with a segment, but it is {state.offset} tokens into one; "
                 "use new_state(..., aligned=False) for calls of any size"
             )
+        if segment_offset is not None and (state.aligned or not self.config.schedule.newest):
+            raise ValueError(
+                "segment_offset of each row needs a state that is not aligned, and a schedule that keeps the newest "
+                f"tokens, but this one is {self.config.schedule}"
+            )
         parts = self._parts(tokens.shape[1], state.offset)
-        read = [self._read(tokens[:, part], state, _within(piece_start, part)) for part in parts]
+        read = [self._read(tokens[:, part], state, _within(piece_start, part), segment_offset) for part in parts]
         x = read[0] if len(read) == 1 else torch.cat(read, 1)
         logits = self.head(self.norm(x))
         loss = None
@@ -379,7 +388,9 @@ class DSMRModel(nn.Module):
         ends = [0, *range(length - offset, tokens, length), tokens]
         return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
-    def _read(self, tokens: Tensor, state: DSMRState, piece_start: Tensor | None) -> Tensor:
+    def _read(
+        self, tokens: Tensor, state: DSMRState, piece_start: Tensor | None, segment_offset: Tensor | None
+    ) -> Tensor:
         """The layers: tokens (B, T) -> (B, T, d_model), before the last norm; the state takes the tokens in."""
         memories = state.memories
         positions = token_positions(state.position, tokens.shape[1], piece_start)
@@ -390,7 +401,7 @@ class DSMRModel(nn.Module):
         if self.recall is not None:
             labels = self.recall(torch.cat([self.embedding(before), x], 1), positions)
         x = self.dropout(x)
-        where = (piece_start, state.offset)
+        where = (piece_start, state.offset if segment_offset is None else segment_offset)
         again = self.checkpoint_layers and torch.is_grad_enabled()
         new = []
         for block, memory in zip(blocks, memories, strict=True):
