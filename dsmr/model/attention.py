@@ -325,6 +325,15 @@ class DSMRAttention(nn.Module):
             )
         return known
 
+    def check_autocast(self, memory: KVMemory | MemorySnapshot) -> None:
+        """`ValueError` if the memory is wider than what keys and values come out in under autocast."""
+        dtype = compute_dtype(self.qkv.weight)
+        if dtype != self.qkv.weight.dtype and memory.dtype.itemsize > dtype.itemsize:
+            raise ValueError(
+                f"the memory is in {memory.dtype}, but under this autocast keys and values come out in {dtype}: make "
+                "it inside, or with new_memory(..., dtype=...)"
+            )
+
     def forward(
         self,
         x: Tensor,
@@ -353,12 +362,7 @@ class DSMRAttention(nn.Module):
             memory = self.new_memory(x.shape[0])
         elif isinstance(memory, KVMemory):
             memory.check_read()  # before anything is computed
-        dtype = compute_dtype(self.qkv.weight)
-        if dtype != self.qkv.weight.dtype and memory.dtype.itemsize > dtype.itemsize:
-            raise ValueError(
-                f"the memory is in {memory.dtype}, but under this autocast keys and values come out in {dtype}: make "
-                "it inside, or with new_memory(..., dtype=...)"
-            )
+        self.check_autocast(memory)
         offset = self._offset(memory, segment_offset)
         place = self.place(token_positions(memory.position, x.shape[1], piece_start))
         y, k, v = self.attend(x, memory, place, piece_start=piece_start, segment_offset=offset)

@@ -74,6 +74,15 @@ class MemoryState:
             self._memories[layer].append(*self._pending.pop(layer))
         return self._memories[layer]
 
+    def put(self, layer: int, k: Tensor, v: Tensor, piece_start: Tensor | None) -> None:
+        """Take in one layer's keys and values of a call, when that memory is next looked at."""
+        self._pending[layer] = (k.detach(), v.detach(), piece_start)
+
+    def renew(self, layer: int, memory: KVMemory) -> KVMemory:
+        """Give a layer another memory, as one of another dtype."""
+        self._memories[layer] = memory
+        return memory
+
     def __len__(self) -> int:
         """Layers."""
         return len(self._memories)
