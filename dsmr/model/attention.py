@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmr.model.hosts import read_attention
+from dsmr.model.hosts import HostAttention, read_attention
 from dsmr.model.options import check_options
 from dsmr.model.positions import POSITIONS, Rotary, alibi_slopes, sinusoids, token_positions
 from dsmr_kernels import KVMemory, MemorySnapshot, memory_attention
@@ -158,11 +158,15 @@ class DSMRAttention(nn.Module):
             TypeError: if the projections of such a module cannot be read.
             ValueError: if it does what this layer cannot do; the sentence says what.
         """
-        found = read_attention(module)
-        found.check_horizon(horizon, options.get("visibility", "segment"))
-        layer = cls(**{**found.arguments(), "horizon": horizon, **found.fitting(options)})
-        found.copy_into(layer)
-        return layer.train(module.training)
+        return cls.from_host(read_attention(module), horizon=horizon, **options).train(module.training)
+
+    @classmethod
+    def from_host(cls, host: HostAttention, *, horizon: int, **options: Any) -> Self:
+        """`from_attention` of a module that was read already."""
+        host.check_horizon(horizon, options.get("visibility", "segment"))
+        layer = cls(**{**host.arguments(), "horizon": horizon, **host.fitting(options)})
+        host.copy_into(layer)
+        return layer
 
     @property
     def slopes(self) -> Tensor | None:

@@ -79,7 +79,9 @@ class HostAttention:
         own = self.arguments()
         for name in ("d_model", "n_heads", "n_kv_heads", "head_dim", "bias", "qk_norm"):
             if name in options and options[name] not in (None, own[name]):
-                raise ValueError(f"{name} is {own[name]!r} in {self.name}, which was trained with it: {options[name]!r}")
+                raise ValueError(
+                    f"{name} is {own[name]!r} in {self.name}, which was trained with it: {options[name]!r}"
+                )
         fixed = dict.fromkeys(self.rope or {}) | {"rope_base": 10000.0} if self.rope else {}
         given = {name: value for name, value in options.items() if name not in own or value is not None}
         return (fixed if options.get("position", own["position"]) != own["position"] else {}) | given
@@ -139,7 +141,7 @@ def read_attention(module: nn.Module, *, transposed: bool = False) -> HostAttent
 
 
 def _reader(module: nn.Module) -> Callable[[Any], HostAttention] | None:
-    if isinstance(module, nn.MultiheadAttention):
+    if type(module) is nn.MultiheadAttention:  # a subclass may do something else
         return _multihead
     name = type(module).__name__
     if type(module).__module__.startswith("transformers."):

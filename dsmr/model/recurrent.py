@@ -39,6 +39,9 @@ class _Call:
         """The backward came past: nobody computes this call again, and the memory may write where it lies."""
         self.past = None
 
+    def held(self, gradient: Tensor) -> None:
+        """A hook that does nothing, by which the graph holds the call and lets it go."""
+
 
 class _Seat:
     """A layer's place in a stream: which memory of which state is its own, and which calls await their backward."""
@@ -53,7 +56,7 @@ class _Seat:
         if k.requires_grad:  # its gradient is complete once all of the layer's attention has gone backwards
             k.register_hook(call.over)
         else:
-            y.register_hook(lambda gradient: None if call else None)  # held by the graph, let go with it
+            y.register_hook(call.held)
         self.calls.append(weakref.ref(call))
 
     def awaiting(self) -> list[_Call]:
