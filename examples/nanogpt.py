@@ -50,7 +50,7 @@ def train(model: GPT, rows: int, steps: int) -> list[float]:
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     warm_up = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / 50))
     losses = []
-    for letters, targets, begins in segments(rows, steps):
+    for letters, targets, _ in segments(rows, steps):
         loss = model(letters, targets)
         optimiser.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""`nanogpt.py` with a memory of 64 letters in every layer, and rotary positions, which go on from segment to segment."""
+"""`nanogpt.py` with a memory of 64 letters in every layer, and rotary positions, which go on over segments."""
 
 import torch
 import torch.nn.functional as F
