@@ -169,6 +169,13 @@ class DSMRAttention(nn.Module):
         return layer
 
     @property
+    def plain(self) -> bool:
+        """Whether it is as a `DSMRModel` makes it, without the options that are there for other people's models."""
+        own = (self.qkv.bias, self.q_norm, self.scale, self.rope_frequencies)
+        whole = self.rotary_dim == self.head_dim and self.n_heads * self.head_dim == self.d_model
+        return whole and all(option is None for option in own)
+
+    @property
     def slopes(self) -> Tensor | None:
         """ALiBi slopes (Hq,) float32 on the layer's device, if that is its position scheme. No buffer: a layer built on
         the meta device would have nothing to fill one with."""

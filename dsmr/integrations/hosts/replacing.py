@@ -75,7 +75,7 @@ def replace_attention(
     for name, layer in zip(hosts, layers, strict=True):
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False
     return layers
