@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_refused() -> None:
         stream(model[1], 2, state=memory).__enter__()
     with pytest.raises(ValueError, match="layer 0 of the state has batch 2, where this model's stream has 3"):
         stream(model, 3, state=memory).__enter__()
-    with pytest.raises(ValueError, match="layer 0 of the state has capacity 19, where this model's stream has 30"):
+    with pytest.raises(ValueError, match="layer 0 of the state has capacity 20, where this model's stream has 30"):
         stream(
             nn.Sequential(RecurrentAttention(16, 2, horizon=30, n_kv_heads=1), model[3]), 2, state=memory
         ).__enter__()
