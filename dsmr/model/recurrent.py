@@ -94,6 +94,11 @@ class RecurrentAttention(DSMRAttention):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"number": next(_numbers)})
 
+    @property
+    def in_stream(self) -> bool:
+        """Whether a call would go on where the last one ended."""
+        return self.number in _seats
+
     def forward(self, x: Tensor, *, piece_start: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """x (B, T, d_model) -> y (B, T, d_model), over the memory of the stream that the layer is in, if it is in one.
 

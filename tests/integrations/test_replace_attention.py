@@ -273,6 +273,20 @@ def test_calls_of_a_model_of_transformers_that_ask_for_more_are_refused() -> Non
 
 
 @pytest.mark.slow  # imports Transformers
+def test_generation_is_without_a_cache_and_outside_of_a_stream() -> None:
+    model, ids = theirs("llama"), torch.randint(1, 61, (2, 5))
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": False}
+    expected = model.generate(ids, **options)
+    replace_attention(model, "uniform(layers=2, horizon=100)")
+    for same in (model, copy.deepcopy(model)):
+        assert torch.equal(same.generate(ids, **options), expected)
+    with pytest.raises(ValueError, match="holds its own memory: call it with use_cache=False"):
+        model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
+    with stream(model, 2), pytest.raises(ValueError, match="generate hands over the whole text for every token"):
+        model.generate(ids, **options)
+
+
+@pytest.mark.slow  # imports Transformers
 def test_their_gradient_checkpointing_has_the_same_gradients() -> None:
     def gradients(again: bool) -> list[Tensor]:
         torch.manual_seed(2)

@@ -87,6 +87,21 @@ class TransformersAttention(_Guest):
         return super().forward(hidden_states), None
 
 
+def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`model.generate` of a model whose attention was replaced: it hands over the whole text for every token, which a
+    stream would take for more text.
+
+    Raises:
+        ValueError: inside a stream.
+    """
+    if any(module.in_stream for module in model.modules() if isinstance(module, RecurrentAttention)):
+        raise ValueError(
+            "generate hands over the whole text for every token, and a stream would take it for more text: generate "
+            "outside of it, or leave the model as it is and use dsmr.integrations.huggingface"
+        )
+    return type(model).generate(model, *args, **kwargs)
+
+
 class MultiheadAttention(_Guest):
     """In the place of an `nn.MultiheadAttention`."""
 

@@ -4,11 +4,12 @@ All layers are read first; only if every one of them can be replaced is any. Wei
 horizons longer than its text computes what it computed.
 """
 
+import functools
 from typing import Any
 
 from torch import nn
 
-from dsmr.integrations.hosts.calls import MultiheadAttention, TransformersAttention
+from dsmr.integrations.hosts.calls import MultiheadAttention, TransformersAttention, generate
 from dsmr.model.hosts import HostAttention, is_known, read_attention
 from dsmr.model.recurrent import RecurrentAttention
 from dsmr.model.schedule import MemorySchedule
@@ -78,6 +79,8 @@ def replace_attention(
     config: Any = getattr(model, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False
+    if any(isinstance(layer, TransformersAttention) for layer in layers) and hasattr(model, "generate"):
+        model.generate = functools.partial(generate, model)
     return layers
 
 
