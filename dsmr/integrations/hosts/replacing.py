@@ -80,7 +80,7 @@ def replace_attention(
     if hasattr(config, "use_cache"):
         config.use_cache = False
     if any(isinstance(layer, TransformersAttention) for layer in layers) and hasattr(model, "generate"):
-        model.generate = functools.partial(generate, model)
+        model.__dict__["generate"] = functools.partial(generate, model)
     return layers
 
 
