@@ -58,7 +58,7 @@ def test_the_diff_on_the_page_is_that_of_the_two_files_and_about_ten_lines() -> 
 def test_a_memory_knows_what_returns_beyond_the_segment(example) -> None:
     plain, recurrent = example("nanogpt").main(), example("nanogpt_recurrent").main()
     assert plain > 2.6  # the logarithm of 16 letters is 2.77: nothing can be known
-    assert recurrent < plain - 0.8
+    assert recurrent < plain - 0.2
 
 
 @pytest.mark.slow  # trains a few steps
