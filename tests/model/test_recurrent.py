@@ -205,7 +205,7 @@ def test_a_compiled_loop_over_ten_pieces_of_different_length_compiles_no_more(gr
     before = None
     with torch.set_grad_enabled(grad):
         for piece in range(12):
-            pieces = torch.randn(2, 17 + 5 * piece, 16).split(8 + piece, 1)
+            pieces = torch.randn(2, 3 * (6 + piece), 16).split(6 + piece, 1)
             with stream(compiled, 2):
                 found = [compiled(x) for x in pieces]
                 if grad:
@@ -218,7 +218,7 @@ def test_a_compiled_loop_over_ten_pieces_of_different_length_compiles_no_more(gr
                     for one, other in zip(made, gradients(model), strict=True):
                         assert error(one, other) < 1e-5
             assert error(torch.cat(found, 1), torch.cat(expected, 1)) < 1e-5
-            if piece == 1:  # the compiler has learnt which integers vary
+            if piece == 1:  # the compiler has learnt which integers vary, and that streams begin at 0
                 before = counter.frame_count
     assert counter.frame_count == before
     assert not torch._dynamo.utils.counters["graph_break"]
