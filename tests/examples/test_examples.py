@@ -54,7 +54,7 @@ def test_the_diff_on_the_page_is_that_of_the_two_files_and_about_ten_lines() -> 
     assert all(line in shown[1].splitlines() for line in code)
 
 
-@pytest.mark.slow  # trains two small models
+@pytest.mark.soak  # trains two small models, half a minute
 def test_a_memory_knows_what_returns_beyond_the_segment(example) -> None:
     plain, recurrent = example("nanogpt").main(), example("nanogpt_recurrent").main()
     assert plain > 2.6  # the logarithm of 16 letters is 2.77: nothing can be known
