@@ -68,8 +68,8 @@ class _Seat:
 
 _numbers = itertools.count()
 _seats: dict[int, _Seat] = {}
-"""Of the layers that are in a stream, by number, and not by attribute: what is reached through a module, a compiler takes
-for a constant, and how far a stream is varies."""
+"""Of the layers that are in a stream, by number and not by attribute: what is reached through a module, a compiler
+takes for a constant, and how far a stream is varies."""
 
 
 class RecurrentAttention(DSMRAttention):
