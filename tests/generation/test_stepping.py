@@ -13,6 +13,7 @@ from dsmr.generation.stepping.captured import CapturedStep, captured_step
 from dsmr.generation.stepping.rings import DeviceRings, HostRings, in_step
 from dsmr.generation.stepping.step import attentions
 from dsmr.generation.stepping.weights import INT8_BLOCK, product, resolve_precision
+from dsmr.model.attention import DSMRAttention
 from dsmr.model.transformer import DSMRConfig, DSMRModel
 
 LENGTH = 8
@@ -306,3 +307,14 @@ def test_a_replayed_graph_draws_what_the_plain_step_draws(visibility, monkeypatc
         played.append(list(Player.begin(model, [3, 1, 4], Sampling(seed=1, top_p=0.9)).play(200)))
     assert steps[0].graph is not None
     assert played[0] == played[1]
+
+
+def test_attention_with_options_of_its_own_is_stepped_as_it_is() -> None:
+    """The fast step knows a `DSMRModel`'s attention only, and a bias would be passed over in silence."""
+    model = small_model()
+    first = model.blocks[0].attention
+    options = {"segment_length": first.segment_length, "n_kv_heads": first.n_kv_heads, "position": first.position}
+    model.blocks[0].attention = DSMRAttention(first.d_model, first.n_heads, horizon=first.horizon, bias=True, **options)
+    torch.nn.init.normal_(model.blocks[0].attention.qkv.bias)
+    state = model.eval().new_state(1)
+    assert isinstance(stepper(model, state), PlainStep)
