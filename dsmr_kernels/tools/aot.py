@@ -1,7 +1,7 @@
 """Compile every tile configuration for every target, on any machine: registers, spills, shared memory, instructions.
 
     python -m dsmr_kernels.tools.aot                       # a sample of every target and kernel, under a minute
-    python -m dsmr_kernels.tools.aot --full                # all of it, with every option: half an hour on one core
+    python -m dsmr_kernels.tools.aot --full                # all of it, with every option: 90 minutes on one core
     python -m dsmr_kernels.tools.aot --target sm_90 --dim 128 --variant pieces
 
 Needs Triton but no GPU; NVIDIA's `cuobjdump` and `nvdisasm` come with Triton's wheel. Exits with 1 if a configuration

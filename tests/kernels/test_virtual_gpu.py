@@ -45,6 +45,9 @@ def test_it_computes() -> None:
     assert np.array_equal(halved.view(np.float32), lane / 2)
     most = "mov.b32 %r3, 0f40000000;\nmov.b32 %r4, 0f40400000;\nmax.f32 %r5, %r3, %r4, 0f3F800000;"
     assert set(run(most + "\nst.global.b32 [%rd2], %r5;").view(np.float32)) == {3.0}
+    clamped = "sub.s32 %r3, %r2, 32;\nmax.relu.s32 %r4, %r3, -9;\nmin.relu.s32 %r5, %r3, 5;\nadd.s32 %r5, %r5, %r4;"
+    expected = np.maximum(lane - 32, 0) + np.clip(lane - 32, 0, 5)
+    assert np.array_equal(run(clamped + "\nst.global.b32 [%rd2], %r5;"), expected)
     pair = "mov.b64 %rd3, {%r2, %r2};\ncvt.rn.f32.s32 %r3, %r2;\nmov.b64 %rd4, {%r3, 0f3F000000};\n"
     twice = run(pair + "fma.rn.f32x2 %rd5, %rd4, %rd4, %rd4;\nmov.b64 {%r4, %r5}, %rd5;\nst.global.b32 [%rd2], %r4;")
     assert np.array_equal(twice.view(np.float32), lane * lane + lane)

@@ -53,7 +53,7 @@ def test_older_instructions_pass_only_where_it_is_said() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    os.environ.get("DSMR_AOT") != "full", reason="compiles hundreds of kernels: DSMR_AOT=full, half an hour"
+    os.environ.get("DSMR_AOT") != "full", reason="compiles hundreds of kernels: DSMR_AOT=full, an hour and a half"
 )
 def test_every_configuration_compiles_clean() -> None:
     result = _aot("--full", seconds=7200)

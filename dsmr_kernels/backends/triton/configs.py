@@ -157,6 +157,7 @@ _BLACKWELL: Sizes = {  # data-centre parts: accumulators lie in tensor memory, 5
         "dq": Config(64, 32, 8, 2),  # 128 queries spill with ALiBi, with 16 keys too
         "dkv": Config(32, 32, 8, 2),  # 64 keys, the least that tensor memory serves, spill: see OLDER_INSTRUCTIONS
         "forward_int8": Config(64, 32, 8, 2),
+        "forward_biased": Config(64, 32, 8, 2),  # 128 queries spill, with one stage, too
         "dbias": Config(64, 64, 8, 1),
     },
 }
@@ -187,6 +188,7 @@ _FLOAT32: Sizes = {
         "dq": Config(32, 32, 8, 1, 255),  # four warps spill
         "dkv": Config(32, 32, 8, 1, 255),  # four warps spill under Triton 3.6
         "dbias": Config(32, 32, 8, 1, 255),
+        "merge": Config(16, 0, 4, 1, 255),  # without a limit it spills on Ampere
     },
     128: {
         "forward": Config(16, 16, 8, 1, 255),  # 32 queries spill on Ada
@@ -231,22 +233,31 @@ _DECODE = {
 }
 # Measured on an H100: 32 streams' rings in int8 are read 1.5 times as fast by two warps.
 _HOPPER_DECODE = _DECODE | {64: _DECODE[64] | {"decode_int8": Config(16, 64, 2, 3)}}
+# Under a limit of 200 registers ALiBi or a bias spills 48 to 56 bytes here; under 255 as many blocks fit.
+_BLACKWELL_DECODE = _DECODE | {64: _DECODE[64] | {"decode_many": Config(32, 64, 4, 2, 255)}}
 # Three stages spill, and so do two without a limit where a row has one query.
 _ADA_DECODE = _DECODE | {128: _DECODE[128] | {"decode": Config(16, 64, 4, 2, 255)}}
+# On Ampere alone 64 keys spill 8 bytes with a memory in int8 and a bias, and on workstation Blackwell with a bias.
+_AMPERE_DECODE = _ADA_DECODE | {128: _ADA_DECODE[128] | {"decode_int8_biased": Config(16, 32, 4, 3)}}
+_WORKSTATION_DECODE = _ADA_DECODE | {64: _ADA_DECODE[64] | {"decode_biased": Config(16, 32, 4, 3, 168)}}
 _CDNA_DECODE = {
     64: {"decode": Config(16, 64, 4, 1), "decode_many": Config(32, 64, 4, 1)},
     128: {"decode": Config(16, 64, 4, 1), "decode_many": Config(32, 64, 4, 1)},
     256: {"decode": Config(16, 32, 4, 1), "decode_many": Config(32, 32, 4, 1)},
 }
 _DECODE_FLOAT32 = {
-    64: {
-        "decode": Config(16, 32, 4, 1),
-        "decode_many": Config(16, 32, 4, 1),
-        "decode_biased": Config(16, 32, 8, 1),  # four warps spill with a memory in int8
-        "decode_many_biased": Config(16, 32, 8, 1),  # likewise
-    },
+    # Four warps spill on Ampere, and with a bias and a memory in int8 on every part; eight without a limit on Hopper.
+    64: {"decode": Config(16, 32, 8, 1, 255), "decode_many": Config(16, 32, 8, 1, 255)},
     128: {"decode": Config(16, 32, 8, 1, 255), "decode_many": Config(16, 32, 8, 1, 255)},
     256: {"decode": Config(16, 16, 8, 1, 255), "decode_many": Config(16, 16, 8, 1, 255)},  # 32 keys spill in Triton 3.6
+}
+_DECODE_TABLE = {
+    "sm_80": _AMPERE_DECODE,
+    "sm_89": _ADA_DECODE,
+    "sm_90": _HOPPER_DECODE,
+    "sm_100": _BLACKWELL_DECODE,
+    "sm_120": _WORKSTATION_DECODE,
+    "gfx942": _CDNA_DECODE,
 }
 _TABLE = Config(0, 256, 4, 1)  # `bn` distances at a time
 _BUCKET = Config(16, 256, 4, 1)  # `bm` columns of the bias, `bn` distances at a time
@@ -259,11 +270,7 @@ def _for_decoding(kernel: str, architecture: str, head_dim: int, dtype: torch.dt
     if kernel == "step":
         half = padded(head_dim) // 2
         return Config(_STEP_ELEMENTS // half, half, 8 if half == 128 and dtype == torch.float32 else 4, 1, 128)
-    part = family(architecture)
-    if dtype == torch.float32:
-        sizes = _DECODE_FLOAT32
-    else:
-        sizes = {"gfx942": _CDNA_DECODE, "sm_90": _HOPPER_DECODE, "sm_100": _DECODE}.get(part, _ADA_DECODE)
+    sizes = _DECODE_FLOAT32 if dtype == torch.float32 else _DECODE_TABLE[family(architecture)]
     entry = sizes[max(64, padded(head_dim))]
     whole = kernel.replace("_int8", "")
     names = (kernel, whole, kernel.removesuffix("_biased"), whole.removesuffix("_biased"))
@@ -322,8 +329,6 @@ def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype
     Where programs share a tile, 128 queries with four warps lost keys on an H100 under Triton 3.6, though the PTX is
     right on the virtual GPU; with eight warps, or 64 queries, they agree there: such a tile has eight.
     """
-    if kernel in TOGETHER:
-        return _TOGETHER[kernel]
     if kernel in BY_DISTANCE:
         return _TABLE if kernel == "table" else _BUCKET
     plain = kernel.removesuffix("_biased")
@@ -331,6 +336,8 @@ def from_table(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype
         return _for_decoding(kernel, architecture, head_dim, dtype)
     sizes = (FLOAT32_TABLE if dtype == torch.float32 else TABLE)[family(architecture)]
     entry = sizes.get(padded(head_dim), sizes[64])
+    if kernel in TOGETHER:
+        return entry.get(kernel, _TOGETHER[kernel])
     if kernel.endswith("_split"):
         tile = entry.get(kernel) or from_table(kernel.removesuffix("_split"), architecture, head_dim, dtype)
         return replace(tile, warps=8) if tile.bm >= 128 and tile.warps < 8 and architecture.startswith("sm_") else tile

@@ -124,11 +124,19 @@ class Lanes:
     def _xor(self, parts: Any, operands: Any, mask: Array | None) -> None:
         self._two(lambda x, y: x ^ y, parts, operands, mask)
 
+    def _extreme(self, function: Callable[[Any, Any], Any], parts: Any, operands: Any, mask: Array | None) -> None:
+        """A maximum or minimum; "relu" raises it to 0, of integers only."""
+        if parts[1:] == ("relu", "s32"):
+            self._two(function, (parts[0], "s32"), operands, mask)
+            self._put(operands[0], np.maximum(self._get(operands[0], "s32"), 0), "s32", mask)
+        else:
+            self._two(function, parts, operands, mask)
+
     def _max(self, parts: Any, operands: Any, mask: Array | None) -> None:
-        self._two(np.fmax if parts[-1] == "f32" else np.maximum, parts, operands, mask)
+        self._extreme(np.fmax if parts[-1] == "f32" else np.maximum, parts, operands, mask)
 
     def _min(self, parts: Any, operands: Any, mask: Array | None) -> None:
-        self._two(np.fmin if parts[-1] == "f32" else np.minimum, parts, operands, mask)
+        self._extreme(np.fmin if parts[-1] == "f32" else np.minimum, parts, operands, mask)
 
     def _div(self, parts: Any, operands: Any, mask: Array | None) -> None:
         self._two((lambda x, y: x / y) if parts[-1] == "f32" else _quotient, parts, operands, mask)
