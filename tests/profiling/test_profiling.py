@@ -23,7 +23,7 @@ from dsmr.profiling.cost import held_bytes, keys_at, parameters_of, predict_piec
 from dsmr.profiling.job import Job, Sizes
 from dsmr.profiling.plots import pareto_front
 from dsmr.profiling.profile import length_curves, measured_row, predicted_row, profile
-from dsmr.profiling.report import labels
+from dsmr.profiling.sheets import labels
 from dsmr_kernels.costing.cost import visible_pairs
 
 TWO = MemorySchedule.two_scale(3, 64, 16, 1)
@@ -116,7 +116,9 @@ def test_every_proposal_fits_and_one_token_more_would_not(budget: int) -> None:
     assert {p.schedule.partition("(")[0] for p in proposals} >= {"none"}
     if budget > 3_000:
         assert {p.schedule.partition("(")[0] for p in proposals} == set(families(6, 4))
-    speeds = [p.tokens_per_second for p in proposals]
+    assert [p.control for p in proposals] == [False] * (len(proposals) - 1) + [True]  # what remembers nothing is last
+    assert proposals[-1].bytes == 0
+    speeds = [p.tokens_per_second for p in proposals[:-1]]
     assert speeds == sorted(speeds, reverse=True)
     for p in proposals:
         schedule = MemorySchedule.parse(p.schedule)
