@@ -40,9 +40,9 @@ def profile(
             help="Memory of every layer; may be given several times.", show_default="a two-scale and a full one"
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for profile.json and the pictures.")] = Path(
-        "profile"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for profile.json, the page and the pictures.")
+    ] = Path("profile"),
     measure: Annotated[
         str, typer.Option(help="What to measure: train (a step), piece (one call over a whole piece), decode.")
     ] = "train,piece,decode",
@@ -79,10 +79,10 @@ def profile(
 
     schedules = [parse_schedule(text) for text in schedule or ()]
     kinds = [kind.strip() for kind in measure.split(",") if kind.strip()]
-    for path in (out / "profile.json", trace):
+    for path in (out / "profile.json", out / "profile.html", trace):
         if path is not None:
             check_writable(path)
-    check_apart([out / "profile.json", trace], {})
+    check_apart([out / "profile.json", out / "profile.html", trace], {})
     sizes, defaults = _sizes(locals(), dtype, device, thorough)
     if not schedules and budget is None:
         schedules = [parse_schedule(text) for text in defaults["schedules"]]
@@ -209,12 +209,14 @@ def _first(screen: Any, schedules: list[Any], kinds: list[str], found: Any) -> N
 
 
 def _drawn(found: Any, out: Path, line: Any) -> list[Path]:
-    """The pictures, where they can be drawn."""
+    """The pictures, where they can be drawn, and the page that holds them."""
     from dsmr.console.figures import available
-
-    if not available():
-        line.say("the pictures are not drawn, because Matplotlib is not installed")
-        return []
+    from dsmr.profiling.page import write_page
     from dsmr.profiling.plots import pictures
 
-    return pictures(found, out)
+    drawn: list[Path] = []
+    if available():
+        drawn = pictures(found, out)
+    else:
+        line.say("the pictures are not drawn, because Matplotlib is not installed")
+    return [write_page(found, out / "profile.html", drawn), *drawn]

@@ -103,9 +103,9 @@ def _spreads(rows: dict[str, Row]) -> Iterator[tuple[str, float]]:
     """What was timed of a schedule, in words, and how far its rounds lie apart."""
     for kind, row in rows.items():
         if "timings" in row:
-            yield kind, row["timings"]["all"]["spread"]
+            yield {"train": "a training step", "piece": "a whole piece"}[kind], row["timings"]["all"]["spread"]
         for entry in row.get("positions", ()):
-            yield f"{kind} after {entry['position']:,} tokens", entry["timing"]["spread"]
+            yield f"playing after {entry['position']:,} tokens", entry["timing"]["spread"]
 
 
 def profile(
