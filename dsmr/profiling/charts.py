@@ -1,7 +1,7 @@
 """The charts of the page: what `plots` draws as pictures, as plain figures that `page.js` draws with hover values.
 
-A chart is a dictionary with a name, a title and axes (label, unit, whether logarithmic). Kind "lines" has series of
-(x, y, name of the point) drawn as "points", "line" or "steps"; kind "bars" has a stack of values for each category.
+A chart is a dictionary with a name, a title and axes (label, unit, a note, whether logarithmic). Kind "lines" has
+series of (x, y, name of the point) drawn as "points", "line" or "steps"; kind "bars" a stack of values a category.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def charts(found: Profile) -> list[Chart]:
     return made
 
 
-def _axis(label: str, unit: str, log: bool = False) -> Chart:
-    return {"label": label, "unit": unit, "log": log}
+def _axis(label: str, unit: str, log: bool = False, note: str = "") -> Chart:
+    return {"label": label, "unit": unit, "log": log, "note": note}
 
 
 def _series(name: str, mark: str, points: list[Any], colour: int) -> Chart:
@@ -52,8 +52,8 @@ def _budget(found: Profile, timed: dict[str, Row]) -> Chart:
         "name": "budget",
         "kind": "lines",
         "title": TRADE,
-        "x": _axis("keys and values of all layers: larger remembers more", "MiB"),
-        "y": _axis("training: faster is cheaper", "tokens/s"),
+        "x": _axis("keys and values", "MiB", note="larger remembers more"),
+        "y": _axis("training", "tokens/s", note="faster is cheaper"),
         "series": [one for one in series if one["points"]],
     }
 
@@ -83,7 +83,7 @@ def _bars(name: str, title: str, label: str, unit: str, row: Row, series: list[C
         "name": name,
         "kind": "bars",
         "title": title,
-        "x": _axis("layer (0 is the lowest)", ""),
+        "x": _axis("layer", "", note="0 is the lowest"),
         "y": _axis(label, unit),
         "categories": [str(layer) for layer in range(len(row["kv_bytes"]))],
         "series": series,

@@ -39,7 +39,7 @@
   };
   const figure = (value) => value === 0 ? "0" : value >= 1000 ? Math.round(value).toLocaleString("en-US") : String(Number(value.toPrecision(3)));
   const withUnit = (value, axis) => `${figure(value)}${axis.unit ? " " + axis.unit : ""}`;
-  const named = (axis) => axis.unit ? `${axis.label} (${axis.unit})` : axis.label;
+  const named = (axis) => `${axis.label}${axis.unit ? ` (${axis.unit})` : ""}${axis.note ? `: ${axis.note}` : ""}`;
 
   function ticks(low, high, log) {
     if (log) {
@@ -103,8 +103,12 @@
       }
       points.forEach(([a, b, label], i) => {
         if (mark !== "steps") svg("circle", {class: "fill", cx: places[i][0], cy: places[i][1], r: mark === "points" ? 5 : 3}, group);
-        const text = `${label ? label + ", " : ""}${name}\n${named({label: chart.x.label, unit: ""})}: ${withUnit(a, chart.x)}\n${chart.y.label}: ${withUnit(b, chart.y)}`;
-        if (mark !== "steps") hits.push({x: places[i][0], y: places[i][1], text});
+        const head = `${label ? label + ", " : ""}${name}`;
+        const text = `${chart.x.label}: ${withUnit(a, chart.x)}\n${chart.y.label}: ${withUnit(b, chart.y)}`;
+        if (mark === "steps") return;
+        const same = hits.find((hit) => Math.hypot(hit.x - places[i][0], hit.y - places[i][1]) < 3);
+        if (same) same.head += `\n${head}`;
+        else hits.push({x: places[i][0], y: places[i][1], head, text});
       });
     }
     return {root, hits, keys: chart.series};
@@ -119,7 +123,7 @@
     const root = frame(chart, size, chart.categories.map((text, i) => ({at: middle(i), text})), y), hits = [];
     chart.categories.forEach((category, i) => {
       let sum = 0;
-      const said = [`layer ${category}: ${withUnit(sums[i], chart.y)}`];
+      const said = [];
       for (const {name, values, colour, pale} of chart.series) {
         const top = y.at(sum + values[i]), bottom = y.at(sum);
         svg("rect", {class: `fill k${colour}${pale ? " pale" : ""}`, x: middle(i) - wide / 2, width: wide, y: top, height: Math.max(bottom - top, 0)}, root);
@@ -131,7 +135,7 @@
         svg("line", {class: "mark", x1: middle(i) - wide / 2 - 4, x2: middle(i) + wide / 2 + 4, y1: level, y2: level}, root);
         said.push(`${marks.name}: ${withUnit(marks.values[i], chart.y)}`);
       }
-      hits.push({x: middle(i), y: y.at(sum), text: said.join("\n"), wide: step});
+      hits.push({x: middle(i), y: y.at(sum), head: `layer ${category}: ${withUnit(sums[i], chart.y)}`, text: said.join("\n"), wide: step});
     });
     return {root, hits, keys: marks ? [...chart.series, {name: `${marks.name} (line)`, colour: 7}] : chart.series};
   }
@@ -144,7 +148,9 @@
     if (!hit) return;
     if (hit.wide) svg("rect", {class: "band", x: hit.x - hit.wide / 2, width: hit.wide, y: 24, height: root.height.baseVal.value - 68}, root);
     else svg("circle", {class: "cursor", cx: hit.x, cy: hit.y, r: 7}, root);
-    tip.textContent = hit.text;
+    const head = document.createElement("b");
+    head.textContent = hit.head;
+    tip.replaceChildren(head, `\n${hit.text}`);
     const place = root.getBoundingClientRect(), own = tip.getBoundingClientRect();
     const left = Math.min(place.left + hit.x + 14, innerWidth - own.width - 6);
     tip.style.left = `${Math.max(left, 6)}px`;

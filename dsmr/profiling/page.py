@@ -41,8 +41,9 @@ def page(found: Profile, pictures: Sequence[Path] = ()) -> str:
         f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    sections = [_warnings(found), _summary(found), *map(_chart_place, charts(found)), *map(_table, sheets(found))]
-    sections += [_picture(path) for path in pictures]
+    drawn = charts(found)
+    places = f'<div class="charts">\n{"".join(map(_chart_place, drawn))}</div>\n'
+    sections = [_warnings(found), _summary(found), places, *map(_table, sheets(found)), *map(_picture, pictures)]
     title = f"dsmr profile: {found.ceilings.device}"
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -62,7 +63,7 @@ def page(found: Profile, pictures: Sequence[Path] = ()) -> str:
 {"".join(sections)}
 </main>
 <div id="tip" role="status" hidden></div>
-<script type="application/json" id="charts">{_data(charts(found))}</script>
+<script type="application/json" id="charts">{_data(drawn)}</script>
 <script type="application/json" id="profile">{_data(found.to_json())}</script>
 <script>{script}</script>
 </body>

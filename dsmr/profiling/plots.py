@@ -100,18 +100,41 @@ def pareto_figure(found: Profile, timed: dict[str, dict[str, Any]], path: Path) 
         if not points:
             continue
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], style, label=label)
-        placed: dict[tuple[float, float], list[str]] = {}
-        for x, y, name in points:
-            placed.setdefault((round(x, 2), round(y, 0)), []).append(name)
-        for place, names in placed.items():
-            axes.annotate(", ".join(names), place, textcoords="offset points", xytext=(6, 4), fontsize=8)
+    _name_points(axes, [*measured, *proposed])
     front = pareto_front([(x, y) for x, y, _ in (measured or proposed)])
     axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, drawstyle="steps-pre", zorder=0, label=FRONT)
     axes.margins(x=0.22, y=0.15)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), fontsize=8, frameon=False, ncols=3)
     axes.set_xlabel("keys and values of all layers (MiB): larger remembers more →")
     axes.set_ylabel("training (tokens/s): faster is cheaper →")
-    finish(figure, axes, path, TRADE)
+    axes.set_title(TRADE)
+    axes.grid(alpha=0.3)
+    save(figure, path)
     return path
+
+
+def _name_points(axes: Any, points: list[tuple[float, float, str]]) -> None:
+    """Names beside points, one text for those that lie together; to the left of what is far right."""
+    across, up = [x for x, _, _ in points], [y for _, y, _ in points]
+    left, wide, tall = min(across), max(across) - min(across) or 1.0, max(up) - min(up) or 1.0
+    placed: list[tuple[float, float, list[str]]] = []
+    for x, y, name in points:
+        near = next((one for one in placed if abs(one[0] - x) < 0.03 * wide and abs(one[1] - y) < 0.06 * tall), None)
+        if near is None:
+            placed.append((x, y, [name]))
+        else:
+            near[2].append(name)
+    for x, y, names in placed:
+        after = x - left <= wide / 2
+        axes.annotate(
+            _wrapped(", ".join(names), 30),
+            (x, y),
+            textcoords="offset points",
+            xytext=(7, 0) if after else (-7, 0),
+            ha="left" if after else "right",
+            va="center",
+            fontsize=8,
+        )
 
 
 def length_figure(found: Profile, path: Path) -> Path:
