@@ -40,8 +40,10 @@ def _series(name: str, mark: str, points: list[Any], colour: int) -> Chart:
 
 def _budget(found: Profile, timed: dict[str, Row]) -> Chart:
     short = labels(found.rows)
-    measured = [[sum(row["kv_bytes"]) / 2**20, tokens_per_second(row), short[name]] for name, row in timed.items()]
-    proposed = [[p.bytes / 2**20, p.tokens_per_second, p.schedule] for p in found.proposals]
+    measured: list[list[Any]] = [
+        [sum(row["kv_bytes"]) / 2**20, tokens_per_second(row), short[name]] for name, row in timed.items()
+    ]
+    proposed: list[list[Any]] = [[p.bytes / 2**20, p.tokens_per_second, p.schedule] for p in found.proposals]
     front = pareto_front([(x, y) for x, y, _ in (measured or proposed)])
     series = [
         _series("measured", "points", measured, 0),

@@ -95,7 +95,10 @@ def pareto_figure(found: Profile, timed: dict[str, dict[str, Any]], path: Path) 
     figure, axes = new_figure(size=(7.5, 4.6))
     short = labels(found.rows)
     measured = [(sum(row["kv_bytes"]) / 2**20, tokens_per_second(row), short[name]) for name, row in timed.items()]
-    proposed = [(p.bytes / 2**20, p.tokens_per_second, p.schedule.partition("(")[0]) for p in found.proposals]
+    proposed = [
+        (p.bytes / 2**20, p.tokens_per_second, p.schedule.partition("(")[0] + " (control)" * p.control)
+        for p in found.proposals
+    ]
     for points, style, label in ((measured, "C0o", "measured"), (proposed, "C1s", "proposed (predicted)")):
         if not points:
             continue
