@@ -36,7 +36,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["dsmr", "dsmr.*", "dsmr_kernels", "dsmr_kernels.*"]),
-    package_data={"dsmr": ["py.typed"], "dsmr_kernels": ["py.typed"]},
+    package_data={"dsmr": ["py.typed", "profiling/page.css", "profiling/page.js"], "dsmr_kernels": ["py.typed"]},
     install_requires=["torch>=2.11", "numpy>=1.26", "safetensors>=0.4", "rich>=13", "typer>=0.12"],
     extras_require={
         # MidiTok reads and writes MIDI, matplotlib draws; training on a prepared corpus needs neither.

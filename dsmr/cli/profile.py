@@ -40,9 +40,9 @@ def profile(
             help="Memory of every layer; may be given several times.", show_default="a two-scale and a full one"
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for profile.json and the pictures.")] = Path(
-        "profile"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for profile.json, the page and the pictures.")
+    ] = Path("profile"),
     measure: Annotated[
         str, typer.Option(help="What to measure: train (a step), piece (one call over a whole piece), decode.")
     ] = "train,piece,decode",
@@ -79,10 +79,10 @@ def profile(
 
     schedules = [parse_schedule(text) for text in schedule or ()]
     kinds = [kind.strip() for kind in measure.split(",") if kind.strip()]
-    for path in (out / "profile.json", trace):
+    for path in (out / "profile.json", out / "profile.html", trace):
         if path is not None:
             check_writable(path)
-    check_apart([out / "profile.json", trace], {})
+    check_apart([out / "profile.json", out / "profile.html", trace], {})
     sizes, defaults = _sizes(locals(), dtype, device, thorough)
     if not schedules and budget is None:
         schedules = [parse_schedule(text) for text in defaults["schedules"]]
@@ -125,10 +125,9 @@ def _run(
     budget: str | None,
     layers: int | None,
 ) -> None:
-    """Measure, propose, print, draw."""
+    """What to expect, printed at once; then measure, propose, print, draw."""
     import torch
 
-    from dsmr.console.figures import available
     from dsmr.console.files import write_json
     from dsmr.console.progress import ProgressLine
     from dsmr.profiling.budget import parse_bytes, propose
@@ -136,7 +135,7 @@ def _run(
     from dsmr.profiling.profile import Profile
     from dsmr.profiling.profile import profile as work
     from dsmr.profiling.report import tables
-    from dsmr_kernels.costing.ceilings import ceilings_of
+    from dsmr_kernels.costing.ceilings import ceilings_of, load
 
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
@@ -146,13 +145,24 @@ def _run(
     if trace is not None and (not schedules or not {"train", "piece"} & set(kinds)):
         raise UserError("--trace needs a schedule, and train or piece among what is measured")
     most = None if budget is None else parse_bytes(budget)
+    depth = layers or (schedules[0].layers if schedules else 8)
     for schedule in schedules:
         sizes.config(schedule)
-    screen = console()
+    screen, device = console(), torch.device(sizes.device)
+    found = Profile(sizes, ceilings_of(device, rough=True))
+    screen.print(
+        f"{found.ceilings.device}, {sizes.threads} threads, {sizes.dtype}; width {sizes.d_model}, {sizes.heads} heads, "
+        f"segments of {sizes.segment_length:,} tokens",
+        soft_wrap=True,
+    )
+    if most is not None and load(device) is None:  # else the table comes at once
+        found.proposals = propose(most, depth, sizes, found.ceilings)
+    _first(screen, schedules, kinds, found)
+    load_before = found.load_before
     with ProgressLine() as line:
         line.update("the machine's ceilings (measured once, then cached)")
-        ceilings = ceilings_of(torch.device(sizes.device), say=line.say)
-        found = Profile(sizes, ceilings)
+        ceilings = ceilings_of(device, say=line.say)
+        found = Profile(sizes, ceilings, load_before=load_before)
         if schedules:
             found = work(
                 schedules,
@@ -163,26 +173,50 @@ def _run(
                 trace=trace,
                 progress=line.update,
             )
+            found.load_before = load_before
         if most is not None:
-            depth = layers or (schedules[0].layers if schedules else 8)
             found.proposals = propose(most, depth, sizes, ceilings)
         line.update("writing")
         write_json(out / "profile.json", found.to_json())
-        written: list[Path] = []
-        if available():
-            from dsmr.profiling.plots import pictures
-
-            written = pictures(found, out)
-        else:
-            line.say("the pictures are not drawn, because Matplotlib is not installed")
-    screen.print(
-        f"{ceilings.device}, {sizes.threads} threads, {sizes.dtype}; width {sizes.d_model}, {sizes.heads} heads, "
-        f"segments of {sizes.segment_length:,} tokens",
-        soft_wrap=True,
-    )
+        written = _drawn(found, out, line)
+    for sentence in found.warnings:
+        screen.print(f"Warning: {sentence}.", style="yellow", soft_wrap=True)
     for table in tables(found):
         screen.print(table)
     for path in [out / "profile.json", *written, *([trace] if trace and trace.exists() else [])]:
         screen.print(str(path), soft_wrap=True)
     if found.failures:
         raise UserError("not everything could be measured: " + "; ".join(found.failures))
+
+
+def _first(screen: Any, schedules: list[Any], kinds: list[str], found: Any) -> None:
+    """A first table, before anything is measured: predictions, from ceilings that may be rough still."""
+    from dsmr.profiling.profile import predicted_row
+    from dsmr.profiling.report import table
+    from dsmr.profiling.sheets import first_sheet, proposals
+
+    if found.proposals:
+        sheet = proposals(found)
+        sheet.title = f"Preliminary, from a measurement of a second or two: {sheet.title}"
+        screen.print(table(sheet))
+    if not schedules:
+        return
+    expected = {
+        str(schedule): {kind: predicted_row(found.sizes, schedule, kind, found.ceilings) for kind in kinds}
+        for schedule in schedules
+    }
+    screen.print(table(first_sheet(schedules, found, expected)))
+
+
+def _drawn(found: Any, out: Path, line: Any) -> list[Path]:
+    """The pictures, where they can be drawn, and the page that holds them."""
+    from dsmr.console.figures import available
+    from dsmr.profiling.page import write_page
+    from dsmr.profiling.plots import pictures
+
+    drawn: list[Path] = []
+    if available():
+        drawn = pictures(found, out)
+    else:
+        line.say("the pictures are not drawn, because Matplotlib is not installed")
+    return [write_page(found, out / "profile.html", drawn), *drawn]

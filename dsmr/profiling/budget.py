@@ -1,4 +1,5 @@
-"""Schedules for a budget: every named family, its parameters solved so that it fits, ranked by predicted cost.
+"""Schedules for a budget: every named family, its parameters solved so that it uses the budget, ranked by predicted
+cost; and, last, the control without memory, which every budget holds and nothing is cheaper than.
 
 Where a family has two horizons, the long one is eight times the short one and a quarter of the layers, at least one, is
 long, as in the paper's pictures (our reading).
@@ -24,13 +25,14 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 @dataclass(frozen=True)
 class Proposal:
     """A schedule within the budget, and what it should cost: training tokens a second, and tokens a second when it
-    plays with full memories."""
+    plays with full memories. The `control` has no memory."""
 
     schedule: str
     bytes: int
     longest: int
     tokens_per_second: float
     played_per_second: float
+    control: bool = False
 
 
 def parse_bytes(text: str) -> int:
@@ -93,7 +95,7 @@ def solve(family: Callable[[int], MemorySchedule], budget: int, sizes: Sizes) ->
 
 
 def propose(budget: int, layers: int, sizes: Sizes, ceilings: Ceilings) -> list[Proposal]:
-    """The families within `budget` bytes of state for the whole batch, those first that train fastest.
+    """The families within `budget` bytes of state for the whole batch: the fastest to train first, the control last.
 
     Raises:
         UserError: if the budget does not hold a single token in any family.
@@ -111,10 +113,11 @@ def propose(budget: int, layers: int, sizes: Sizes, ceilings: Ceilings) -> list[
         held = schedule.budget_bytes(
             n_heads=sizes.heads, head_dim=sizes.head_dim, bytes_per_element=sizes.element_bytes, batch=sizes.batch
         )
-        found.append(Proposal(str(schedule), held, longest, sizes.batch * sizes.segment_length / seconds, 1 / token))
+        trained = sizes.batch * sizes.segment_length / seconds
+        found.append(Proposal(str(schedule), held, longest, trained, 1 / token, control=name == "none"))
     if len(found) == 1:
         raise UserError(
             f"a budget of {human_bytes(budget)} holds no memory at all: one token in one layer takes "
             f"{human_bytes(2 * sizes.batch * sizes.heads * sizes.head_dim * sizes.element_bytes)}"
         )
-    return sorted(found, key=lambda proposal: -proposal.tokens_per_second)
+    return sorted(found, key=lambda proposal: (proposal.control, -proposal.tokens_per_second))

@@ -11,10 +11,23 @@ import numpy as np
 from dsmr.console.figures import finish, new_figure, save
 from dsmr.profiling.cost import LAYER_PARTS
 from dsmr.profiling.profile import Profile, tokens_per_second
-from dsmr.profiling.report import labels, seconds_by_part
+from dsmr.profiling.sheets import labels, seconds_by_part
 
 COLOURS = {"attention": "C0", "projections": "C1", "ffn": "C2", "memory (keys, values)": "C0", "kept": "C4"}
 MOST_SCHEDULES = 4  # of which the layers are drawn
+TRADE = "Cheaper against larger: what a memory costs in speed"
+FRONT = "Pareto front: nothing with as much memory is faster"
+
+
+def curve_label(name: str) -> str:
+    """What a curve of `Profile.curves` shows: the key, but for the two that a reader could not guess."""
+    words = {"full": "unlimited: every layer remembers the whole piece", "none": "no memory: each segment by itself"}
+    return f"{words.get(name, name)}, predicted"
+
+
+def piece_seconds(row: dict[str, Any]) -> float:
+    """Of a measured whole piece what the curves predict: forward and backward, without the update."""
+    return row["timings"]["forward"]["median"] + row["timings"]["backward"]["median"]
 
 
 def pictures(found: Profile, folder: Path) -> list[Path]:
@@ -79,43 +92,68 @@ def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]
 
 def pareto_figure(found: Profile, timed: dict[str, dict[str, Any]], path: Path) -> Path:
     """Bytes of memory against training tokens a second: measured schedules, and those proposed for a budget."""
-    figure, axes = new_figure()
+    figure, axes = new_figure(size=(7.5, 4.6))
     short = labels(found.rows)
     measured = [(sum(row["kv_bytes"]) / 2**20, tokens_per_second(row), short[name]) for name, row in timed.items()]
-    proposed = [(p.bytes / 2**20, p.tokens_per_second, p.schedule.partition("(")[0]) for p in found.proposals]
+    proposed = [
+        (p.bytes / 2**20, p.tokens_per_second, p.schedule.partition("(")[0] + " (control)" * p.control)
+        for p in found.proposals
+    ]
     for points, style, label in ((measured, "C0o", "measured"), (proposed, "C1s", "proposed (predicted)")):
         if not points:
             continue
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], style, label=label)
-        placed: dict[tuple[float, float], list[str]] = {}
-        for x, y, name in points:
-            placed.setdefault((round(x, 2), round(y, 0)), []).append(name)
-        for place, names in placed.items():
-            axes.annotate(", ".join(names), place, textcoords="offset points", xytext=(6, 4), fontsize=8)
+    _name_points(axes, [*measured, *proposed])
     front = pareto_front([(x, y) for x, y, _ in (measured or proposed)])
-    label = "Pareto front: the fastest with so much memory"
-    axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, drawstyle="steps-pre", zorder=0, label=label)
+    axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1, drawstyle="steps-pre", zorder=0, label=FRONT)
     axes.margins(x=0.22, y=0.15)
-    axes.set_xlabel("keys and values of all layers (MiB)")
-    axes.set_ylabel("training (tokens/s)")
-    finish(figure, axes, path, "")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), fontsize=8, frameon=False, ncols=3)
+    axes.set_xlabel("keys and values of all layers (MiB): larger remembers more →")
+    axes.set_ylabel("training (tokens/s): faster is cheaper →")
+    axes.set_title(TRADE)
+    axes.grid(alpha=0.3)
+    save(figure, path)
     return path
 
 
+def _name_points(axes: Any, points: list[tuple[float, float, str]]) -> None:
+    """Names beside points, one text for those that lie together; to the left of what is far right."""
+    across, up = [x for x, _, _ in points], [y for _, y, _ in points]
+    left, wide, tall = min(across), max(across) - min(across) or 1.0, max(up) - min(up) or 1.0
+    placed: list[tuple[float, float, list[str]]] = []
+    for x, y, name in points:
+        near = next((one for one in placed if abs(one[0] - x) < 0.03 * wide and abs(one[1] - y) < 0.06 * tall), None)
+        if near is None:
+            placed.append((x, y, [name]))
+        else:
+            near[2].append(name)
+    for x, y, names in placed:
+        after = x - left <= wide / 2
+        axes.annotate(
+            _wrapped(", ".join(names), 30),
+            (x, y),
+            textcoords="offset points",
+            xytext=(7, 0) if after else (-7, 0),
+            ha="left" if after else "right",
+            va="center",
+            fontsize=8,
+        )
+
+
 def length_figure(found: Profile, path: Path) -> Path:
-    """Predicted seconds to go forward and back through a piece, by its length, and what was measured."""
-    figure, axes = new_figure()
+    """Seconds to go forward and back through a piece by its length: predicted as lines, measured as crosses."""
+    figure, axes = new_figure(size=(7.5, 4.6))
     for number, (name, points) in enumerate(found.curves.items()):
-        axes.plot(*zip(*points, strict=True), color=f"C{number}", marker="o", markersize=3, label=name)
+        axes.plot(*zip(*points, strict=True), color=f"C{number}", marker="o", markersize=3, label=curve_label(name))
     pieces = {name: rows["piece"] for name, rows in found.rows.items() if "timings" in rows.get("piece", {})}
     middle = np.mean([row["timings"]["all"]["median"] for row in pieces.values()]) if pieces else 0.0
-    for name, row in pieces.items():
-        seconds = row["timings"]["forward"]["median"] + row["timings"]["backward"]["median"]
-        axes.plot([row["tokens"]], [seconds], "kx", markersize=7)
+    for number, (name, row) in enumerate(pieces.items()):
+        label = f"measured ({row['tokens']:,} tokens)" if number == 0 else None
+        axes.plot([row["tokens"]], [piece_seconds(row)], "kx", markersize=7, label=label)
         above = row["timings"]["all"]["median"] >= middle
         axes.annotate(
             f"{labels(found.rows)[name]}, measured",
-            (row["tokens"], seconds),
+            (row["tokens"], piece_seconds(row)),
             textcoords="offset points",
             fontsize=8,
             xytext=(-6, 4) if above else (6, -10),
@@ -125,7 +163,8 @@ def length_figure(found: Profile, path: Path) -> Path:
     axes.set_xticks([n for n, _ in next(iter(found.curves.values()))])
     axes.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:g}k")
     axes.set_yscale("log")
-    axes.set_xlabel("length of the piece (tokens)")
-    axes.set_ylabel("forward and backward, predicted (s)")
+    axes.set_xlabel("length of the piece (tokens, k: 1,024)")
+    axes.set_ylabel("forward and backward (s): lines predicted, crosses measured")
+    axes.yaxis.label.set_size(9)
     finish(figure, axes, path, "")
     return path

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dsmr.profiling.budget import Proposal
 from dsmr.profiling.cost import Predicted, held_bytes, least_bytes, predict_piece, predict_step, predict_token
 from dsmr.profiling.job import KINDS, Job, Sizes
 from dsmr_kernels.costing.cost import human_bytes
+from dsmr_kernels.costing.load import BUSY_SPREAD, cores, in_words, is_busy, load_average, load_of_others
 from dsmr_kernels.costing.predict import Ceilings
 
 Row = dict[str, Any]
@@ -41,6 +42,8 @@ class Profile:
     rows: dict[str, dict[str, Row]] = field(default_factory=dict)
     proposals: list[Proposal] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    load_before: float | None = field(default_factory=load_average)
+    load_after: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists."""
@@ -49,10 +52,41 @@ class Profile:
             "torch": torch.__version__,
             "sizes": asdict(self.sizes),
             "ceilings": self.ceilings.to_json(),
+            "machine": {"cores": cores(), "load_before": self.load_before, "load_after": self.load_after},
+            "warnings": self.warnings,
             "schedules": [{"schedule": name, "rows": rows} for name, rows in self.rows.items()],
             "proposals": [asdict(proposal) for proposal in self.proposals],
             "seconds_by_piece_length": self.curves,
         }
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence for each sign that others used the machine meanwhile."""
+        said = []
+        ours = self.sizes.threads if self.sizes.device == "cpu" else 1
+        others = load_of_others(self.load_before, self.load_after, ours if self.rows else 0)
+        if others is not None and is_busy(others, cores()):
+            said.append(
+                f"the machine was busy, with {in_words(others, cores())} besides this program: times are longer"
+            )
+        wide = [
+            f"{name}, {what} {100 * spread:.0f} %"
+            for name, rows in self.rows.items()
+            for what, spread in _spreads(rows)
+            if spread > BUSY_SPREAD
+        ]
+        if wide:
+            more = f" and {len(wide) - 3} more" if len(wide) > 3 else ""
+            said.append(
+                f"rounds that should take the same lie more than {100 * BUSY_SPREAD:.0f} % apart: "
+                f"{'; '.join(wide[:3])}{more}"
+            )
+        if self.ceilings.disturbed:
+            said.append(
+                f"the ceilings behind the predictions were measured under load ({self.ceilings.disturbed}): "
+                "predictions may be too slow"
+            )
+        return said
 
     @property
     def failures(self) -> list[str]:
@@ -63,6 +97,15 @@ class Profile:
             for kind, row in rows.items()
             if "error" in row
         ]
+
+
+def _spreads(rows: dict[str, Row]) -> Iterator[tuple[str, float]]:
+    """What was timed of a schedule, in words, and how far its rounds lie apart."""
+    for kind, row in rows.items():
+        if "timings" in row:
+            yield {"train": "a training step", "piece": "a whole piece"}[kind], row["timings"]["all"]["spread"]
+        for entry in row.get("positions", ()):
+            yield f"playing after {entry['position']:,} tokens", entry["timing"]["spread"]
 
 
 def profile(
@@ -100,6 +143,7 @@ def profile(
         if "error" not in row:
             row["predicted"] = predicted_row(sizes, schedule, kind, ceilings)
         found.rows.setdefault(str(schedule), {})[kind] = row
+        found.load_after = load_average()
         if json_path is not None and kind == kinds[-1]:
             write_json(json_path, found.to_json())
     found.curves = length_curves(schedules, sizes, ceilings)

@@ -5,7 +5,8 @@
 
 The figures are kept in the user's cache directory (`DSMR_CACHE_DIR`, else `XDG_CACHE_HOME`/dsmr, else ~/.cache/dsmr),
 under the device, its threads, the version of PyTorch and a digest of the kernels. Each is the best of several rounds:
-what else the machine does can only make a round slower.
+what else the machine does can only make a round slower. The load that others caused is kept beside them; figures taken
+under load are measured again when the machine is quieter.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from dsmr_kernels.costing.cost import Call
+from dsmr_kernels.costing.load import cores, in_words, load_average, load_of_others
 from dsmr_kernels.costing.predict import PARTS, Ceilings, bound_seconds, with_edge
 from dsmr_kernels.costing.prediction_check import check, check_table
 from dsmr_kernels.costing.timed_attention import DTYPES, timed_attention
@@ -40,6 +42,11 @@ REFERENCE = {
     "cuda": {"batch": 16, "heads": 16, "queries": 1024, "held": 8192},
 }
 NARROW, WIDE = 32, 128
+# A rough measurement, of a second or two on two CPU cores: by how much its sizes are divided, and its rounds.
+ROUGH = {"copied": 4, "side": 4, "batch": 1, "heads": 4, "queries": 2, "held": 4}
+ROUGH_ROUNDS = 2
+# Below so much load a core, figures that were disturbed nevertheless are not measured again: it would not help.
+LITTLE_LOAD = 0.1
 
 
 def device_name(device: torch.device) -> str:
@@ -105,36 +112,73 @@ def save(ceilings: Ceilings, device: torch.device) -> None:
 
 
 def ceilings_of(
-    device: torch.device, *, refresh: bool = False, say: Callable[[str], None] = lambda sentence: None
+    device: torch.device,
+    *,
+    refresh: bool = False,
+    rough: bool = False,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> Ceilings:
     """The device's figures: those cached, or else measured now (seconds) and cached.
 
+    Figures that were measured under load are measured again if there is half as much load now, or less.
+
     Args:
         refresh: measure also where figures are cached.
-        say: told in one sentence where the figures could not be kept; they are returned all the same.
+        rough: at once: those cached, however they came about, or else rough ones that are not kept.
+        say: told in one sentence where figures under load are measured, or measured again, and where they could not be
+            kept; they are returned all the same.
     """
-    found = None if refresh else load(device)
-    if found is None:
-        found = measure(device)
-        try:
-            save(found, device)
-        except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            say(f"the measured ceilings were not kept, because {cache_file().parent} cannot be written: {reason}")
+    kept = None if refresh else load(device)
+    if rough:
+        return kept or measure(device, rough=True)
+    if kept is not None and not _quieter(kept, load_average()):
+        return kept
+    if kept is not None:
+        say(
+            f"the ceilings were measured under load ({kept.disturbed}); the machine is quieter now, so they are "
+            "measured again"
+        )
+    found = measure(device)
+    if kept is not None and found.disturbed and (found.load or 0.0) >= (kept.load or 0.0):
+        say("the load came back while the ceilings were measured again; those of before are used")
+        return kept
+    if found.disturbed:
+        say(
+            f"the ceilings were measured under load ({found.disturbed}), so predictions may be too slow; they are "
+            "measured again when the machine is quieter"
+        )
+    try:
+        save(found, device)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        say(f"the measured ceilings were not kept, because {cache_file().parent} cannot be written: {reason}")
     return found
+
+
+def _quieter(kept: Ceilings, now: float | None) -> bool:
+    """Whether figures that were disturbed can be had better now: half the load, so that it is not tried forever."""
+    if kept.disturbed is None or kept.load is None or now is None:
+        return False
+    return kept.load >= LITTLE_LOAD * kept.cores and now <= kept.load / 2
 
 
 # --- Measuring ----------------------------------------------------------------------------------------------------
 
 
-def measure(device: torch.device) -> Ceilings:
-    """Measure everything; some ten seconds on two quiet CPU cores, longer where others use them too."""
-    yardstick = Yardstick(device)
+def measure(device: torch.device, *, rough: bool = False) -> Ceilings:
+    """Measure everything; some ten seconds on two quiet CPU cores, longer where others use them too, a second or two if
+    a `rough` answer will do."""
+    before = load_average()
+    yardstick = Yardstick(device, 1 if rough else None)
+    most = ROUGH_ROUNDS if rough else ROUNDS
+    sizes = {"copied": COPIED[device.type], "side": SIDE[device.type], **REFERENCE[device.type]}
+    if rough:
+        sizes = {name: max(size // ROUGH[name], 1) for name, size in sizes.items()}
 
-    def best(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    def best(call: Callable[[], Any], rounds: int = most) -> float:
         return yardstick.fastest(lambda: (min(seconds_of(call, device, rounds=rounds)),))[0][0]
 
-    source = torch.ones(COPIED[device.type], device=device)
+    source = torch.ones(sizes["copied"], device=device)
     target = torch.empty_like(source)
     copy_bytes = 2 * source.nbytes / best(lambda: target.copy_(source))
     cached = torch.zeros(256 * 1024, device=device) if device.type == "cpu" else target
@@ -144,7 +188,7 @@ def measure(device: torch.device) -> Ceilings:
         operator_seconds = best(lambda: _operators(small, weight), 50) / 24
     matrix: dict[str, float] = {}
     for name, dtype in DTYPES.items():
-        side = SIDE[device.type]
+        side = sizes["side"]
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         product = torch.empty_like(a)
         matrix[name] = 2 * side**3 / best(functools.partial(torch.mm, a, b, out=product))
@@ -159,8 +203,10 @@ def measure(device: torch.device) -> Ceilings:
         operator_seconds=operator_seconds,
     )
     start = _start_seconds(device, yardstick)
-    attained = {name: _attained(bare, start, yardstick, name) for name in DTYPES}
-    return replace(bare, attention_seconds=start, attained=attained)
+    attained = {name: _attained(bare, start, yardstick, name, sizes, most) for name in DTYPES}
+    others = load_of_others(before, load_average(), torch.get_num_threads() if device.type == "cpu" else 1)
+    known = replace(bare, attention_seconds=start, attained=attained)
+    return replace(known, load=others, cores=cores(), spread=yardstick.spread)
 
 
 def _operators(x: Tensor, weight: Tensor) -> None:
@@ -204,19 +250,20 @@ def edges_of(short: tuple[int, float], long: tuple[int, float]) -> list[float]:
     return [min(max(below, 0.0), limit), min(max(above, limit), (n - 1) / 2)]
 
 
-def _attained(bare: Ceilings, start: dict[str, float], yardstick: Yardstick, dtype: str) -> dict[str, dict[str, float]]:
+def _attained(
+    bare: Ceilings, start: dict[str, float], yardstick: Yardstick, dtype: str, sizes: dict[str, int], rounds: int
+) -> dict[str, dict[str, float]]:
     """The shares of `Ceilings.attained`.
 
     A pair behind a memory takes a + b * head_dim seconds: two widths tell what products and what exponentials take. Of
     m queries without a memory, two lengths tell the edge.
     """
     device = yardstick.device
-    sizes = REFERENCE[device.type]
     batch, heads, queries, held = (sizes[name] for name in ("batch", "heads", "queries", "held"))
 
     def timed(queries: int, held: int, head_dim: int) -> tuple[Call, list[float]]:
         call = Call(queries, held, held=held, batch=batch, heads=heads, kv_heads=heads, head_dim=head_dim)
-        seconds, _ = yardstick.fastest(lambda: timed_attention(call, device, DTYPES[dtype], ROUNDS))
+        seconds, _ = yardstick.fastest(lambda: timed_attention(call, device, DTYPES[dtype], rounds))
         parts = [sum(work.calls for work in PARTS[direction](call).values()) for direction in PARTS]
         return call, [
             max(total - calls * start[direction], 0.1 * total)
@@ -263,6 +310,8 @@ def table(found: Ceilings) -> str:
             for dtype, directions in found.attained.items()
             for direction, share in directions.items()
         ),
+        *([] if found.load is None else [f"  load of others meanwhile {in_words(found.load, found.cores)}"]),
+        *([f"  measured under load: {found.disturbed}"] if found.disturbed else []),
     ]
     return "\n".join(lines)
 

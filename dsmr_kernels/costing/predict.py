@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsmr_kernels.costing.cost import Call, Work, backward_parts, forward_parts
+from dsmr_kernels.costing.load import BUSY_SPREAD, in_words, is_busy
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Ceilings:
         attained: by dtype and then by pass the shares of the rates that the kernels attain, "products" and
             "exponentials", and by how much the segment's own pairs differ: "own", a factor, and "edge", the keys more
             than it sees that each query costs on the causal edge, in segments that have so many.
+        load, cores: the load average that others caused meanwhile, and the cores that it fell on; None and 0 where that
+            is not known.
+        spread: of a yardstick's seconds, taken between the figures: the distance between the quartiles over the median.
     """
 
     device: str
@@ -42,6 +46,18 @@ class Ceilings:
     operator_seconds: float
     attention_seconds: dict[str, float] = field(default_factory=dict)
     attained: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    load: float | None = None
+    cores: int = 0
+    spread: float | None = None
+
+    @property
+    def disturbed(self) -> str | None:
+        """By what the figures were disturbed, in words; None if they were taken on a quiet machine, or nobody knows."""
+        if self.load is not None and is_busy(self.load, self.cores):
+            return in_words(self.load, self.cores)
+        if self.spread is not None and self.spread > BUSY_SPREAD:
+            return f"a yardstick's rounds {100 * self.spread:.0f} % apart"
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary."""

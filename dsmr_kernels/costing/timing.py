@@ -130,10 +130,12 @@ class Yardstick:
     SLOWER = 1.2
     TRIES = 3
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, tries: int | None = None) -> None:
         side = 1024 if device.type == "cpu" else 4096
         self.device, self.side = device, torch.randn(side, side, device=device)
+        self.tries = self.TRIES if tries is None else tries
         self.best = min(seconds_of(self._product, device, rounds=5))
+        self.seen = [self.best]
 
     def _product(self) -> torch.Tensor:
         return self.side @ self.side
@@ -142,14 +144,21 @@ class Yardstick:
         """Whether the product runs now about as fast as it ever did."""
         now = min(seconds_of(self._product, self.device, rounds=2, warmup=0))
         self.best = min(self.best, now)
+        self.seen.append(now)
         return now <= self.SLOWER * self.best
+
+    @property
+    def spread(self) -> float:
+        """Of the product's seconds over all that was asked so far: the distance between the quartiles over the
+        median."""
+        return Timing.of(self.seen).spread
 
     def fastest(self, measure: Callable[[], tuple[float, ...]]) -> tuple[tuple[float, ...], bool]:
         """The least of each of `measure`'s figures, measured again as long as the machine was not quiet before and
         after, a few times at most; and whether it was quiet in the end."""
         found: tuple[float, ...] | None = None
         before = self.quiet()
-        for _ in range(self.TRIES):
+        for _ in range(self.tries):
             figures = measure()
             found = figures if found is None else tuple(map(min, found, figures))
             after = self.quiet()

@@ -31,6 +31,7 @@ def place(tmp_path_factory) -> Path:
     """A corpus, a run and a prompt."""
     pytest.importorskip("miditok")
     from small_scores import score_of
+    from small_soundfont import write_soundfont
     from tiny_corpus import tiny_corpus
 
     from dsmr.model.transformer import DSMRConfig, DSMRModel
@@ -43,6 +44,7 @@ def place(tmp_path_factory) -> Path:
         folder / "run"
     )
     vocabulary.save(folder / "run" / "tokenizer.json")
+    write_soundfont(folder / "sine.sf2")
     write_midi(folder / "p.mid", score_of([(0.25 * place, 0.2, 60 + place % 12) for place in range(24)]))
     return folder
 
@@ -76,6 +78,7 @@ ARGUMENTS = {
     "eval": ["{0}/run", "--data", "{0}/corpus", "--device", "cpu"],
     "generate": ["{0}/run", "--prompt", "{0}/p.mid", "--out", "{0}/o.mid", "--tokens", "3", "--device", "cpu"],
     "play": ["{0}/run", "--prompt", "{0}/p.mid", "--tokens", "3", "--device", "cpu"],
+    "render": ["{0}/p.mid", "--out", "{0}/p.wav", "--soundfont", "{0}/sine.sf2"],
     "budget": ["--schedule", SCHEDULE],
     "profile": ["--schedule", SCHEDULE, "--out", "{0}/profile", "--device", "cpu", "--budget", "64MiB"],
     "demo": ["--out", "{0}/demo"],
@@ -84,6 +87,7 @@ ARGUMENTS = {
     "prepare midi": ["{0}", "--out", "{0}/midi", "--overwrite"],
     "prepare maestro": ["{0}/nothing.zip", "--out", "{0}/maestro"],
     "experiments list": [],
+    "experiments search": ["{0}/run", "--data", "{0}/corpus", "--out", "{0}/search", "--device", "cpu"],
     "experiments run": ["{0}/nothing.toml", "--out", "{0}/results"],
 }
 

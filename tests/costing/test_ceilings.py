@@ -9,6 +9,7 @@ import torch
 from known_ceilings import KNOWN, SHARE
 
 from dsmr_kernels.costing import ceilings as program
+from dsmr_kernels.costing import load as load_module
 from dsmr_kernels.costing.cost import Call, Work, backward_parts, forward_parts, total
 from dsmr_kernels.costing.predict import Ceilings, attention_seconds, bound_seconds, plain_seconds
 from dsmr_kernels.costing.prediction_check import check, check_table
@@ -40,6 +41,84 @@ def test_what_was_measured_is_kept_by_device_and_version(cache: Path, monkeypatc
     assert len(asked) == 3
     assert len(json.loads(cache.read_text())) == 2
     assert [path.name for path in cache.parent.iterdir()] == ["ceilings.json"]
+
+
+BUSY = replace(KNOWN, load=4.0, cores=2, spread=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kept", "now", "again"),
+    [
+        (BUSY, 0.2, True),
+        (BUSY, 2.0, True),
+        (BUSY, 2.1, False),  # hardly quieter
+        (BUSY, None, False),
+        (replace(KNOWN, load=0.5, cores=2, spread=0.5), 0.1, True),  # the rounds told of what the load did not
+        (replace(KNOWN, load=0.1, cores=2, spread=0.5), 0.0, False),  # it would not help
+        (replace(KNOWN, load=0.5, cores=2, spread=0.1), 0.0, False),  # nothing was wrong
+        (KNOWN, 0.0, False),  # nobody knows
+    ],
+)
+def test_ceilings_measured_under_load_are_measured_again_when_it_is_quieter(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, kept: Ceilings, now: float | None, again: bool
+) -> None:
+    quiet = replace(KNOWN, copy_bytes=2e9, load=now, cores=2, spread=0.01)
+    monkeypatch.setattr(program, "measure", lambda device: quiet)
+    monkeypatch.setattr(program, "load_average", lambda: now)
+    program.save(kept, CPU)
+    said: list[str] = []
+    assert program.ceilings_of(CPU, rough=True) == kept  # at once, however it came about
+    found = program.ceilings_of(CPU, say=said.append)
+    assert found == (quiet if again else kept)
+    if again:
+        assert "quieter now" in said[0]
+        assert len(said) == (2 if quiet.disturbed else 1)  # better, but not good
+        assert program.load(CPU) == quiet
+        before = len(said)
+        assert program.ceilings_of(CPU, say=said.append) == quiet  # and that is the end of it
+        assert len(said) == before
+
+
+def test_a_load_that_comes_back_keeps_the_better_figures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "measure", lambda device: replace(BUSY, load=9.0))
+    monkeypatch.setattr(program, "load_average", lambda: 0.0)
+    program.save(BUSY, CPU)
+    said: list[str] = []
+    assert program.ceilings_of(CPU, say=said.append) == BUSY
+    assert "came back" in said[-1]
+
+
+def test_figures_measured_under_load_are_said_to_be(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "measure", lambda device: BUSY)
+    said: list[str] = []
+    assert program.ceilings_of(CPU, say=said.append) == BUSY
+    assert len(said) == 1
+    assert "a load average of 4.0 on 2 cores" in said[0]
+    assert "under load" in program.table(BUSY)
+    assert "under load" not in program.table(KNOWN)
+    kept = json.loads(cache.read_text())
+    assert [(figures["load"], figures["spread"]) for figures in kept.values()] == [(4.0, 0.1)]
+
+
+def test_figures_of_an_earlier_version_are_read(cache: Path) -> None:
+    old = {name: value for name, value in KNOWN.to_json().items() if name not in ("load", "cores", "spread")}
+    assert Ceilings.from_json(old) == KNOWN
+
+
+def test_rough_figures_are_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(program, "measure", lambda device, rough=False: asked.append(rough) or KNOWN)
+    assert program.ceilings_of(CPU, rough=True) == KNOWN
+    assert asked == [True]
+    assert not cache.exists()
+
+
+def test_our_own_threads_are_no_load_of_others() -> None:
+    assert load_module.load_of_others(0.2, 2.1, ours=2) == pytest.approx(0.2)
+    assert load_module.load_of_others(0.2, 4.0, ours=2) == pytest.approx(2.0)
+    assert load_module.load_of_others(3.0, 2.0, ours=2) == 3.0
+    assert load_module.load_of_others(None, 2.0, ours=2) is None
+    assert not load_module.is_busy(None, 2)
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"abacus": 1}'])
@@ -86,6 +165,10 @@ def test_the_program_measures_this_machine(cache: Path, monkeypatch: pytest.Monk
         for share in directions.values():
             assert min(share["products"], share["exponentials"], share["own"]) > 0
             assert 0 <= share["edge"] <= 127.5
+    assert found.cores >= 1
+    assert found.spread is not None
+    assert found.spread >= 0
+    monkeypatch.setattr(program, "load_average", lambda: None)
     assert program.main(["--device", "cpu"]) == 0  # from the cache now
     printed = capsys.readouterr().out
     assert f"{found.copy_bytes / 1e9:.1f} GB/s" in printed
@@ -183,3 +266,19 @@ def test_a_disturbed_measurement_is_made_again() -> None:
     made: list[int] = []
     assert yardstick.fastest(lambda: (made.append(1) or 1.0,)) == ((1.0,), False)
     assert len(made) == Yardstick.TRIES
+    made.clear()
+    once = Yardstick(CPU, tries=1)
+    once.quiet = lambda: False
+    assert once.fastest(lambda: (made.append(1) or 1.0,)) == ((1.0,), False)
+    assert len(made) == 1
+
+
+def test_a_yardstick_tells_how_far_its_rounds_lay_apart() -> None:
+    yardstick = Yardstick(CPU)
+    yardstick.seen = [1.0, 1.0, 1.0, 1.0]
+    assert yardstick.spread == 0.0
+    yardstick.seen = [1.0, 1.0, 2.0, 2.0]
+    assert yardstick.spread > 0.5
+    known = len(yardstick.seen)
+    yardstick.quiet()
+    assert len(yardstick.seen) == known + 1

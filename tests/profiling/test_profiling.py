@@ -21,10 +21,10 @@ from dsmr.profiling import row as row_module
 from dsmr.profiling.budget import families, parse_bytes, propose, solve
 from dsmr.profiling.cost import held_bytes, keys_at, parameters_of, predict_piece, predict_step, predict_token
 from dsmr.profiling.job import Job, Sizes
-from dsmr.profiling.plots import pareto_front
-from dsmr.profiling.profile import length_curves, measured_row, predicted_row, profile
-from dsmr.profiling.report import labels
-from dsmr_kernels.costing.cost import visible_pairs
+from dsmr.profiling.plots import curve_label, pareto_front
+from dsmr.profiling.profile import Profile, length_curves, measured_row, predicted_row, profile
+from dsmr.profiling.sheets import labels, milliseconds
+from dsmr_kernels.costing.cost import human_bytes, visible_pairs
 
 TWO = MemorySchedule.two_scale(3, 64, 16, 1)
 SIZES = Sizes(
@@ -116,7 +116,9 @@ def test_every_proposal_fits_and_one_token_more_would_not(budget: int) -> None:
     assert {p.schedule.partition("(")[0] for p in proposals} >= {"none"}
     if budget > 3_000:
         assert {p.schedule.partition("(")[0] for p in proposals} == set(families(6, 4))
-    speeds = [p.tokens_per_second for p in proposals]
+    assert [p.control for p in proposals] == [False] * (len(proposals) - 1) + [True]  # what remembers nothing is last
+    assert proposals[-1].bytes == 0
+    speeds = [p.tokens_per_second for p in proposals[:-1]]
     assert speeds == sorted(speeds, reverse=True)
     for p in proposals:
         schedule = MemorySchedule.parse(p.schedule)
@@ -139,6 +141,51 @@ def test_the_pareto_front_is_what_nothing_with_as_much_memory_outruns() -> None:
 def test_schedules_of_one_family_are_told_apart() -> None:
     names = ["full(layers=2, length=4)", "none(layers=2)", "full(layers=2, length=8)"]
     assert list(labels(names).values()) == ["full 1", "none", "full 2"]
+
+
+def test_what_a_reader_could_not_guess_is_spelt_out() -> None:
+    assert "unlimited" in curve_label("full")
+    assert curve_label(str(TWO)) == f"{TWO}, predicted"
+
+
+# --- Whether others used the machine ------------------------------------------------------------------------------
+
+
+def timed(spread: float) -> dict:
+    return {"timings": {"all": {"median": 1.0, "fastest": 1.0, "spread": spread, "rounds": 7}}}
+
+
+def test_a_quiet_machine_is_not_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile_module, "cores", lambda: 2)
+    found = Profile(
+        replace(SIZES, threads=2), KNOWN, {str(TWO): {"train": timed(0.1)}}, load_before=0.3, load_after=2.2
+    )
+    assert found.warnings == found.to_json()["warnings"] == []
+
+
+@pytest.mark.parametrize(("before", "after"), [(1.5, 2.0), (0.1, 3.5)])
+def test_load_of_others_is_a_warning(monkeypatch: pytest.MonkeyPatch, before: float, after: float) -> None:
+    monkeypatch.setattr(profile_module, "cores", lambda: 2)
+    rows = {str(TWO): {"train": timed(0.1)}}
+    found = Profile(replace(SIZES, threads=2), KNOWN, rows, load_before=before, load_after=after)
+    (sentence,) = found.to_json()["warnings"]
+    assert "a load average of 1.5 on 2 cores" in sentence
+    assert found.to_json()["machine"] == {"cores": 2, "load_before": before, "load_after": after}
+
+
+def test_rounds_far_apart_are_a_warning() -> None:
+    positions = [{"position": 64, "timing": {"median": 1.0, "fastest": 1.0, "spread": 0.9, "rounds": 7}}]
+    rows = {str(TWO): {"train": timed(0.45), "piece": timed(0.1), "decode": {"positions": positions}}}
+    (sentence,) = Profile(SIZES, KNOWN, rows, load_before=0.0).warnings
+    for words in ("a training step 45 %", "playing after 64 tokens 90 %", str(TWO)):
+        assert words in sentence
+    assert "whole piece" not in sentence
+
+
+def test_ceilings_measured_under_load_are_a_warning() -> None:
+    (sentence,) = Profile(SIZES, replace(KNOWN, load=3.0, cores=2), load_before=0.0).warnings
+    assert "ceilings" in sentence
+    assert "3.0 on 2 cores" in sentence
 
 
 # --- What is --------------------------------------------------------------------------------------------------------
@@ -280,6 +327,8 @@ def run(*arguments: str | Path):
 
 SMALL = ["--d-model", "32", "--heads", "4", "--segment-length", "16", "--piece-tokens", "48", "--device", "cpu"]
 
+SMALL_SIZES = Sizes(d_model=32, heads=4, segment_length=16, piece_tokens=48)
+
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,17 +344,35 @@ def test_the_program_prints_tables_and_writes_json_pictures_and_a_trace(quick: N
     arguments = ["--schedule", TWO, "--schedule", "none(layers=3)", "--budget", "20kB", "--dtype", "float32"]
     result = run(*arguments, *SMALL, "--out", tmp_path / "out", "--trace", tmp_path / "trace.json")
     assert result.exit_code == 0, result.output
-    for words in ("One training step", "A whole piece", "One token at a time", "fit the budget", "two_scale"):
+    for words in ("One training step", "A whole piece", "one token at a time", "fit the budget", "two_scale"):
         assert words in result.stdout
     kept = json.loads((tmp_path / "out" / "profile.json").read_text())
     assert {row for entry in kept["schedules"] for row in entry["rows"]} == {"train", "piece", "decode"}
     assert len(kept["proposals"]) >= 5
+    text = (tmp_path / "out" / "profile.html").read_text(encoding="utf-8")
+    assert text.count('<img alt="') == 3
+    assert result.stdout.index("Preliminary") < result.stdout.index("One training step")
     for name in ("layers.png", "budget.png", "length.png"):
         picture = (tmp_path / "out" / name).read_bytes()
         assert picture[:4] == b"\x89PNG"
         assert len(picture) <= 200_000
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert any("dsmr" in str(event.get("name", "")) or "mm" in str(event.get("name", "")) for event in events)
+
+
+def test_a_first_table_stands_there_before_anything_is_measured(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(job: Job) -> dict:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profile_module, "measured_row", stopped)
+    result = run("--schedule", TWO, *SMALL, "--dtype", "float32", "--out", tmp_path)
+    assert result.exit_code != 0
+    assert "Preliminary: predicted, not measured" in result.stdout
+    seconds = sum(predict_step(SMALL_SIZES, TWO, "train", KNOWN).seconds(d) for d in ("forward", "backward", "step"))
+    for words in (milliseconds(seconds), "(ms)", "(tokens/s)", human_bytes(sum(held_bytes(SMALL_SIZES, TWO, "train")))):
+        assert words in result.stdout
 
 
 def test_a_budget_alone_measures_nothing(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
