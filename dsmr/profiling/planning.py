@@ -2,9 +2,9 @@
 
     python -m dsmr.profiling.planning --hours 1000 --nodes 1 64
 
-A step is the greater of what the GPU and what its host take; DDP's buckets of gradients are sent while the backward goes
-on, one after another, over NVLink within a node and the network between nodes. Nothing here is measured by the command:
-the rates are those of `H100` and `Links`, whose sources stand beside them and which it prints.
+A step is the greater of what the GPU and what its host take; DDP's buckets of gradients are sent while the backward
+goes on, one after another, over NVLink within a node and the network between nodes. Nothing is measured by the command:
+the rates are those of `H100`, `HOST` and `Links`, which it prints with their sources.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dsmr.console.errors import UserError
-from dsmr.console.terminal import command, console
 from dsmr.console.progress import duration
+from dsmr.console.terminal import command, console
 from dsmr.model.schedule import MemorySchedule
 from dsmr.profiling.cost import Predicted, held_bytes, least_bytes, parameters_of, predict_step
 from dsmr.profiling.job import Sizes
@@ -201,17 +201,18 @@ def plan(
 def assumptions(links: Links) -> list[str]:
     """Every figure that the plan rests on, and where it is from."""
     return [
-        f"{H100.device}: {H100.matrix_flops['bfloat16'] / 1e12:.0f} TFLOP/s of bfloat16 products (989 on the datasheet), "
-        f"{H100.copy_bytes / 1e12:.2f} TB/s (0.9 of the datasheet), {H100.exponentials / 1e12:.1f} T exponentials/s (16 a "
-        f"clock and multiprocessor), {1e6 * H100.operator_seconds:.0f} µs between kernels",
-        f"the host starts an operator in {1e6 * HOST.operator_seconds:.0f} µs and an attention in "
-        f"{1e6 * HOST.attention_seconds['forward']:.0f} µs (backward {1e6 * HOST.attention_seconds['backward']:.0f} µs)",
+        f"{H100.device}: {H100.matrix_flops['bfloat16'] / 1e12:.0f} TFLOP/s of bfloat16 products (989 on the "
+        f"datasheet), {H100.copy_bytes / 1e12:.2f} TB/s (0.9 of the datasheet), {H100.exponentials / 1e12:.1f} T "
+        f"exponentials/s (16 a clock and multiprocessor), {1e6 * H100.operator_seconds:.0f} µs between kernels",
+        f"the host starts an operator in {1e6 * HOST.operator_seconds:.0f} µs, an attention in "
+        f"{1e6 * HOST.attention_seconds['forward']:.0f} µs, its backward in "
+        f"{1e6 * HOST.attention_seconds['backward']:.0f} µs; as many operators as the cost model counts",
         f"within a node {links.within / 1e9:.0f} GB/s a GPU and direction (0.8 of NVLink's 450), "
         f"{1e6 * links.begin_within:.0f} µs to begin; between nodes {links.between / 1e9:.0f} GB/s a GPU (0.8 of 400 "
         f"Gbit/s), {1e6 * links.begin_between:.0f} µs for each level of a tree",
         f"the hosts meet once a step: {1e6 * links.begin_host:.0f} µs for each level of a tree, up and down",
-        "DDP sums float32 gradients in buckets of 25 MiB while the backward goes on; all GPUs are equally fast; reading "
-        "the corpus, validation and checkpoints take nothing; memory is the least that a step needs",
+        "DDP sums float32 gradients in buckets of 25 MiB while the backward goes on; all GPUs are equally fast; "
+        "reading the corpus, validation and checkpoints take nothing; memory is the least that a step needs",
         "every row has read enough to fill its memory; whether so large a batch still learns as well is not modelled",
     ]
 

@@ -154,6 +154,7 @@ class _Training:
         self.state = ranks.new_state(
             self.model, config.batch_size, device=self.device, dtype=self.dtype, aligned=True, apart=True
         )
+        self.memory = human_bytes(ranks.world * self.state.nbytes)
         self.validation = validation_pieces(corpus, config.eval_tokens)
         tokens = int(np.diff(np.asarray(corpus.offsets))[self.validation].sum())
         self.pace = Pace(config, config.total_steps(self.loader.steps_per_epoch), tokens, ranks.clock)
@@ -368,7 +369,7 @@ class _Training:
             f"{self.pace.total_steps:,} steps" if self.pace.total_steps is not None else f"{config.minutes:g} minutes"
         )
         return (
-            f"{parameters / 1e6:.1f} M parameters, memory {human_bytes(self.ranks.world * self.state.nbytes)}, {config.schedule}; "
+            f"{parameters / 1e6:.1f} M parameters, memory {self.memory}, {config.schedule}; "
             f"{len(self.loader.pieces):,} pieces, {self.loader.epoch_tokens:,} tokens; "
             f"{length} of {config.batch_size} × {self.loader.tokens_per_step:,} tokens "
             f"on {self.ranks.where(self.device)} in {str(self.dtype).removeprefix('torch.')}"
@@ -381,7 +382,7 @@ class _Training:
         return (
             f"step {self.pace.step:,}{of_all} · {'?' if left is None else duration(left)} left · "
             f"loss {self.smooth_loss or 0:.3f} nats a token · {self.pace.speed or 0:,.0f} tokens/s · "
-            f"memory {human_bytes(self.ranks.world * self.state.nbytes)} · lr {self.optimizer.param_groups[0]['lr']:.1e}"
+            f"memory {self.memory} · lr {self.optimizer.param_groups[0]['lr']:.1e}"
         )
 
     def _not_finite(self, what: str, value: float, batch: Batch, logits: torch.Tensor) -> UserError:

@@ -127,7 +127,8 @@ def test_pieces_of_different_lengths_keep_nobody_waiting(tmp_path: Path) -> None
     """One piece of 1,600 tokens beside one of 8: whichever row is free takes the next, as in one process."""
     lengths = [(400, "train"), (2, "train"), (6, "validation")]
     records = [
-        PieceRecord(tiny_piece(notes, i), split, f"{i}.mid", notes, notes / 4) for i, (notes, split) in enumerate(lengths)
+        PieceRecord(tiny_piece(notes, i), split, f"{i}.mid", notes, notes / 4)
+        for i, (notes, split) in enumerate(lengths)
     ]
     write_corpus(tmp_path / "corpus", records, tiny_vocabulary(), "uneven")
     whole, out = tmp_path / "whole", tmp_path / "ranks"
@@ -237,7 +238,7 @@ def test_what_cannot_train_together_is_refused_in_a_sentence(
 
 
 def test_ranks_share_a_batch_and_every_piece_once(tmp_path: Path) -> None:
-    """Rows, targets and the count of what is predicted are those of the whole, also where augmenting changes lengths."""
+    """Rows, targets and the count of what is predicted are those of the whole, also where lengths change."""
     corpus = tiny_corpus(tmp_path, train=9)
 
     def shorten(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
