@@ -34,8 +34,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
-        moved = (tensor.to(device) for tensor in (self.tokens, self.targets, self.piece_start))
-        return Batch(*moved, self.pieces, self.predicted)
+        tokens, targets, piece_start = (x.to(device) for x in (self.tokens, self.targets, self.piece_start))
+        return Batch(tokens, targets, piece_start, self.pieces, self.predicted)
 
 
 @dataclass
@@ -118,8 +118,13 @@ class StreamLoader:
                 filled += end - begin
             if b in self.rows:
                 pieces.append(tuple(read))
-        arrays = (torch.from_numpy(array) for array in (tokens, targets, piece_start))
-        return Batch(*arrays, tuple(pieces), predicted)
+        return Batch(
+            torch.from_numpy(tokens),
+            torch.from_numpy(targets),
+            torch.from_numpy(piece_start),
+            tuple(pieces),
+            predicted,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, in plain integers."""
