@@ -86,6 +86,13 @@ def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
+def wait_for(out: Path, step: int) -> None:
+    """Until this step has been trained."""
+    until = time.monotonic() + 90
+    while time.monotonic() < until and not (losses(out) and losses(out)[-1][0] >= step):
+        time.sleep(0.002)
+
+
 def run(config: TrainConfig, ranks: int = 2, resume: bool = False) -> None:
     found = ends(start(config, ranks, resume))
     assert [code for code, _ in found] == [0] * ranks, found
@@ -151,15 +158,20 @@ def test_a_run_goes_on_with_another_number_of_ranks(data: Path, tmp_path: Path) 
     assert len(ours) == 20
 
 
-@pytest.mark.slow  # PyTorch starts six times
+@pytest.mark.slow  # PyTorch starts eight times
 def test_as_many_ranks_go_on_bit_for_bit_also_with_dropout(data: Path, tmp_path: Path) -> None:
+    """After a signal in one of them, which ends both after the same step; and after both are killed."""
     whole, out = tmp_path / "whole", tmp_path / "ranks"
-    more = {"dropout": 0.2, "save_every": 4}
+    more = {"dropout": 0.2, "save_every": 9, "steps": 60}
     run(config_of(data, whole, **more))
     processes = start(config_of(data, out, **more))
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (losses(out) and losses(out)[-1][0] >= 6):
-        time.sleep(0.01)
+    wait_for(out, 3)
+    processes[1].terminate()
+    assert [code for code, _ in ends(processes)] == [143, 143]
+    stopped = losses(out)[-1][0]
+    assert load_checkpoint(out / "last.pt")["pace"]["step"] == stopped < 60
+    processes = start(config_of(data, out, **more), resume=True)
+    wait_for(out, stopped + 1)
     for process in processes:
         process.kill()
     ends(processes)
