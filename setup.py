@@ -1,4 +1,12 @@
-"""The package definition; tool settings are in pyproject.toml, versions known to work together in constraints.txt."""
+"""The package definition; tool settings are in pyproject.toml, versions known to work together in constraints.txt.
+
+What the extras are for stands in docs/install.md, in one table.
+"""
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  (pip runs this file before it looks at python_requires)
+    sys.exit("DSMR needs Python 3.11 or newer, but this is Python {}.{}".format(*sys.version_info[:2]))
 
 from pathlib import Path
 
@@ -15,6 +23,8 @@ PLAY = ["mido>=1.3", "python-rtmidi>=1.5"]
 AUDIO = ["tinysoundfont>=0.3.6"]
 # Playing an exported model, and making one. `GroupQueryAttention` over int8 memories is of ONNX Runtime 1.32.
 ONNX = ["onnxruntime>=1.32", "onnx>=1.17"]
+# The pages as a site (`make docs`), and their API from the docstrings.
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 
 setup(
     name="dsmr",
@@ -42,6 +52,7 @@ setup(
         "hf": HF,
         # The peers that ours is measured against; where they are missing, their rows are skipped.
         "bench": [*BENCH, *PEERS, *ONNX, "matplotlib>=3.8"],
+        "docs": DOCS,
         "dev": [
             *BENCH,
             *ONNX,
@@ -54,9 +65,19 @@ setup(
             "import-linter>=2.5",  # who may import whom, kept by `make lint`; grimp, which it uses, draws it
             "miditok>=3.1",
             "matplotlib>=3.8",
+            "pyyaml>=6",  # the tests read mkdocs.yml and CITATION.cff
             *TRITON,
         ],
     },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Multimedia :: Sound/Audio :: MIDI",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     entry_points={"console_scripts": ["dsmr = dsmr.cli:main"]},
     zip_safe=False,
 )

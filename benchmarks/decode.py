@@ -9,9 +9,9 @@ ratios. Real time is counted against 40 tokens a second, which a dense performan
 """
 
 import argparse
+import importlib.util
 import math
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.parts.decoders import CONTENDERS, Ours, random_context, ready
+from benchmarks.parts.machine import describe
 from dsmr.console.files import atomic_path, write_json, write_text
 
 CONTEXT = 2048
@@ -60,7 +61,7 @@ def compare(rounds: int, tokens: int, threads: int) -> list[dict[str, Any]]:
     return rows
 
 
-def at_places(rounds: int, tokens: int, threads: int, precision: str) -> list[dict[str, Any]]:
+def at_places(rounds: int, tokens: int, threads: int, precision: str, memory: torch.dtype) -> list[dict[str, Any]]:
     """Milliseconds a token at positions far apart. Those far on are reached by setting a stream
     forward whose rings are full, by whole turns of every ring."""
     torch.set_num_threads(threads)
@@ -68,7 +69,7 @@ def at_places(rounds: int, tokens: int, threads: int, precision: str) -> list[di
     for place in PLACES:
         turn = math.lcm(*(memory.capacity for memory in Ours(random_context(1), "plain").state.memories))
         read = place if place < 2 * turn else turn + place % turn
-        decoder = Ours(random_context(read), precision)
+        decoder = Ours(random_context(read), precision, memory=memory)
         decoder.set_forward(place - read)  # a stream whose rings are full, so that nothing but the count differs
         assert int(decoder.state.position[0]) == place
         decoders.append(decoder)
@@ -92,15 +93,20 @@ def at_places(rounds: int, tokens: int, threads: int, precision: str) -> list[di
     ]
 
 
+def cores() -> int:
+    """Cores that this process may use, `taskset` considered."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def resident_bytes() -> int:
     """Memory of this process."""
     fields = Path("/proc/self/statm").read_text().split()
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def play_long(tokens: int, precision: str) -> list[dict[str, float]]:
+def play_long(tokens: int, precision: str, memory: torch.dtype) -> list[dict[str, float]]:
     """Seconds and resident memory while so many tokens are played, one after another; the first row is the start."""
-    decoder = Ours(random_context(CONTEXT), precision)
+    decoder = Ours(random_context(CONTEXT), precision, memory=memory)
     rows = []
     begin = time.perf_counter()
     for token in track(range(tokens + 1), f"playing {tokens:,} tokens"):
@@ -170,27 +176,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=9, help="turns of every decoder")
     parser.add_argument("--tokens", type=int, default=8, help="tokens of a turn")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1], help="numbers of threads")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores()}), help="numbers of threads")
     parser.add_argument("--long", type=int, default=0, help="instead: play so many tokens and watch memory")
     parser.add_argument("--precision", default="int8", help="of the long run and of the positions")
+    parser.add_argument("--memory-dtype", default="float32", help="likewise: float32, bfloat16 or int8")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     arguments = parser.parse_args()
+    kind = arguments.precision, getattr(torch, arguments.memory_dtype)
+    named = f"{arguments.precision}, memory {arguments.memory_dtype}"
     console = Console()
-    machine = {
-        "device": "CPU",
-        "processor": platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    machine = describe(torch.device("cpu"))
+    del machine["threads"]  # each row has its own
     results: dict[str, Any] = {"machine": machine, "context": CONTEXT}
     if arguments.long:
         name, command = "cpu-decode-long", f"python -m benchmarks.decode --long {arguments.long}"
         torch.set_num_threads(1)
-        results["long"] = play_long(arguments.long, arguments.precision)
-        parts = [f"{arguments.long:,} tokens played ({arguments.precision}, 1 thread):", long_table(results["long"])]
+        results["long"] = play_long(arguments.long, *kind)
+        parts = [f"{arguments.long:,} tokens played ({named}, 1 thread):", long_table(results["long"])]
     else:
         name = "cpu-decode"
         command = f"python -m benchmarks.decode --rounds {arguments.rounds} --tokens {arguments.tokens}"
@@ -198,11 +200,14 @@ def main() -> None:
         places = [
             row
             for threads in arguments.threads
-            for row in at_places(4 * arguments.rounds, arguments.tokens, threads, arguments.precision)
+            for row in at_places(4 * arguments.rounds, arguments.tokens, threads, *kind)
         ]
         results |= {"rows": rows, "positions": places}
-        parts = [table(rows), f"Time by position ({arguments.precision}):", places_table(places)]
-        draw(rows, arguments.out / f"{name}.png")
+        parts = [table(rows), f"Time by position ({named}):", places_table(places)]
+        if importlib.util.find_spec("matplotlib") is None:
+            console.print("no figure: matplotlib is not installed")
+        else:
+            draw(rows, arguments.out / f"{name}.png")
     about = ", ".join(f"{key} {value}" for key, value in machine.items())
     text = "\n\n".join([f"Measured by `{command}` on: {about}.", *parts])
     console.print(text, soft_wrap=True, highlight=False)

@@ -2,6 +2,7 @@
 
     dsmr demo --out demo
     python -m benchmarks.export_quality demo/runs/two-scale-memory   # the table, also in benchmarks/results/
+    python -m benchmarks.export_quality RUN --torch-only             # PyTorch's pairs of dtypes alone: step-quality.md
 
 Every way of stepping reads the same validation pieces from their beginnings and is asked for the probability of each
 next token. Times are no part of it: `python -m benchmarks.decode` measures them.
@@ -32,7 +33,7 @@ Step = Callable[[int], npt.NDArray[np.float32]]
 """Shows a token -> the next one's logits (V,)."""
 
 MEMORIES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-IN_TORCH = (("float32", "float32"), ("int8", "float32"), ("float32", "int8"), ("int8", "int8"))
+IN_TORCH = tuple((weights, memory) for memory in MEMORIES for weights in ("float32", "bfloat16", "int8"))
 EXPORTS = (
     ("float32", "float32", False),
     ("int8", "float32", False),
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("--data", type=Path, help="a prepared corpus; the run's own by default")
     parser.add_argument("--tokens", type=int, default=20_000, help="of the validation split")
+    parser.add_argument("--torch-only", action="store_true", help="leave exports out, and write step-quality.md")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -124,7 +126,8 @@ def main() -> None:
     exact: npt.NDArray[np.float64] | None = None
     with tempfile.TemporaryDirectory() as folder:
         ways = [in_torch(model, *kind) for kind in IN_TORCH]
-        ways += [as_export(arguments.run, Path(folder) / str(i), *kind) for i, kind in enumerate(EXPORTS)]
+        exports = () if arguments.torch_only else EXPORTS
+        ways += [as_export(arguments.run, Path(folder) / str(i), *kind) for i, kind in enumerate(exports)]
         for way in track(ways, "reading", transient=True):
             found = np.array(nats(way, pieces))
             exact = found if exact is None else exact
@@ -134,12 +137,14 @@ def main() -> None:
     tokens = sum(len(piece) for piece in pieces)
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     text = (
-        f"Measured by `python -m benchmarks.export_quality RUN --tokens {arguments.tokens}` on a model of "
+        f"Measured by `python -m benchmarks.export_quality RUN --tokens {arguments.tokens}"
+        f"{' --torch-only' if arguments.torch_only else ''}` on a model of "
         f"{parameters:.1f} M parameters, {model.config.schedule}, width {model.config.d_model}: {len(pieces)} "
         f"validation pieces, {tokens:,} tokens, {notes:,} notes.\n\n"
     )
     Console().print(text + table(rows), soft_wrap=True, highlight=False)
-    write_text(arguments.out / "export-quality.md", text + table(rows) + "\n")
+    name = "step-quality" if arguments.torch_only else "export-quality"
+    write_text(arguments.out / f"{name}.md", text + table(rows) + "\n")
 
 
 if __name__ == "__main__":

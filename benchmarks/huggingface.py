@@ -8,8 +8,6 @@ noisy machine disturbs all alike; reported are medians, and medians of the turns
 """
 
 import argparse
-import os
-import platform
 import statistics
 import time
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.parts.machine import describe
 from dsmr.console.files import write_json, write_text
 from dsmr.integrations.huggingface import DSMRCache, set_schedule
 
@@ -158,17 +157,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    machine = {
-        "device": "CPU",
-        "processor": platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": arguments.threads,
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
+    machine = describe(torch.device("cpu")) | {"transformers": transformers.__version__}
     rows = compare(arguments.context, arguments.rounds, arguments.tokens)
     command = f"python -m benchmarks.huggingface --context {arguments.context} --rounds {arguments.rounds}"
     text = (

@@ -59,7 +59,7 @@ def idle_gpu(folder: Path) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
 
-    from dsmr_kernels import border, dispatch
+    from dsmr_kernels import api, border, dispatch
     from dsmr_kernels.backends import triton as backend
     from dsmr_kernels.backends.triton import decode, launch, step, training
 
@@ -78,6 +78,7 @@ def idle_gpu(folder: Path) -> None:
 
     triton.runtime.driver.set_active(Idle())
     stand_ins: dict[Any, dict[str, Any]] = {
+        api: {"may_look": lambda tensor: False},
         border: {"may_look": lambda tensor: False},  # as on a GPU
         dispatch: {"_why_no_triton": lambda: None},
         backend: {"unsupported": lambda *call: None},

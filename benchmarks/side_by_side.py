@@ -1,16 +1,19 @@
 """Ours against concatenating, in turn within one run, so that a noisy machine disturbs both alike.
 
     python -m benchmarks.side_by_side                # the table, and benchmarks/results/cpu-attention.{json,md,png}
+    python -m benchmarks.side_by_side --busy         # with another program on one core: cpu-attention-busy
+    taskset -c 0,1 python -m benchmarks.side_by_side # on two cores of many
 
 Every shape is checked against the float64 oracle before it is timed. Reported are medians over rounds, and the median
 of the rounds' ratios.
 """
 
 import argparse
-import os
-import platform
+import contextlib
+import importlib.util
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
+from benchmarks.parts.busy import SPINNING, spinning
 from benchmarks.parts.contenders import Shape, check, forward, forward_backward, matmul_rate, ours
+from benchmarks.parts.machine import cores, describe
 from benchmarks.parts.peers import MaskedSDPA
 from dsmr.console.files import atomic_path, write_json, write_text
 
@@ -40,6 +43,7 @@ GRID = [
     Shape(1, 8, 8, 128, 2048, 64),
     Shape(1, 8, 8, 2048, 512, 64),
 ]
+PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -71,7 +75,7 @@ def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     check(case, "dsmr", ours)
     check(case, "sdpa", concatenated)
     row: dict[str, Any] = {"shape": asdict(shape), "label": str(shape), "dtype": name_of(dtype)}
-    for key, kind in (("forward", forward), ("forward_backward", forward_backward)):
+    for key, kind in zip(PASSES, (forward, forward_backward), strict=True):
         mine, theirs, product = in_turn([kind(ours, case), kind(concatenated, case), matmul_rate(dtype, 1024)], rounds)
         row[key] = {
             "dsmr_ms": 1e3 * statistics.median(mine),
@@ -101,8 +105,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of the speed-ups."""
+def draw(rows: list[dict[str, Any]], where: str, path: Path) -> None:
+    """Bars of the speed-ups, measured `where`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -110,7 +114,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 0.42 * len(rows) + 1.6), sharey=True, layout="constrained")
     labels = [f"{row['label']}, {row['dtype']}" for row in rows]
-    for axis, key, title in zip(axes, ("forward", "forward_backward"), ("forward", "forward + backward"), strict=True):
+    figure.suptitle(where, fontsize=10)
+    for axis, (key, title) in zip(axes, PASSES.items(), strict=True):
         values = [row[key]["speedup"] for row in rows]
         colours = ["#2a6f97" if row["dtype"] == "float32" else "#e07a5f" for row in rows]
         axis.barh(labels, values, color=colours)
@@ -125,43 +130,51 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The medians of the speed-ups, and where it is slower."""
+    said = []
+    for key, name in PASSES.items():
+        values = [row[key]["speedup"] for row in rows]
+        said.append(f"{name}: median {statistics.median(values):.2f} x, least {min(values):.2f} x")
+    slower = [
+        f"{row['label']}, {row['dtype']}, {name}"
+        for row in rows
+        for key, name in PASSES.items()
+        if row[key]["speedup"] < 1
+    ]
+    return f"{'; '.join(said)}. Slower than concatenating: {'; '.join(slower) if slower else 'nowhere'}."
+
+
 def main() -> None:
     """Measure the grid, print the table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each shape")
-    parser.add_argument("--shapes", type=int, default=len(GRID), help="how many shapes of the grid")
+    parser.add_argument("--shapes", type=int, nargs="+", metavar="N", help="which of the grid, by number, from 0")
+    parser.add_argument("--busy", action="store_true", help="with another program on one core")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     arguments = parser.parse_args()
-    console, rows = Console(), []
-    with Progress(console=console, transient=True) as progress:
-        work = [(shape, dtype) for shape in GRID[: arguments.shapes] for dtype in DTYPES]
-        for shape, dtype in progress.track(work, description="measuring on CPU"):
+    torch.set_num_threads(cores())  # PyTorch may count cores that the process is not given
+    shapes = [GRID[number] for number in arguments.shapes or range(len(GRID))]
+    work, rows = [(shape, dtype) for shape in shapes for dtype in DTYPES], []
+    machine = describe(torch.device("cpu"))
+    with spinning() if arguments.busy else contextlib.nullcontext():
+        for done, (shape, dtype) in enumerate(work, 1):
             rows.append(measure(shape, dtype, arguments.rounds))
-    machine = {
-        "device": "CPU",
-        "processor": platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    markdown = table(rows)
-    console.print(markdown, soft_wrap=True, highlight=False)
-    slower = [
-        f"{row['label']}, {row['dtype']}, {key}"
-        for row in rows
-        for key in ("forward", "forward_backward")
-        if row[key]["speedup"] < 1
-    ]
-    print("slower than concatenating: " + ("; ".join(slower) if slower else "nowhere"))
-    write_json(arguments.out / "cpu-attention.json", {"machine": machine, "rounds": arguments.rounds, "rows": rows})
+            print(f"{done} of {len(work)}: {shape}, {name_of(dtype)}", file=sys.stderr, flush=True)
+    said, markdown = summary(rows), table(rows)
+    print(f"{markdown}\n\n{said}")
+    stem = "cpu-attention-busy" if arguments.busy else "cpu-attention"
+    results = {"machine": machine, "rounds": arguments.rounds, "busy": arguments.busy, "rows": rows}
+    write_json(arguments.out / f"{stem}.json", results)
+    command = f"python -m benchmarks.side_by_side{' --busy' * arguments.busy} --rounds {arguments.rounds}"
     about = ", ".join(f"{key} {value}" for key, value in machine.items())
-    write_text(
-        arguments.out / "cpu-attention.md",
-        f"Measured by `python -m benchmarks.side_by_side --rounds {arguments.rounds}` on: {about}.\n\n{markdown}\n",
-    )
-    draw(rows, arguments.out / "cpu-attention.png")
+    beside = f", with {SPINNING}" if arguments.busy else ""
+    write_text(arguments.out / f"{stem}.md", f"Measured by `{command}` on: {about}{beside}.\n\n{markdown}\n\n{said}\n")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture: matplotlib is not installed", file=sys.stderr)
+        return
+    where = f"{machine['instruction set']}, {machine['threads']} threads{beside}"
+    draw(rows, where, arguments.out / f"{stem}.png")
 
 
 if __name__ == "__main__":

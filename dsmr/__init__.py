@@ -9,13 +9,27 @@ from typing import TYPE_CHECKING
 from dsmr.doors import Moved, door
 
 if TYPE_CHECKING:
+    from dsmr.integrations.hosts.replacing import replace_attention as replace_attention
     from dsmr.model.attention import DSMRAttention as DSMRAttention
+    from dsmr.model.recurrent import RecurrentAttention as RecurrentAttention
+    from dsmr.model.recurrent import stream as stream
     from dsmr.model.schedule import MemorySchedule as MemorySchedule
     from dsmr.model.state import DSMRState as DSMRState
+    from dsmr.model.state import MemoryState as MemoryState
     from dsmr.model.transformer import DSMRConfig as DSMRConfig
     from dsmr.model.transformer import DSMRModel as DSMRModel
 
-__all__ = ["DSMRAttention", "DSMRConfig", "DSMRModel", "DSMRState", "MemorySchedule"]
+__all__ = [
+    "DSMRAttention",
+    "DSMRConfig",
+    "DSMRModel",
+    "DSMRState",
+    "MemorySchedule",
+    "MemoryState",
+    "RecurrentAttention",
+    "replace_attention",
+    "stream",
+]
 
 # Asked for one by one, so that `import dsmr` costs nothing beside what is used.
 __getattr__ = door(
@@ -26,6 +40,10 @@ __getattr__ = door(
         "DSMRModel": "dsmr.model.transformer",
         "DSMRState": "dsmr.model.state",
         "MemorySchedule": "dsmr.model.schedule",
+        "MemoryState": "dsmr.model.state",
+        "RecurrentAttention": "dsmr.model.recurrent",
+        "replace_attention": "dsmr.integrations.hosts.replacing",
+        "stream": "dsmr.model.recurrent",
     },
 )
 

@@ -1,13 +1,17 @@
-"""The two attention calls and the step before decoding: check the arguments at the border, hand them to a backend."""
+"""The two attention calls and the step before decoding: check the arguments at the border, hand them to a backend.
+
+What follows from shapes, strides, dtypes and options alone is found out for the first of the calls that have these in
+common (`dsmr_kernels.alike`), everything else for each.
+"""
 
 import torch
 from torch import Tensor
 
-from dsmr_kernels import border, watch
-from dsmr_kernels.dispatch import choose
+from dsmr_kernels import alike, border, watch
+from dsmr_kernels.dispatch import Choice, asked_for, choose
 from dsmr_kernels.memory import KVMemory, MemorySnapshot, may_look
 from dsmr_kernels.ring import Ring
-from dsmr_kernels.spec import AttentionSpec, Inputs
+from dsmr_kernels.spec import Alike, AttentionSpec, Inputs, layout, learning
 from dsmr_kernels.visibility import VISIBILITIES
 
 
@@ -112,23 +116,36 @@ def memory_attention(
             out = memory_attention(q, k, v, memory, horizon=horizon, segment_length=64, segment_offset=memory.seen % 64)
             memory.append(k, v, counts=torch.tensor([3, 5]))
     """
-    border.check_query(q)
-    border.check_keys(q, k, v)
-    border.check_integer("horizon", horizon, 0)
-    border.check_segments(segment_length, segment_offset, q)
-    if visibility not in VISIBILITIES:
-        raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {visibility!r}")
-    if memory is not None:
-        border.check_memory(memory, q, k.shape[1], v.shape[3])
+    asked, compiling, biased = asked_for(backend), torch.compiler.is_compiling(), distance_bias is not None
+    by_row, with_lse = isinstance(segment_offset, Tensor), return_lse or sinks is not None
+    key = kind = None
+    if not compiling:
+        key = alike.attention_key(
+            q, k, v, memory, horizon, segment_length, None if by_row else segment_offset, visibility, detach_segments,
+            scale, with_lse, asked, biased,
+        )  # fmt: skip
+        kind = alike.found(key)
+    if kind is None:
+        border.check_query(q)
+        border.check_keys(q, k, v)
+        border.check_integer("horizon", horizon, 0)
+    if kind is None or by_row:
+        border.check_segments(segment_length, segment_offset, q)
+    if kind is None:
+        if visibility not in VISIBILITIES:
+            raise ValueError(f"visibility must be one of {', '.join(VISIBILITIES)}, got {visibility!r}")
+        if memory is not None:
+            border.check_memory(memory, q, k.shape[1], v.shape[3])
     if piece_start is not None:
         border.check_piece_start(piece_start, k)
     if alibi_slopes is not None:
         border.check_alibi(alibi_slopes, q)
     if sinks is not None:
         border.check_sinks(sinks, q)
-    border.check_bias(distance_bias, distance_buckets, q)
+    if biased or distance_buckets is not None:
+        border.check_bias(distance_bias, distance_buckets, q)
     if memory is not None and memory.mark is not None:
-        by_age = visibility != "segment" or alibi_slopes is not None or distance_bias is not None
+        by_age = visibility != "segment" or alibi_slopes is not None or biased
         border.check_set(memory, horizon, by_age)
         border.check_one_segment(memory, k, segment_length, segment_offset)
         border.check_place(memory, horizon, segment_offset)
@@ -138,34 +155,42 @@ def memory_attention(
         memory.check_read()
         memory.settle()  # what the last append left: a segment that is over
         live = memory.moved
-        learning = any(x is not None and x.requires_grad for x in (q, k, v, distance_bias, sinks))
-        if torch.compiler.is_compiling() and torch.is_grad_enabled() and learning:
+        learns = compiling and any(x is not None and x.requires_grad for x in (q, k, v, distance_bias, sinks))
+        if learns and torch.is_grad_enabled():
             memory.note_graph_read()
 
-    q, scale = border.scaled(q, scale)
-    offsets = segment_offset if isinstance(segment_offset, Tensor) else None
+    ring: Ring | None
+    if kind is not None and kind.spec is not None:
+        q, ring, spec = -q if kind.negated else q, memory, kind.spec
+        chosen = kind.choice.module
+        if not kind.choice.stands():
+            chosen = choose(q, asked, v_head_dim=v.shape[3], biased=biased)
+    else:
+        turned, scale = border.scaled(q, scale)
+        rows = border.rows(turned), border.rows(k), border.rows(v)
+        ring = None if memory is None else _readable(memory)
+        own = 0 if isinstance(segment_offset, Tensor) else segment_offset
+        spec = AttentionSpec(horizon, segment_length, own, visibility, detach_segments, scale, with_lse)
+        chosen = choose(q, asked, v_head_dim=v.shape[3], biased=biased)
+        if key is not None and rows[0] is turned and rows[1] is k and rows[2] is v and ring is memory:
+            choice = Choice.of(chosen, q, asked, v.shape[3], biased)
+            kind = alike.keep(key, Alike(choice, spec, layout(*rows), turned is not q))
+        q, k, v = rows
     inputs = Inputs(
-        border.rows(q),
-        border.rows(k),
-        border.rows(v),
-        None if memory is None else _readable(memory),
+        q,
+        k,
+        v,
+        ring,
         piece_start,
         alibi_slopes,
-        offsets,
+        segment_offset if isinstance(segment_offset, Tensor) else None,
         None if distance_bias is None else distance_bias.to(torch.promote_types(q.dtype, torch.float32)),
-        None if distance_bias is None else distance_buckets,
-        AttentionSpec(
-            horizon=horizon,
-            segment_length=segment_length,
-            segment_offset=0 if isinstance(segment_offset, Tensor) else segment_offset,
-            visibility=visibility,
-            detach_segments=detach_segments,
-            scale=scale,
-            return_lse=return_lse or sinks is not None,
-        ),
-        live=live,
+        distance_buckets,
+        spec,
+        learning(q, k, v, distance_bias),
+        live,
+        kind,
     )
-    chosen = choose(q, backend, v_head_dim=v.shape[3], biased=distance_bias is not None)
     out, lse = chosen.memory_attention(inputs)
     if watch.every:
         watch.attention(chosen, inputs, out, lse)
@@ -202,17 +227,25 @@ def decode_attention(
         ValueError, TypeError: naming the argument, what was expected and what came.
         RuntimeError: if a gradient is asked for.
     """
-    border.check_query(q)
+    asked, biased = asked_for(backend), distance_bias is not None
+    key = kind = None
+    if not torch.compiler.is_compiling():
+        key = alike.decoding_key(q, memory, scale, asked, biased)
+        kind = alike.found(key)
+    if kind is None:
+        border.check_query(q)
     if torch.is_grad_enabled() and q.requires_grad:
         raise RuntimeError("decode_attention gives no gradient, but q requires one: call it under torch.no_grad()")
-    if not isinstance(memory, (KVMemory, MemorySnapshot)):
-        raise TypeError(f"memory must be a KVMemory that holds the new tokens, got {type(memory).__name__}")
-    border.check_heads(q, memory.kv_heads)
-    border.check_memory(memory, q, memory.kv_heads, None)
-    if not 1 <= q.shape[2] <= min(16, memory.capacity):
-        raise ValueError(
-            f"q must hold 1 to 16 new tokens, no more than the memory's capacity of {memory.capacity}, got {q.shape[2]}"
-        )
+    if kind is None:
+        if not isinstance(memory, (KVMemory, MemorySnapshot)):
+            raise TypeError(f"memory must be a KVMemory that holds the new tokens, got {type(memory).__name__}")
+        border.check_heads(q, memory.kv_heads)
+        border.check_memory(memory, q, memory.kv_heads, None)
+        if not 1 <= q.shape[2] <= min(16, memory.capacity):
+            raise ValueError(
+                f"q must hold 1 to 16 new tokens, no more than the memory's capacity of {memory.capacity}, "
+                f"got {q.shape[2]}"
+            )
     if visible is not None:
         expected = (q.shape[0],)
         border.check_table("visible", visible, q, torch.int32, expected, f"int32 of shape {expected}")
@@ -220,10 +253,11 @@ def decode_attention(
         border.check_alibi(alibi_slopes, q)
     if sinks is not None:
         border.check_sinks(sinks, q)
-    border.check_bias(distance_bias, distance_buckets, q)
+    if biased or distance_buckets is not None:
+        border.check_bias(distance_bias, distance_buckets, q)
     if memory.mark is not None:
         border.check_room(memory)
-        border.check_set(memory, None, visible is not None or alibi_slopes is not None or distance_bias is not None)
+        border.check_set(memory, None, visible is not None or alibi_slopes is not None or biased)
     if may_look(q):
         sees = memory.length if visible is None else torch.minimum(visible, memory.length)
         if (few := sees < q.shape[2]).any():
@@ -231,12 +265,20 @@ def decode_attention(
             raise ValueError(
                 f"each of the {q.shape[2]} new tokens must see itself, but row {row} sees {int(sees[row])}"
             )
-    q, scale = border.scaled(q, scale)
-    chosen = choose(q, backend, v_head_dim=memory.v_head_dim, biased=distance_bias is not None)
+    given, scale = border.scaled(q, scale)
     learned = (None if x is None else x.detach() for x in (sinks, distance_bias))
-    q, ring = border.rows(q), _readable(memory)
     rest = (visible, alibi_slopes, *learned, distance_buckets, scale)
-    out: Tensor = chosen.decode_attention(q, ring, *rest)
+    out: Tensor
+    ring: Ring
+    if kind is not None and kind.choice.stands():
+        chosen, q, ring = kind.choice.module, given, memory
+        out = chosen.decode_attention(q, ring, *rest, kind)
+    else:
+        chosen = choose(q, asked, v_head_dim=memory.v_head_dim, biased=biased)
+        q, ring = border.rows(given), _readable(memory)
+        if kind is None and key is not None and q is given and ring is memory:
+            alike.keep(key, Alike(Choice.of(chosen, q, asked, memory.v_head_dim, biased)))
+        out = chosen.decode_attention(q, ring, *rest)
     if watch.every:
         watch.decoding(chosen, q, ring, *rest, out=out)
     return out
@@ -272,6 +314,30 @@ def append_rotated(
         ValueError, TypeError: naming the argument, what was expected and what came.
         RuntimeError: if a gradient is asked for.
     """
+    asked = asked_for(backend)
+    key = kind = None
+    if not torch.compiler.is_compiling():
+        key = alike.attention_key(q, k, v, memory, "append", asked)
+        kind = alike.found(key)
+    if kind is None:
+        _check_step(q, k, v, memory)
+    if cos is not None or sin is not None:
+        border.check_angles(cos, sin, q)
+    if memory.mark is not None:
+        border.check_room(memory, q.shape[2])
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise RuntimeError("append_rotated is for inference: call it under torch.no_grad()")
+    if kind is not None and kind.choice.stands():
+        return kind.choice.module.append_rotated(q, k, v, memory, cos, sin, kind)
+    chosen = choose(q, asked, v_head_dim=memory.v_head_dim)
+    rows = border.rows(q), border.rows(k), border.rows(v)
+    as_rows = rows[0] is q and rows[1] is k and rows[2] is v and all(border.rows(x) is x for x in memory.storage())
+    if kind is None and key is not None and as_rows and memory.mark is None:
+        alike.keep(key, Alike(Choice.of(chosen, q, asked, memory.v_head_dim, False)))
+    return chosen.append_rotated(*rows, memory, cos, sin)
+
+
+def _check_step(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory) -> None:
     border.check_query(q)
     if not isinstance(memory, KVMemory):
         raise TypeError(f"memory must be a KVMemory, got {type(memory).__name__}")
@@ -289,10 +355,3 @@ def append_rotated(
         raise ValueError(
             f"q must hold at least one new token, no more than the memory's capacity of {memory.capacity}, got {new}"
         )
-    border.check_angles(cos, sin, q)
-    if memory.mark is not None:
-        border.check_room(memory, new)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise RuntimeError("append_rotated is for inference: call it under torch.no_grad()")
-    chosen = choose(q, backend, v_head_dim=memory.v_head_dim)
-    return chosen.append_rotated(border.rows(q), border.rows(k), border.rows(v), memory, cos, sin)

@@ -1,6 +1,6 @@
 """Which backend serves a call, and why not another.
 
-A backend is a module with `unsupported(q, v_head_dim, biased)`, `memory_attention`, `decode_attention` and
+A backend is a module with `unsupported(q, v_head_dim)`, `memory_attention`, `decode_attention` and
 `append_rotated`. The Triton backend is imported only where Triton and something to run it on exist, and serves a GPU
 unasked once it has agreed with the oracle there (`dsmr_kernels.trial`). Its tile sizes are those of its table, unless
 the environment variable DSMR_TUNED names a file of measured ones, which is read when the Triton backend is first
@@ -9,8 +9,10 @@ chosen. With DSMR_HOPPER=1 it also tries its forwards with tensor descriptors, w
 
 import importlib.util
 import os
+import sys
 import warnings
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,6 +124,10 @@ def _tried_out(device: str, head_dim: int, dtype: str, biased: bool) -> bool:
     return _disagreements[key] is None
 
 
+def _asks_for_hopper() -> bool:
+    return os.environ.get("DSMR_HOPPER") == "1"
+
+
 @_constant
 def _settle_hopper(device: str, head_dim: int, v_head_dim: int, dtype: str) -> None:
     """With DSMR_HOPPER=1, have the forwards with tensor descriptors serve a head_dim and dtype on a Hopper GPU if they
@@ -154,15 +160,21 @@ def _settle_hopper(device: str, head_dim: int, v_head_dim: int, dtype: str) -> N
 def _unasked(q: Tensor, v_head_dim: int, biased: bool) -> str:
     # In float32 the Triton kernels compute without matrix units, and a subclass of tensors may have no address.
     suits = q.device.type == GPU and q.dtype.itemsize == 2 and type(q) in (Tensor, torch.nn.Parameter)
-    if suits and _why_no_triton() is None and _module("triton").unsupported(q, v_head_dim, biased) is None:
+    if suits and _why_no_triton() is None and _module("triton").unsupported(q, v_head_dim) is None:
         device = str(q.device)
         _settle_tiles(device)  # before the trial: a file that cannot be used is no fault of the kernels
-        widest = v_head_dim if v_head_dim > q.shape[3] else q.shape[3]
-        if _tried_out(device, trial.class_of(widest), str(q.dtype).removeprefix("torch."), biased):
+        if _tried_out(device, trial.class_of(_widest(q, v_head_dim)), str(q.dtype).removeprefix("torch."), biased):
             return "triton"
-    return (
-        "sdpa" if sdpa.unsupported(q, v_head_dim, biased) is None else "reference"
-    )  # the definition serves everything
+    return "sdpa" if sdpa.unsupported(q, v_head_dim) is None else "reference"  # the definition serves everything
+
+
+def _widest(q: Tensor, v_head_dim: int) -> int:
+    return v_head_dim if v_head_dim > q.shape[3] else q.shape[3]
+
+
+def asked_for(backend: str | None) -> str | None:
+    """The backend that is asked for by argument or environment."""
+    return backend or os.environ.get("DSMR_BACKEND") or None
 
 
 def choose(q: Tensor, backend: str | None, *, v_head_dim: int | None = None, biased: bool = False) -> ModuleType:
@@ -176,11 +188,11 @@ def choose(q: Tensor, backend: str | None, *, v_head_dim: int | None = None, bia
         ValueError: if the one asked for does not exist or cannot serve inputs like `q`, or if DSMR_TUNED names a file
             that cannot be used; the message says why.
     """
-    asked = backend or os.environ.get("DSMR_BACKEND") or None
+    asked = asked_for(backend)
     v_head_dim = q.shape[3] if v_head_dim is None else v_head_dim
     if asked is None:
         name = _unasked(q, v_head_dim, biased)
-        if name == "triton" and os.environ.get("DSMR_HOPPER") == "1":
+        if name == "triton" and _asks_for_hopper():
             _settle_hopper(str(q.device), q.shape[3], v_head_dim, str(q.dtype).removeprefix("torch."))
         return _module(name)
     if asked not in NAMES:
@@ -188,10 +200,49 @@ def choose(q: Tensor, backend: str | None, *, v_head_dim: int | None = None, bia
     if asked == "triton" and (reason := _why_no_triton()):
         raise ValueError(f"backend {asked!r} cannot serve: {reason}")
     module = _module(asked)
-    if reason := module.unsupported(q, v_head_dim, biased):
+    if reason := module.unsupported(q, v_head_dim):
         raise ValueError(f"backend {asked!r} cannot serve these inputs: {reason}")
     if asked == "triton":
         _settle_tiles(str(q.device))
-        if os.environ.get("DSMR_HOPPER") == "1":
+        if _asks_for_hopper():
             _settle_hopper(str(q.device), q.shape[3], v_head_dim, str(q.dtype).removeprefix("torch."))
     return module
+
+
+class Choice(NamedTuple):
+    """A backend that `choose` has chosen, for calls alike, and what that rests on besides what they have in common.
+
+    Attributes:
+        module: the backend.
+        keeps: whether it is worth remembering: others than the Triton backend are found as quickly as this is checked.
+        on_gpu: of a tensor; that it lies there shows that there is a GPU.
+        trial: under which the trial that let the kernels serve unasked is found; None if they were asked for.
+        hopper: whether DSMR_HOPPER asked for the forwards with tensor descriptors.
+    """
+
+    module: ModuleType
+    keeps: bool
+    on_gpu: bool
+    trial: tuple[str, int, str, bool] | None
+    hopper: bool
+
+    @classmethod
+    def of(cls, module: ModuleType, q: Tensor, asked: str | None, v_head_dim: int, biased: bool) -> "Choice":
+        """What `choose` gave for q, where `asked` is `asked_for(...)`."""
+        keeps = module is sys.modules.get("dsmr_kernels.backends.triton")
+        tried = None
+        if asked is None:
+            dtype = str(q.dtype).removeprefix("torch.")
+            tried = str(q.device), trial.class_of(_widest(q, v_head_dim)), dtype, biased
+        hopper = _asks_for_hopper()
+        if keeps and hopper and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            keeps = False  # they have not been tried out yet, perhaps
+        return cls(module, keeps, q.device.type == "cuda", tried, hopper)
+
+    def stands(self) -> bool:
+        """Whether `choose` would choose it again; False if that is to be asked."""
+        if not (self.keeps and _tiles_settled) or self.hopper != _asks_for_hopper():
+            return False
+        if self.trial is not None and _disagreements.get(self.trial, "none yet") is not None:
+            return False
+        return self.on_gpu or _why_no_triton() is None

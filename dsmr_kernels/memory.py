@@ -39,7 +39,7 @@ class MemorySnapshot(Ring):
 
     def held(self) -> "MemorySnapshot":
         """Another view of the same, to be let go of apart."""
-        view = MemorySnapshot(**self.tensors(), seen=self.seen, room=self.room)
+        view = _view(self, self.seen)
         view._lease = None if self._lease is None else Lease(self._lease.holders)
         return view
 
@@ -54,6 +54,14 @@ class MemorySnapshot(Ring):
         memory = _copied(self)
         memory.append(k, v, piece_start)
         return memory
+
+
+def _view(ring: Ring, seen: int | Tensor) -> MemorySnapshot:
+    """The same tensors; each call that is recorded makes one."""
+    return MemorySnapshot(
+        ring.k, ring.v, ring.length, ring.position, ring.k_scale, ring.v_scale, seen, settled=ring.settled,
+        mark=ring.mark, seeds=ring.seeds, room=ring.room,
+    )  # fmt: skip
 
 
 class KVMemory(Ring):
@@ -189,7 +197,7 @@ class KVMemory(Ring):
     def held(self) -> MemorySnapshot:
         """`snapshot` for who has checked the read already."""
         seen = self.seen.clone() if isinstance(self.seen, Tensor) else self.seen
-        view = MemorySnapshot(**self.tensors(), seen=seen, room=self.room)
+        view = _view(self, seen)
         if not torch.compiler.is_compiling():
             view._lease = Lease(self._holders)
         return view

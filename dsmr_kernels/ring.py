@@ -128,6 +128,12 @@ class Ring:
         names = ("k", "v", "length", "position", "k_scale", "v_scale", *SETS)
         return {name: x for name in names if (x := getattr(self, name)) is not None}
 
+    def versions(self) -> tuple[int, ...]:
+        """How often each tensor was written to in place."""
+        if self.k_scale is None and self.mark is None:  # as `tensors` below, but quicker
+            return self.k._version, self.v._version, self.length._version, self.position._version
+        return tuple(x._version for x in self.tensors().values())
+
     def storage(self) -> list[Tensor]:
         """What has an entry a slot, along dimension 2: k, v, and their scales if there are any."""
         return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]

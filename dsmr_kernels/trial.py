@@ -49,7 +49,7 @@ def _compare(device: torch.device, head_dim: int, dtype: torch.dtype, biased: bo
         queries=150, capacity=CAPACITY, seen=[1500, 70], horizon=250, segment_length=64, head_dim=head_dim, dtype=dtype,
         biased=biased,
     ).to(device=device)  # fmt: skip
-    if reason := triton.unsupported(case.q, head_dim, biased):
+    if reason := triton.unsupported(case.q, head_dim):
         raise ValueError(f"backend 'triton' cannot serve these inputs: {reason}")
     shared = random_case(
         batch=1, heads=4, kv_heads=1, queries=200, capacity=1500, seen=[1600], horizon=1500, head_dim=head_dim,

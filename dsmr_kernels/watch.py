@@ -91,6 +91,7 @@ def _part(inputs: Inputs, corner: Corner, count: int) -> Inputs:
         alibi=None if inputs.alibi is None else inputs.alibi[heads],
         offsets=None if inputs.offsets is None else inputs.offsets[rows],
         bias=None if inputs.bias is None else inputs.bias[heads],
+        alike=None,
     )
 
 

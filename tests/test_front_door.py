@@ -16,7 +16,17 @@ def _run(code: str) -> str:
 
 
 def test_the_front_door_offers_what_it_names() -> None:
-    assert dsmr.__all__ == ["DSMRAttention", "DSMRConfig", "DSMRModel", "DSMRState", "MemorySchedule"]
+    assert dsmr.__all__ == [
+        "DSMRAttention",
+        "DSMRConfig",
+        "DSMRModel",
+        "DSMRState",
+        "MemorySchedule",
+        "MemoryState",
+        "RecurrentAttention",
+        "replace_attention",
+        "stream",
+    ]
     for name in dsmr.__all__:
         assert getattr(dsmr, name).__name__ == name
     with pytest.raises(ImportError, match="cannot import name 'Nothing' from 'dsmr'"):

@@ -37,15 +37,19 @@ def config(segment_length: int = SEGMENT) -> DSMRConfig:
 
 
 class Ours:
-    """`dsmr.generation.stepping` in a precision; "plain" is the model called token by token."""
+    """`dsmr.generation.stepping` in a precision; "plain" is the model called token by token. `memory` is the dtype of
+    keys and values; the context is read before they are brought into it."""
 
-    def __init__(self, context: Tensor, precision: str, model: DSMRModel | None = None) -> None:
+    def __init__(
+        self, context: Tensor, precision: str, model: DSMRModel | None = None, memory: torch.dtype = torch.float32
+    ) -> None:
         torch.manual_seed(0)
         self.model = (model or DSMRModel(config())).eval()
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.state = self.model.new_state(1)
         with torch.no_grad():
             self.model(context[None], self.state)
+        self.state = self.state.to(dtype=memory)
         self._precision = precision
         self._step = self._stepper()
 
@@ -150,8 +154,8 @@ class Contender:
         return f"{self.name} is not installed: pip install 'dsmr[bench]'"
 
 
-def _ours(precision: str) -> Callable[[Tensor], Ours]:
-    return lambda context: Ours(context, precision)
+def _ours(precision: str, memory: torch.dtype = torch.float32) -> Callable[[Tensor], Ours]:
+    return lambda context: Ours(context, precision, memory=memory)
 
 
 def _exported(weights: str, memory: str) -> Callable[[Tensor], Any]:
@@ -175,6 +179,8 @@ def _llama(weights: str) -> Callable[[Tensor], Any]:
 ONNX = ("onnx", "onnxruntime")
 CONTENDERS = (
     Contender("dsmr int8", _ours("int8"), TOLERANCE["int8"], ours=True),
+    Contender("dsmr int8, memory bfloat16", _ours("int8", torch.bfloat16), TOLERANCE["int8"], ours=True),
+    Contender("dsmr int8, memory int8", _ours("int8", torch.int8), TOLERANCE["int8"], ours=True),
     Contender("dsmr bfloat16", _ours("bfloat16"), TOLERANCE["bfloat16"], ours=True),
     Contender("dsmr float32", _ours("float32"), TOLERANCE["float32"], ours=True),
     Contender("dsmr, plain calls", _ours("plain"), TOLERANCE["float32"], ours=True),

@@ -1,5 +1,6 @@
 """What the figures were measured on."""
 
+import os
 import platform
 import re
 import shutil
@@ -7,6 +8,9 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from dsmr_kernels.backends.sdpa.processor import instruction_set
+from dsmr_kernels.backends.sdpa.tuned import processor_name
 
 _ASKED = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 
@@ -34,7 +38,25 @@ def describe(device: torch.device) -> dict[str, str]:
         about["multiprocessors"] = str(properties.multi_processor_count)
         about["memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
         about |= _asked_of_the_driver(device.index or 0)
+    elif device.type == "cpu":
+        about |= processor()
     return about
+
+
+def cores() -> int:
+    """How many cores this process may use, which is fewer than the machine has where it is pinned."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> dict[str, str]:
+    """The processor, and what of it is in effect: the instruction set is the best that PyTorch uses here."""
+    return {
+        "processor": processor_name(),
+        "instruction set": instruction_set(),
+        "cores": str(cores()),
+        "threads": str(torch.get_num_threads()),
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
+    }
 
 
 def _asked_of_the_driver(index: int) -> dict[str, str]:

@@ -15,14 +15,18 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from benchmarks.parts.peers import Missing
 from dsmr.console.devices import autocast
 from dsmr.model.positions import Rotary, token_positions
 from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.training.compiling import missing_compiler
+from dsmr.training.update import clip_gradients
 from dsmr_kernels.tolerance import allowed_error, error
 
 SAME_SIZE = 0.02  # of the parameters
+CLIPPING = "the clipping of gradients"  # how a profile calls it
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,11 @@ class Loss(Protocol):
 class Ours:
     """`DSMRModel` with a schedule; its state holds exactly the schedule's horizons."""
 
-    def __init__(self, sizes: Sizes, schedule: str) -> None:
-        self.model = DSMRModel(sizes.config(schedule)).to(sizes.device)
+    def __init__(self, sizes: Sizes, schedule: str, compiled: bool = False, checkpoint: bool = False) -> None:
+        if compiled:
+            _needs_compiler(sizes)
+        self.model = DSMRModel(sizes.config(schedule), checkpoint_layers=checkpoint, compile_layers=compiled)
+        self.model.to(sizes.device)
         self.state = self.model.new_state(sizes.batch, dtype=sizes.dtype, aligned=True)
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -135,7 +142,9 @@ class Concatenated:
 class XTransformersXL:
     """x-transformers' decoder with Transformer-XL memory: hidden states, projected to keys and values in every step."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, compiled: bool = False) -> None:
+        if compiled:
+            _needs_compiler(sizes)
         if importlib.util.find_spec("x_transformers") is None:
             raise Missing("not installed: pip install 'dsmr[bench]' (x-transformers)")
         from x_transformers import Decoder, TransformerWrapper
@@ -156,10 +165,11 @@ class XTransformersXL:
             use_abs_pos_emb=False,
             attn_layers=layers,
         ).to(sizes.device)
+        self.run: Any = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.memories: Any = None
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        logits, self.memories = self.model(tokens, mems=self.memories, return_mems=True)
+        logits, self.memories = self.run(tokens, mems=self.memories, return_mems=True)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
@@ -169,6 +179,18 @@ CONTENDERS: dict[str, Callable[[Sizes], Loss]] = {
     "ours concatenated, full": lambda sizes: Concatenated(sizes, "full"),
     "x-transformers, XL memory": XTransformersXL,
 }
+VARIANTS: dict[str, Callable[[Sizes], Loss]] = {  # of the same, by `python -m benchmarks.training_step` alone
+    "ours, two_scale, compiled": lambda sizes: Ours(sizes, "two_scale", compiled=True),
+    "ours, full, compiled": lambda sizes: Ours(sizes, "full", compiled=True),
+    "x-transformers, XL memory, compiled": lambda sizes: XTransformersXL(sizes, compiled=True),
+    "ours, two_scale, checkpointed": lambda sizes: Ours(sizes, "two_scale", checkpoint=True),
+    "ours, full, checkpointed": lambda sizes: Ours(sizes, "full", checkpoint=True),
+}
+
+
+def _needs_compiler(sizes: Sizes) -> None:
+    if (reason := missing_compiler(sizes.device)) is not None:
+        raise Missing(reason)
 
 
 class Training:
@@ -207,7 +229,8 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.contender.model.parameters(), 1.0)
+        with record_function(CLIPPING):
+            clip_gradients(self.contender.model.parameters(), 1.0)
         self.optimizer.step()
         return loss.detach()
 

@@ -21,7 +21,7 @@ import torch
 from benchmarks.parts.machine import describe, package
 from benchmarks.parts.peers import Missing
 from dsmr.console.terminal import out_of_memory
-from dsmr_kernels.costing.ceilings import device_name, load
+from dsmr_kernels.costing.ceilings import load
 from dsmr_kernels.costing.cost import Work
 from dsmr_kernels.costing.predict import Ceilings
 from dsmr_kernels.costing.timing import graphed, kernel_seconds, synchronize
@@ -83,13 +83,6 @@ def about() -> dict[str, str]:
     """The machine and the versions that a figure holds for."""
     names = ("transformers", "x-transformers", "pytest-benchmark")
     found = describe(DEVICE) | {name: package(name) for name in names}
-    if DEVICE.type == "cpu":
-        found |= {
-            "device": "CPU",
-            "processor": device_name(DEVICE),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": str(torch.get_num_threads()),
-        }
     return found
 
 

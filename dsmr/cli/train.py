@@ -51,6 +51,7 @@ TRAIN_DEFAULTS = {
     "dtype": "auto",
     "threads": "all cores",
     "checkpoint_layers": "no",
+    "compile": "no",
     "eval_every": "20 times a run",
     "save_minutes": "5.0",
 }
@@ -105,6 +106,9 @@ def train(
     checkpoint_layers: Annotated[
         bool | None,
         setting("Compute each layer again in the backward: less memory, more time, same result.", "checkpoint_layers"),
+    ] = None,
+    compile: Annotated[
+        bool | None, setting("Fuse the layers with torch.compile; needs a C++ compiler (on a GPU Triton).", "compile")
     ] = None,
     eval_every: Annotated[Whole, setting("Steps between validations.", "eval_every")] = None,
     save_minutes: Annotated[Number, setting("Minutes between checkpoints.", "save_minutes")] = None,

@@ -376,13 +376,17 @@ def output_paths(out: Path) -> tuple[Path, Path, Path]:
 
 
 def without(whole: Any, beginning: Any, join: int) -> Any:
-    """The notes and pedals of the score `whole` that `beginning` does not have, moved so that tick `join` becomes 0."""
+    """The notes of `whole` that `beginning` does not have, and its pedal from tick `join` on, which becomes 0.
+
+    A pedal that is down there is down from the first moment, for as long as it is still held.
+    """
     alone = whole.copy()
     had = {(note.time, note.pitch) for track in beginning.tracks for note in track.notes}
-    pedals_had = {pedal.time for track in beginning.tracks for pedal in track.pedals}
     for track in alone.tracks:
         notes = [note for note in track.notes if (note.time, note.pitch) not in had]
-        pedals = [pedal for pedal in track.pedals if pedal.time not in pedals_had]
+        pedals = [pedal for pedal in track.pedals if pedal.time + pedal.duration > join]
+        for pedal in pedals:
+            pedal.duration -= max(0, join - pedal.time)
         for event in (*notes, *pedals):
             event.time = max(0, event.time - join)
         track.notes = type(track.notes)(notes)

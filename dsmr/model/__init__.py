@@ -14,5 +14,8 @@ __getattr__ = door(
         "DSMROutput": "dsmr.model.transformer",
         "DSMRState": "dsmr.model.state",
         "MemorySchedule": "dsmr.model.schedule",
+        "MemoryState": "dsmr.model.state",
+        "RecurrentAttention": "dsmr.model.recurrent",
+        "stream": "dsmr.model.recurrent",
     },
 )

@@ -3,10 +3,16 @@
 The layer projects, places positions and calls `dsmr_kernels.memory_attention`; it contains no attention arithmetic.
 """
 
+from collections.abc import Sequence
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmr.model.heads import Part, heads_of
+from dsmr.model.hosts import HostAttention, read_attention
+from dsmr.model.options import check_options
 from dsmr.model.positions import POSITIONS, Rotary, alibi_slopes, sinusoids, token_positions
 from dsmr_kernels import KVMemory, MemorySnapshot, memory_attention
 from dsmr_kernels.costing.cost import memory_capacity
@@ -39,6 +45,16 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if cast else parameter.dtype
 
 
+def side_by_side(heads: Tensor, weight: Tensor) -> Tensor:
+    """(B, H, T, head_dim) -> (B, T, H * head_dim), in the dtype that a product with `weight` takes."""
+    return heads.transpose(1, 2).flatten(2).to(compute_dtype(weight))
+
+
+def _kept(projected: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype heads are written: the memory's at once, where that rounds no more often."""
+    return dtype if projected.dtype == torch.float32 and dtype.is_floating_point else projected.dtype
+
+
 class DSMRAttention(nn.Module):
     """Causal self-attention over the current tokens and the layer's own memory.
 
@@ -59,10 +75,21 @@ class DSMRAttention(nn.Module):
             settled when the segment begins: a call must then lie in one segment, visibility be "segment", and the
             position scheme not depend on distances between slots ("alibi").
         sample: what a random sample follows from; layers of one model have different ones.
+        bias: of all projections; "qkv" = of those for Q, K and V only.
+        head_dim: None = d_model / n_heads.
+        qk_norm: RMS norms over head_dim of queries and of keys, before they are placed (as in Qwen3), with `norm_eps`.
+        dropout: of the output. There is none of attention weights: `attention_dropout` is 0, or refused.
+        rotary_dim: "rope" turns the first `rotary_dim` numbers of each head; None = head_dim.
+        rope_frequencies: radians a token of each pair (rotary_dim / 2 numbers) in place of those of `rope_base`, for
+            models whose rotary embedding is scaled.
+        scale: of the scores; None = head_dim ** -0.5.
 
     Raises:
         ValueError: if the sizes do not divide or are negative, or `position` or `visibility` is unknown.
     """
+
+    q_norm: nn.RMSNorm | None
+    k_norm: nn.RMSNorm | None
 
     def __init__(
         self,
@@ -79,10 +106,19 @@ class DSMRAttention(nn.Module):
         backend: str | None = None,
         retention: str = "newest",
         sample: int = 0,
+        bias: bool | str = False,
+        head_dim: int | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        rotary_dim: int | None = None,
+        rope_frequencies: Sequence[float] | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_heads < 1 or d_model % n_heads:
+        if n_heads < 1 or (head_dim is None and d_model % n_heads):
             raise ValueError(f"d_model must be a multiple of n_heads, got d_model={d_model} and n_heads={n_heads}")
         if kv_heads < 1 or n_heads % kv_heads:
             raise ValueError(f"n_heads must be a multiple of n_kv_heads, got {n_heads} and {kv_heads}")
@@ -94,9 +130,13 @@ class DSMRAttention(nn.Module):
         if position not in POSITIONS:
             raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
         check_retention(retention, horizon, visibility, position)
-        self.head_dim = d_model // n_heads
-        if position == "rope" and self.head_dim % 2:
-            raise ValueError(f"rope needs an even head_dim, got d_model / n_heads = {self.head_dim}")
+        self.head_dim = d_model // n_heads if head_dim is None else head_dim
+        if position == "rope" and rotary_dim is None and self.head_dim % 2:
+            named = "d_model / n_heads" if head_dim is None else "head_dim"
+            raise ValueError(f"rope needs an even head_dim, got {named} = {self.head_dim}")
+        check_options(
+            position, self.head_dim, bias, norm_eps, dropout, attention_dropout, rotary_dim, rope_frequencies, scale
+        )
         if position == "sinusoidal" and d_model % 2:
             raise ValueError(f"sinusoidal positions need an even d_model, got {d_model}")
         self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, kv_heads
@@ -104,9 +144,47 @@ class DSMRAttention(nn.Module):
         self.position, self.rope_base = position, rope_base
         self.detach_segments, self.backend = detach_segments, backend
         self.retention, self.sample = retention if horizon else "newest", sample
-        self.qkv = nn.Linear(d_model, (n_heads + 2 * kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.rotary_dim, self.scale, self.dropout = rotary_dim or self.head_dim, scale, dropout
+        self.rope_frequencies = None if rope_frequencies is None else tuple(map(float, rope_frequencies))
+        self.qkv = nn.Linear(d_model, (n_heads + 2 * kv_heads) * self.head_dim, bias=bool(bias))
+        self.out = nn.Linear(n_heads * self.head_dim, d_model, bias=bias is True)
+        for name in ("q_norm", "k_norm"):
+            setattr(self, name, nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None)
         self._slopes: Tensor | None = None  # made where and when they are needed, so that they are never stale
+
+    @classmethod
+    def from_attention(cls, module: nn.Module, *, horizon: int, **options: Any) -> Self:
+        """This layer with the projections of another model's attention, copied: what `module` did, with a memory.
+
+        Args:
+            module: `nn.MultiheadAttention`, the attention of a Llama, Mistral, Qwen2, Qwen3 or GPT-2 of Hugging Face
+                Transformers, or a module with `c_attn`, `c_proj` and `n_head` as nanoGPT has. Query head h reads KV
+                head h // (n_heads / n_kv_heads), in all of them and here.
+            horizon: past tokens that the memory holds. Where the module has a sliding window, visibility must be
+                "sliding" and the horizon less than the window, which counts the query itself.
+            options: of `DSMRAttention`, beside those that the module fixes. `position` is the module's own: "rope" for
+                a Llama, and "none" where the model adds positions before (or has none): name another if it has another.
+
+        Raises:
+            TypeError: if the projections of such a module cannot be read.
+            ValueError: if it does what this layer cannot do; the sentence says what.
+        """
+        return cls.from_host(read_attention(module), horizon=horizon, **options).train(module.training)
+
+    @classmethod
+    def from_host(cls, host: HostAttention, *, horizon: int, **options: Any) -> Self:
+        """`from_attention` of a module that was read already."""
+        host.check_horizon(horizon, options.get("visibility", "segment"))
+        layer = cls(**{**host.arguments(), "horizon": horizon, **host.fitting(options)})
+        host.copy_into(layer)
+        return layer
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is as a `DSMRModel` makes it, without the options that are there for other people's models."""
+        own = (self.qkv.bias, self.q_norm, self.scale, self.rope_frequencies)
+        whole = self.rotary_dim == self.head_dim and self.n_heads * self.head_dim == self.d_model
+        return whole and all(option is None for option in own)
 
     @property
     def slopes(self) -> Tensor | None:
@@ -162,7 +240,7 @@ class DSMRAttention(nn.Module):
     def place(self, positions: Tensor) -> Rotary | Tensor | None:
         """What this layer's position scheme needs to know of the tokens at `positions` (B, T)."""
         if self.position == "rope":
-            return Rotary.at(positions, self.head_dim, self.rope_base)
+            return Rotary.at(positions, self.rotary_dim, self.rope_base, self.rope_frequencies)
         return sinusoids(positions, self.d_model) if self.position == "sinusoidal" else None
 
     def attend(
@@ -181,24 +259,52 @@ class DSMRAttention(nn.Module):
         (B, T, d_model) each, are added to the inputs of the Q and of the K projection. Under activation checkpointing
         give it `memory.snapshot()`, and append k and v outside.
         """
-        self._check_memory(memory, x.shape[0], segment_offset)
-        q_size, kv_size = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.check_memory(memory, x.shape[0], segment_offset)
+        q, k, v = self.project(x, place, labels, memory.dtype)
+        out = self.look(q, k, v, memory, piece_start=piece_start, segment_offset=segment_offset)
+        y = self.out(side_by_side(out, self.out.weight))
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y, k, v
+
+    def project(
+        self, x: Tensor, place: Rotary | Tensor | None, labels: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, d_model) -> q (B, Hq, T, head_dim), k and v (B, Hkv, T, head_dim), in the dtype of the memory, or as
+        they come out of the projection if that is int8; arguments as of `attend`."""
+        parts = ((self.n_heads, True), (self.n_kv_heads, True), (self.n_kv_heads, False))
         if isinstance(place, Tensor) or labels is not None:
             q_input = k_input = x + place.to(x.dtype) if isinstance(place, Tensor) else x
             if labels is not None:
                 q_input, k_input = q_input + labels[0].to(x.dtype), k_input + labels[1].to(x.dtype)
-            weights = self.qkv.weight.split([q_size, kv_size, kv_size])
-            qkv = torch.cat([F.linear(y, w) for y, w in zip((q_input, k_input, x), weights, strict=True)], -1)
+            sizes = [count * self.head_dim for count, _ in parts]
+            biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.split(sizes)
+            apart = zip((q_input, k_input, x), self.qkv.weight.split(sizes), biases, parts, strict=True)
+            projected: list[tuple[Tensor, tuple[Part, ...]]] = [(F.linear(y, w, b), (part,)) for y, w, b, part in apart]
         else:
-            qkv = self.qkv(x)
-        q, k, v = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for part in qkv.split([q_size, kv_size, kv_size], -1)
-        )
-        if isinstance(place, Rotary):
-            q, k = place(q), place(k)
-        if memory.dtype != torch.int8:
-            q, k, v = (x.to(memory.dtype) for x in (q, k, v))
+            projected = [(self.qkv(x), parts)]
+        turned = place if isinstance(place, Rotary) else None
+        if self.q_norm is None and (turned is None or self.rotary_dim == self.head_dim):
+            found = [head for made, kinds in projected for head in heads_of(made, kinds, turned, _kept(made, dtype))]
+        else:
+            found = [head for made, kinds in projected for head in heads_of(made, kinds, None, made.dtype)]
+            if self.q_norm is not None and self.k_norm is not None:
+                found[:2] = self.q_norm(found[0]), self.k_norm(found[1])
+            if turned is not None:
+                found[:2] = turned(found[0]), turned(found[1])
+        q, k, v = found if dtype == torch.int8 else (head.to(dtype) for head in found)
+        return q, k, v
+
+    def look(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        memory: KVMemory | MemorySnapshot,
+        *,
+        piece_start: Tensor | None = None,
+        segment_offset: int | Tensor = 0,
+    ) -> Tensor:
+        """What `project` gave, looked up in the segment and in a memory that `check_memory` has passed: (B, Hq, T,
+        head_dim); arguments as of `attend`."""
         # A token attends to its segment's keys as they will be stored: else outputs depended on where calls begin.
         out = memory_attention(
             q,
@@ -211,13 +317,14 @@ class DSMRAttention(nn.Module):
             visibility=self.visibility,
             piece_start=piece_start,
             detach_segments=self.detach_segments,
+            scale=self.scale,
             alibi_slopes=self.slopes,
             backend=self.backend,
         )
         assert isinstance(out, Tensor)
-        return self.out(out.transpose(1, 2).flatten(2).to(x.dtype)), k, v
+        return out
 
-    def _check_memory(self, memory: KVMemory | MemorySnapshot, batch: int, segment_offset: int | Tensor) -> None:
+    def check_memory(self, memory: KVMemory | MemorySnapshot, batch: int, segment_offset: int | Tensor) -> None:
         """That a memory is of this layer and this batch: another would be taken, and attention be silently other."""
         if memory.batch != batch:
             raise ValueError(f"the memory holds {memory.batch} streams, but x has {batch} rows")
@@ -264,6 +371,15 @@ class DSMRAttention(nn.Module):
             )
         return known
 
+    def check_autocast(self, memory: KVMemory | MemorySnapshot) -> None:
+        """`ValueError` if the memory is wider than what keys and values come out in under autocast."""
+        dtype = compute_dtype(self.qkv.weight)
+        if dtype != self.qkv.weight.dtype and memory.dtype.itemsize > dtype.itemsize:
+            raise ValueError(
+                f"the memory is in {memory.dtype}, but under this autocast keys and values come out in {dtype}: make "
+                "it inside, or with new_memory(..., dtype=...)"
+            )
+
     def forward(
         self,
         x: Tensor,
@@ -292,12 +408,7 @@ class DSMRAttention(nn.Module):
             memory = self.new_memory(x.shape[0])
         elif isinstance(memory, KVMemory):
             memory.check_read()  # before anything is computed
-        dtype = compute_dtype(self.qkv.weight)
-        if dtype != self.qkv.weight.dtype and memory.dtype.itemsize > dtype.itemsize:
-            raise ValueError(
-                f"the memory is in {memory.dtype}, but under this autocast keys and values come out in {dtype}: make "
-                "it inside, or with new_memory(..., dtype=...)"
-            )
+        self.check_autocast(memory)
         offset = self._offset(memory, segment_offset)
         place = self.place(token_positions(memory.position, x.shape[1], piece_start))
         y, k, v = self.attend(x, memory, place, piece_start=piece_start, segment_offset=offset)

@@ -1,6 +1,7 @@
 """Positions in the piece: rotary angles, sinusoids, ALiBi slopes. Computed once a call and shared by all layers."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,30 +29,39 @@ def token_positions(seen: Tensor, tokens: int, piece_start: Tensor | None) -> Te
     return torch.where(piece_start >= 0, index - piece_start, positions)
 
 
-def _angles(positions: Tensor, dim: int, base: float) -> Tensor:
+def _angles(positions: Tensor, dim: int, base: float, frequencies: Sequence[float] | None = None) -> Tensor:
     """(B, T) -> (B, T, dim // 2) angles in radians. In float64 where there is one: a stream plays on for ever, and
     float32 would lose a whole turn after a few million tokens."""
     wide = torch.float32 if positions.device.type == "mps" else torch.float64
+    if frequencies is not None:
+        return positions.to(wide)[..., None] * torch.tensor(frequencies, dtype=wide, device=positions.device)
     exponent = torch.arange(0, dim, 2, dtype=wide, device=positions.device) / dim
     return positions.to(wide)[..., None] * base**-exponent
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """cos and sin of the rotary angles of a call's tokens, (B, 1, T, head_dim // 2) float32 each."""
+    """cos and sin of the rotary angles of a call's tokens, (B, 1, T, rotary_dim // 2) float32 each."""
 
     cos: Tensor
     sin: Tensor
 
     @classmethod
-    def at(cls, positions: Tensor, head_dim: int, base: float) -> "Rotary":
-        """Rotary embedding (Su et al., 2021) at `positions` (B, T)."""
-        angles = _angles(positions, head_dim, base)[:, None]
+    def at(
+        cls, positions: Tensor, rotary_dim: int, base: float, frequencies: Sequence[float] | None = None
+    ) -> "Rotary":
+        """Rotary embedding (Su et al., 2021) at `positions` (B, T): of `base`, or with the angles a token that are
+        given, rotary_dim // 2 of them."""
+        angles = _angles(positions, rotary_dim, base, frequencies)[:, None]
         return cls(angles.cos().to(torch.float32), angles.sin().to(torch.float32))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rotate x (B, H, T, head_dim) by pairing its two halves; in float32, returned in x's dtype."""
-        return rotate(x, self.cos, self.sin)
+        """Rotate x (B, H, T, head_dim) by pairing its two halves, those of its first rotary_dim numbers; in float32,
+        returned in x's dtype."""
+        turned = 2 * self.cos.shape[-1]
+        if turned == x.shape[-1]:
+            return rotate(x, self.cos, self.sin)
+        return torch.cat([rotate(x[..., :turned], self.cos, self.sin), x[..., turned:]], -1)
 
     def rotate_into(self, out: Tensor, x: Tensor) -> None:
         """The same for one token a row, with no new memory: x and out (B, H, head_dim), float32, apart."""

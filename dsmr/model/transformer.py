@@ -4,10 +4,11 @@ tokens -> embedding -> [ x + attention(norm(x), memory) -> x + ffn(norm(x)) ] * 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, save_tensors, write_json
 from dsmr.console.schema import check_fields
 from dsmr.console.seal import check_seal
-from dsmr.model.attention import DSMRAttention, check_retention
+from dsmr.model.attention import DSMRAttention, check_retention, side_by_side
 from dsmr.model.positions import POSITIONS, Rotary, token_positions
 from dsmr.model.recall import Recall
 from dsmr.model.schedule import MOST_TOKENS, MemorySchedule
@@ -189,6 +190,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.d_model, bias=False)
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.compiled = False
 
     def forward(
         self,
@@ -197,19 +199,34 @@ class Block(nn.Module):
         place: Rotary | Tensor | None,
         labels: tuple[Tensor, Tensor] | None,
         piece_start: Tensor | None,
-        segment_offset: int,
+        segment_offset: int | Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, d_model) -> x of the next layer, and the new k and v; arguments as of `DSMRAttention.attend`."""
-        y, k, v = self.attention.attend(
-            self.attention_norm(x),
-            memory,
-            place,
-            labels=labels,
-            piece_start=piece_start,
-            segment_offset=segment_offset,
-        )
-        x = x + self.dropout(y)
-        return x + self.dropout(self.ffn(self.ffn_norm(x))), k, v
+        self.attention.check_memory(memory, x.shape[0], segment_offset)
+        compiled = self.compiled and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        before, after = _compiled() if compiled else (Block.before, Block.after)
+        q, k, v = before(self, x, place, labels, memory.dtype)
+        found = self.attention.look(q, k, v, memory, piece_start=piece_start, segment_offset=segment_offset)
+        return after(self, x, found), k, v
+
+    def before(
+        self, x: Tensor, place: Rotary | Tensor | None, labels: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer before attention: x -> q, k and v, as of `DSMRAttention.project`."""
+        return self.attention.project(self.attention_norm(x), place, labels, dtype)
+
+    def after(self, x: Tensor, found: Tensor) -> Tensor:
+        """The layer after attention: x and what attention found, (B, Hq, T, head_dim) -> x of the next layer."""
+        out = self.attention.out
+        x = x + self.dropout(out(side_by_side(found, out.weight)))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+@functools.cache
+def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`Block.before` and `Block.after`, compiled: once for all layers that are alike. What lies between, attention over
+    a memory that is written in place, stays as it is."""
+    return torch.compile(Block.before, dynamic=False), torch.compile(Block.after, dynamic=False)
 
 
 def _within(piece_start: Tensor | None, part: slice) -> Tensor | None:
@@ -243,9 +260,11 @@ class DSMRModel(nn.Module):
         checkpoint_layers: keep only each layer's input for the backward, which computes the layer once more (Chen et
             al., 2016): about a third more time for the activations of one layer instead of all. Gradients stay the
             same: each layer computes again from a snapshot of its memory.
+        compile_layers: in training, let `torch.compile` fuse what each layer does before and after its attention; needs
+            a compiler where the model trains. Results differ by rounding only, and evaluation stays as it is.
     """
 
-    def __init__(self, config: DSMRConfig, *, checkpoint_layers: bool = False) -> None:
+    def __init__(self, config: DSMRConfig, *, checkpoint_layers: bool = False, compile_layers: bool = False) -> None:
         super().__init__()
         self.config = config
         self.checkpoint_layers = checkpoint_layers
@@ -257,6 +276,8 @@ class DSMRModel(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        for block in self._blocks():
+            block.compiled = compile_layers
         self._initialise()
 
     def _initialise(self) -> None:
@@ -304,6 +325,7 @@ class DSMRModel(nn.Module):
         *,
         targets: Tensor | None = None,
         piece_start: Tensor | None = None,
+        segment_offset: Tensor | None = None,
         reduction: str = "mean",
     ) -> DSMROutput:
         """Read the next tokens of every stream.
@@ -315,6 +337,9 @@ class DSMRModel(nn.Module):
             targets: (B, T) int64, the token after each; -100 = no target.
             piece_start: (B, T) int32, for each token the index in this call of its piece's first token; negative = the
                 piece began before the call. None = all tokens belong to the pieces in progress.
+            segment_offset: (B,) int64, how far each row is into its segment, for rows whose segments do not begin
+                together, such as texts that are padded on the left; whoever gives it counts on from call to call.
+                None = all are as far as the state is.
             reduction: "mean" over the targets, or "none" for the loss of each (0 where there is no target).
 
         Raises:
@@ -340,8 +365,13 @@ class DSMRModel(nn.Module):
                 f"an aligned state takes calls that begin with a segment, but it is {state.offset} tokens into one; "
                 "use new_state(..., aligned=False) for calls of any size"
             )
+        if segment_offset is not None and (state.aligned or not self.config.schedule.newest):
+            raise ValueError(
+                "segment_offset of each row needs a state that is not aligned, and a schedule that keeps the newest "
+                f"tokens, but this one is {self.config.schedule}"
+            )
         parts = self._parts(tokens.shape[1], state.offset)
-        read = [self._read(tokens[:, part], state, _within(piece_start, part)) for part in parts]
+        read = [self._read(tokens[:, part], state, _within(piece_start, part), segment_offset) for part in parts]
         x = read[0] if len(read) == 1 else torch.cat(read, 1)
         logits = self.head(self.norm(x))
         loss = None
@@ -358,7 +388,9 @@ class DSMRModel(nn.Module):
         ends = [0, *range(length - offset, tokens, length), tokens]
         return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
-    def _read(self, tokens: Tensor, state: DSMRState, piece_start: Tensor | None) -> Tensor:
+    def _read(
+        self, tokens: Tensor, state: DSMRState, piece_start: Tensor | None, segment_offset: Tensor | None
+    ) -> Tensor:
         """The layers: tokens (B, T) -> (B, T, d_model), before the last norm; the state takes the tokens in."""
         memories = state.memories
         positions = token_positions(state.position, tokens.shape[1], piece_start)
@@ -369,7 +401,7 @@ class DSMRModel(nn.Module):
         if self.recall is not None:
             labels = self.recall(torch.cat([self.embedding(before), x], 1), positions)
         x = self.dropout(x)
-        where = (piece_start, state.offset)
+        where = (piece_start, state.offset if segment_offset is None else segment_offset)
         again = self.checkpoint_layers and torch.is_grad_enabled()
         new = []
         for block, memory in zip(blocks, memories, strict=True):

@@ -279,6 +279,7 @@ def write_midi(path: str | os.PathLike[str], score: Any) -> None:
 
 def decode(tokens: npt.ArrayLike, vocabulary: Vocabulary) -> Any:
     """A `symusic.Score` at 120 qpm with one piano track; PAD, BOS and EOS are passed over, an unfinished note is lost.
+    A pedal that nothing lets up is held to the end of the last note.
 
     Needs nothing but the vocabulary (and MidiTok). `ValueError` if a token is not of the vocabulary.
     """
@@ -292,4 +293,21 @@ def decode(tokens: npt.ArrayLike, vocabulary: Vocabulary) -> Any:
         symusic = require("symusic")
         score.tracks.append(symusic.Track(program=0, is_drum=False, name="Piano"))
     score.tracks[0].name = "Piano"
+    _hold_on(score, ids, vocabulary)
     return score
+
+
+def _hold_on(score: Any, ids: npt.NDArray[np.int64], vocabulary: Vocabulary) -> None:
+    """A pedal that is still down at the end of the tokens is held as long as anything sounds; MidiTok forgets it."""
+    down, up = (vocabulary.ids.get(name) for name in ("Pedal_0", "PedalOff_0"))
+    moves = np.flatnonzero(np.isin(ids, [token for token in (down, up) if token is not None]))
+    if not len(moves) or ids[moves[-1]] != down:
+        return
+    first = len(moves) - 1
+    while first and ids[moves[first - 1]] == down:  # to push what is down changes nothing
+        first -= 1
+    track = score.tracks[0]
+    tick = round(float(vocabulary.clock(ids)[moves[first]]) * score.ticks_per_quarter * 2)
+    end = max([note.time + note.duration for note in track.notes], default=tick)
+    if end > tick:
+        track.pedals.append(require("symusic").Pedal(tick, end - tick))

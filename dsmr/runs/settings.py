@@ -81,6 +81,7 @@ class TrainConfig:
     checkpoint_layers: bool = (
         False  # memory for time: each layer is computed again in the backward, to the same gradients
     )
+    compile: bool = False  # fuse what surrounds attention with torch.compile, which needs a compiler
     # Measuring and saving. `eval_every` and `save_every` are in steps (None: up to
     # 20 times a run, taking a tenth of its time at most; only by the clock).
     eval_every: int | None = None

@@ -19,6 +19,7 @@ from dsmr.console.devices import autocast, resolve_device, resolve_dtype
 from dsmr.console.errors import UserError
 from dsmr.console.figures import available
 from dsmr.console.files import write_json
+from dsmr.console.heap import keep_freed_memory
 from dsmr.console.locks import alone_in
 from dsmr.console.progress import ProgressLine, duration
 from dsmr.console.stopping import Stop, StoppedError, graceful_stop
@@ -37,9 +38,11 @@ from dsmr.runs.checkpoint import (
     save_checkpoint,
 )
 from dsmr.runs.settings import TrainConfig, run_settings, validation_pieces
+from dsmr.training.compiling import missing_compiler
 from dsmr.training.figures import loss_figure
 from dsmr.training.pacing import Pace
 from dsmr.training.ranks import Ranks, joined
+from dsmr.training.update import clip_gradients, optimizer_of
 from dsmr_kernels.costing.cost import human_bytes
 
 if TYPE_CHECKING:
@@ -128,11 +131,15 @@ class _Training:
         self.config, self.directory, self.corpus, self.ranks = config, run, corpus, ranks
         self.metrics = Metrics(run.metrics)
         self.device = resolve_device(ranks.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         model_config = config.model_config(corpus.vocabulary.size)
         if resume and config.dtype == "auto":
             self.dtype = resolve_dtype(load_settings(run)["dtype"], self.device)
         else:
             self.dtype = resolve_dtype(config.dtype, self.device)
+        if config.compile and (reason := missing_compiler(self.device)) is not None:
+            raise UserError(f"cannot compile the model: {reason}; train without --compile")
         settings = run_settings(config, corpus, model_config, self.dtype)
         if resume:
             check_same_run(run, load_settings(run), settings)
@@ -149,8 +156,9 @@ class _Training:
             _augmenter(config, corpus),
             ranks.rows(config.batch_size),
         )
-        self.model = DSMRModel(model_config, checkpoint_layers=config.checkpoint_layers).to(self.device)
-        self.optimizer = _optimizer(self.model, config)
+        saving = {"checkpoint_layers": config.checkpoint_layers, "compile_layers": config.compile}
+        self.model = DSMRModel(model_config, **saving).to(self.device)
+        self.optimizer = optimizer_of(self.model, config)
         self.state = ranks.new_state(
             self.model, config.batch_size, device=self.device, dtype=self.dtype, aligned=True, apart=True
         )
@@ -244,7 +252,7 @@ class _Training:
             raise self._not_finite("loss", loss, batch, output.logits)
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf).item()
+        norm = clip_gradients(self.model.parameters(), config.clip or math.inf)
         if not math.isfinite(norm):
             raise self._not_finite("norm of the gradient", norm, batch, output.logits)
         self.optimizer.step()
@@ -402,16 +410,6 @@ class _Training:
 
 _PROGRESS = ("tokens", "loss", "smooth_loss", "best", "best_step")
 """What a checkpoint keeps of `_Training` itself."""
-
-
-def _optimizer(model: "DSMRModel", config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW that decays matrices only: shrinking norms and biases helps nothing."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
 
 
 def _augmenter(config: TrainConfig, corpus: "Corpus") -> Augment | None:

@@ -78,7 +78,7 @@ def steps_a_second(config: TrainConfig, corpus: Corpus, seconds: float = 4.0) ->
         length = config.segments_per_step * config.segment_length
         loader = StreamLoader(corpus, "train", config.batch_size, length, config.seed)
         state = model.new_state(config.batch_size, aligned=True)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
         began, steps = time.monotonic(), 0
         measured_from, measured = began, 0
         while time.monotonic() - began < seconds or not measured:

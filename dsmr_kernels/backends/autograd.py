@@ -4,7 +4,7 @@ Eager calls go through the node alone, which saves the operators' dispatch; a gr
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsmr_kernels.memory import MOVED, KVMemory, MemorySnapshot, in_backward
-from dsmr_kernels.spec import AttentionSpec, Gradients, Inputs, Needs
+from dsmr_kernels.spec import AttentionSpec, Gradients, Inputs, Needs, layout, learning
 
 
 @dataclass(frozen=True)
@@ -34,21 +34,17 @@ class Method:
     keeps_result: Callable[[Inputs], bool]
 
 
-_AS_IT_IS = contextlib.nullcontext()
-
-
 @contextlib.contextmanager
-def _switched_off(device: str) -> Iterator[None]:
+def _plainly(device: str) -> Iterator[None]:
+    """Without autocast and without gradients."""
     plain = contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
     with plain, torch.no_grad():
         yield
 
 
-def _plainly(device: str) -> contextlib.AbstractContextManager[None]:
-    """Without autocast and without gradients; switching off what is off already would cost time."""
-    if torch.is_grad_enabled() or (device != "meta" and torch.is_autocast_enabled(device)):
-        return _switched_off(device)
-    return _AS_IT_IS
+def _is_plain(device: str) -> bool:
+    """Whether they are off already: switching them off would cost time."""
+    return not (torch.is_grad_enabled() or (device != "meta" and torch.is_autocast_enabled(device)))
 
 
 class _Backward(torch.autograd.Function):
@@ -65,8 +61,7 @@ class _Backward(torch.autograd.Function):
         assert v is not None
         assert grad is not None
         inputs = rest._replace(q=q, k=k, v=v, bias=bias)
-        with _plainly(q.device.type):
-            found = method.backward(inputs, plan, (result[0], result[1]) if results else None, grad, grad_lse, needs)  # type: ignore[arg-type]
+        found = _backward(method, inputs, plan, tuple(result), grad, grad_lse, needs)  # type: ignore[arg-type]
         return tuple(x for x in found if x is not None)
 
     @staticmethod
@@ -86,13 +81,10 @@ class _Memory:
 
     def __init__(self, memory: KVMemory | MemorySnapshot) -> None:
         self.view = memory.held()
-        self.versions = self._versions()
-
-    def _versions(self) -> list[int]:
-        return [x._version for x in self.view.tensors().values()]
+        self.versions = self.view.versions()
 
     def unchanged(self) -> MemorySnapshot:
-        if self._versions() != self.versions:
+        if self.view.versions() != self.versions:
             raise RuntimeError(
                 "the memory of a memory_attention call was written to in place before the call's backward ran: write "
                 "through KVMemory, which keeps what a first backward needs, and hold a snapshot for a second one"
@@ -112,20 +104,31 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
-        q, k, v, bias, piece_start, alibi, offsets, buckets, *result = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors
+        has = ctx.has_beside
+        piece_start, alibi, offsets, bias, buckets = saved[:5] if has else (None, None, None, None, None)
+        result = saved[5:] if has else saved
         memory = None if ctx.memory is None else ctx.memory.unchanged()
         needs = Needs(*ctx.needs_input_grad[1:5])
         if grad is None:
             if grad_lse is None:
                 return (None,) * 6
             grad = q.new_zeros((*q.shape[:3], v.shape[3]))
-        beside = {"piece_start": piece_start, "alibi": alibi, "offsets": offsets, "buckets": buckets}
-        rest, tensors = ctx.rest._replace(memory=memory, **beside), (q, k, v, bias, grad, grad_lse, *result)
-        run = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
-        found = iter(run(ctx.method, ctx.plan, rest, needs, len(result), *tensors))
+        kind = ctx.alike  # hooks on what is saved may have brought it back in another layout
+        kind = kind if kind is not None and kind.layout == layout(q, k, v) else None
+        if torch.is_grad_enabled():
+            beside = piece_start, alibi, offsets, None, buckets
+            rest = Inputs(None, None, None, memory, *beside, ctx.spec, True, False, kind)  # type: ignore[arg-type]
+            tensors = (q, k, v, bias, grad, grad_lse, *result)
+            found = iter(_Backward.apply(ctx.method, ctx.plan, rest, needs, len(result), *tensors))
+            grads = tuple(next(found) if need else None for need in needs)
+        else:
+            beside = piece_start, alibi, offsets, bias, buckets
+            inputs = Inputs(q, k, v, memory, *beside, ctx.spec, True, False, kind)
+            grads = _backward(ctx.method, inputs, ctx.plan, result, grad, grad_lse, needs)
         if ctx.memory is not None:  # it may be overwritten from here on; a second backward would notice
             ctx.memory.view.let_go()
-        return None, *(next(found) if need else None for need in needs), None
+        return None, *grads, None
 
 
 class _NodeOfTransforms(torch.autograd.Function):
@@ -144,24 +147,52 @@ class _NodeOfTransforms(torch.autograd.Function):
 
 def _computed(arguments: Any) -> tuple[Tensor, Tensor | None, Any]:
     method, q, k, v, bias, inputs = arguments
-    return _forward(method, inputs._replace(q=q, k=k, v=v, bias=bias))
+    if q is not inputs.q or k is not inputs.k or v is not inputs.v or bias is not inputs.bias:  # unwrapped on the way
+        inputs = inputs._replace(q=q, k=k, v=v, bias=bias)
+    return _forward(method, inputs)
 
 
 def _keep(ctx: Any, arguments: Any, output: tuple[Tensor, Tensor | None]) -> None:
     """What a backward needs."""
     method, q, k, v, bias, inputs = arguments
     ctx.set_materialize_grads(False)
-    beside = (inputs.piece_start, inputs.alibi, inputs.offsets, inputs.buckets)  # saved: PyTorch sees if they change
-    ctx.save_for_backward(q, k, v, bias, *beside, *(output if method.keeps_result(inputs) else ()))
-    ctx.memory = None if inputs.memory is None else _Memory(inputs.memory)
-    empty = dict.fromkeys(("q", "k", "v", "bias", "memory", "piece_start", "alibi", "offsets", "buckets"))
-    ctx.rest = inputs._replace(**empty)
-    ctx.method, ctx.plan = method, None
+    _, _, _, memory, piece_start, alibi, offsets, _, buckets, spec, _, _, kind = inputs
+    # Saved, all of them: PyTorch sees if they change.
+    ctx.has_beside = not (piece_start is None and alibi is None and offsets is None and bias is None)
+    beside = (piece_start, alibi, offsets, bias, buckets) if ctx.has_beside else ()
+    ctx.save_for_backward(q, k, v, *beside, *(output if method.keeps_result(inputs) else ()))
+    ctx.memory = None if memory is None else _Memory(memory)
+    ctx.spec, ctx.alike, ctx.method, ctx.plan = spec, kind, method, None
 
 
 def _forward(method: Method, inputs: Inputs) -> tuple[Tensor, Tensor | None, Any]:
-    with _plainly(inputs.q.device.type):
+    device = inputs.q.device.type
+    if _is_plain(device):
         return method.forward(inputs)
+    with _plainly(device):
+        return method.forward(inputs)
+
+
+def _backward(
+    method: Method,
+    inputs: Inputs,
+    plan: Any,
+    result: Sequence[Tensor],
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    device, kept = inputs.q.device.type, (result[0], result[1]) if result else None
+    if _is_plain(device):
+        return method.backward(inputs, plan, kept, grad, grad_lse, needs)
+    with _plainly(device):
+        return method.backward(inputs, plan, kept, grad, grad_lse, needs)
+
+
+# What `_Node.apply` comes to where neither `torch.func` nor what it has left behind is there: finding that out takes it
+# half as long as the rest.
+_apply: Callable[..., tuple[Tensor, Tensor | None]] = super(torch.autograd.Function, _Node).apply
+_of_transforms = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 _ARGUMENTS = (
@@ -229,9 +260,8 @@ def _register(method: Method) -> Callable[..., tuple[Tensor, Tensor]]:
         grad: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: list[bool], *arguments: Any
     ) -> tuple[Tensor, ...]:
         inputs = _unpack(arguments)
-        with _plainly(grad.device.type):
-            result = (out, lse) if method.keeps_result(inputs) else None
-            found = method.backward(inputs, None, result, grad, grad_lse, Needs(*needs))
+        result = (out, lse) if method.keeps_result(inputs) else ()
+        found = _backward(method, inputs, None, result, grad, grad_lse, Needs(*needs))
         return tuple(grad.new_empty(0) if x is None else x.contiguous() for x in found)
 
     @backward.register_fake
@@ -269,12 +299,18 @@ def attention_by(method: Method) -> Callable[[Inputs], tuple[Tensor, Tensor | No
         if torch.compiler.is_compiling():
             result = operator(*_pack(inputs))
             return result[0], result[1] if inputs.spec.return_lse else None
-        differentiable = (inputs.q, inputs.k, inputs.v, inputs.bias)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
-            node = _NodeOfTransforms if torch._C._are_functorch_transforms_active() else _Node
-            out, lse = node.apply(method, *differentiable, inputs._replace(recorded=True))
-        else:
+        q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
+        if not learning(q, k, v, bias):
             out, lse, _ = _forward(method, inputs)
+        else:
+            inputs = inputs if inputs.recorded else inputs._replace(recorded=True)
+            if torch._C._are_functorch_transforms_active():
+                apply = _NodeOfTransforms.apply
+            elif _of_transforms(q) or _of_transforms(k) or _of_transforms(v) or bias is not None:
+                apply = _Node.apply
+            else:
+                apply = _apply
+            out, lse = apply(method, q, k, v, bias, inputs)
         return out, lse if inputs.spec.return_lse else None
 
     return memory_attention

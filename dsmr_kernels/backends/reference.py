@@ -16,7 +16,7 @@ from dsmr_kernels.visibility import lowest_visible, segment_of
 __all__ = ["append_rotated", "decode_attention", "memory_attention", "unsupported"]
 
 
-def unsupported(q: Tensor, v_head_dim: int, biased: bool) -> str | None:
+def unsupported(q: Tensor, v_head_dim: int) -> str | None:
     """Why this backend cannot serve `q`; None if it can."""
     return None
 

@@ -5,7 +5,8 @@
 
 A neighbour is tried if it compiles without spills and within the part's limits, and timed if its results keep the
 project's tolerance at the lengths at which it is timed. It wins if it is faster than the table's over all shapes by
-more than `MARGIN`. The file is refused on another GPU, with other versions or other kernels.
+more than `MARGIN`. The file is refused on another GPU, with other versions or other kernels. With `--device cpu` the
+engines of the CPU path are measured instead (`dsmr_kernels.tools.tune_cpu`).
 """
 
 import argparse
@@ -31,6 +32,7 @@ from dsmr_kernels.costing.timing import kernel_seconds
 from dsmr_kernels.dispatch import use_tuned
 from dsmr_kernels.storage import write_text
 from dsmr_kernels.testing import assert_agrees_with_oracle
+from dsmr_kernels.tools import tune_cpu
 from dsmr_kernels.tools.aot import ELEMENTS, VARIANTS, Case, compile_kernel
 from dsmr_kernels.tools.targets import TARGETS
 
@@ -281,14 +283,35 @@ def write(
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
+def _main_on_cpu(asked: argparse.Namespace) -> int:
+    from dsmr_kernels.backends.sdpa.tuned import VARIABLE, this_machine
+
+    if asked.dim or asked.kernel:
+        print("tune measures a CPU's engines at a head_dim of 64: --dim and --kernel are for a GPU", file=sys.stderr)
+        return 1
+    dtypes = [name for name in asked.dtype or ("float32", "bfloat16") if name in tune_cpu.DTYPES]
+    found = tune_cpu.tune(dtypes, asked.rounds, lambda said: print(said, file=sys.stderr, flush=True))
+    tune_cpu.write(asked.out, this_machine(), found)
+    for entry in found["entries"]:
+        print(f"{entry['dtype']} {entry['pass']}: {entry['engine']} in {entry['computed_in']}")
+    print(f"{len(found['entries'])} engines beat the table's; written to {asked.out}, used with {VARIABLE}={asked.out}")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Tune, write the file, say what won."""
-    parser = argparse.ArgumentParser(description="Measure alternatives to the fixed configurations on this GPU.")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write, for DSMR_TUNED")
+    parser = argparse.ArgumentParser(
+        description="Measure alternatives to the fixed configurations on this GPU, or to the engines of this CPU."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the file to write, for DSMR_TUNED (DSMR_TUNED_CPU)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what to measure on (default cuda)")
     parser.add_argument("--dim", type=int, action="append", help="head_dim (may be given again; default 64 and 128)")
     parser.add_argument("--dtype", choices=ELEMENTS, action="append", help="(may be given again; default bfloat16)")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="(may be given again; default all)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each shape, on a CPU (default 7)")
     asked = parser.parse_args(arguments)
+    if asked.device == "cpu":
+        return _main_on_cpu(asked)
     if not torch.cuda.is_available():
         print("tune measures on a GPU, and there is none here; the fixed table needs no tuning", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -416,3 +417,31 @@ def test_a_growing_file_outlives_a_disk_that_is_full_for_a_while(run_directory, 
     options = {"prompt_seconds": 3.0, "tokens": 40, "sampling": Sampling(seed=4), "growing": True}
     assert continue_piece(run_directory, piece, tmp_path / "on.mid", **options).played.tokens == 40
     assert len(notes_of(tmp_path / "on.mid")) > 5
+
+
+def test_the_pedal_of_the_prompt_is_held_over_the_seam_and_let_up_where_it_is() -> None:
+    """Down at 0 s, the seam at 1 s, up at 1.5 s, down again at 2 s to the end: in the whole and in the continuation."""
+    pytest.importorskip("miditok")
+    from dsmr.generation.continuation import Pieces, without
+    from dsmr.music.tokenizer import decode, vocabulary_of
+
+    vocabulary = vocabulary_of("tsd_pedal")
+    ids = vocabulary.ids
+    half = ids["TimeShift_1.0.50"]
+
+    def note(pitch: int) -> list[int]:
+        return [ids[f"Pitch_{pitch}"], vocabulary.ids["Velocity_63"], ids["Duration_1.0.50"]]
+
+    prompt = [ids["BOS_None"], ids["Pedal_0"], *note(60), half, *note(64), half]
+    made = [*note(67), half, ids["PedalOff_0"], half, ids["Pedal_0"], *note(60), half]
+    pieces = Pieces(np.array(prompt), np.array(made), vocabulary)
+    tick = 1 / (2 * pieces.whole.ticks_per_quarter)
+
+    def seconds(score) -> list[tuple[float, float]]:
+        return [(pedal.time * tick, pedal.duration * tick) for pedal in score.tracks[0].pedals]
+
+    assert seconds(decode(prompt, vocabulary)) == [(0, 1)]  # nothing lets it up, so it is held as long as the notes
+    assert seconds(pieces.whole) == [(0, 1.5), (2, 0.5)]
+    alone = without(pieces.whole, pieces.beginning, round(1 / tick))
+    assert seconds(alone) == [(0, 0.5), (1, 0.5)]
+    assert [(n.time * tick, n.duration * tick, n.pitch) for n in alone.tracks[0].notes] == [(0, 0.5, 67), (1, 0.5, 60)]

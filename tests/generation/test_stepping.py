@@ -1,16 +1,19 @@
 """A step at a time equals the whole-piece call: every way of stepping, long after every ring has wrapped."""
 
+import copy
+
 import pytest
 import torch
 
 from dsmr.console.errors import UserError
 from dsmr.generation.player import Player
 from dsmr.generation.sampling import Sampling
-from dsmr.generation.stepping import PlainStep, Step, stepper
+from dsmr.generation.stepping import PlainStep, Step, stepper, weights
 from dsmr.generation.stepping.captured import CapturedStep, captured_step
 from dsmr.generation.stepping.rings import DeviceRings, HostRings, in_step
 from dsmr.generation.stepping.step import attentions
 from dsmr.generation.stepping.weights import INT8_BLOCK, product, resolve_precision
+from dsmr.model.attention import DSMRAttention
 from dsmr.model.transformer import DSMRConfig, DSMRModel
 
 LENGTH = 8
@@ -104,6 +107,16 @@ def test_int8_products_are_right_whatever_the_number_of_inputs(inputs):
     assert err < 0.02
 
 
+def test_int8_products_hold_without_fbgemm_and_where_products_of_bytes_overflow(monkeypatch):
+    weight, x = torch.full((7, 64), 0.5), torch.cat([torch.ones(1, 63), torch.zeros(1, 1)], 1)
+    torch.testing.assert_close(product(weight, "int8")(x).float(), x @ weight.T, atol=0.3, rtol=0)
+    monkeypatch.setattr(weights, "_overflows", lambda: True)
+    torch.testing.assert_close(product(weight, "int8")(x).float(), x @ weight.T, atol=0.3, rtol=0)
+    monkeypatch.setattr(weights, "_has_linear_dynamic", lambda: False)
+    assert isinstance(product(weight, "int8"), weights.Int8PackProduct)
+    torch.testing.assert_close(product(weight, "int8")(x).float(), x @ weight.T, atol=0.3, rtol=0)
+
+
 @pytest.mark.parametrize("schedule", ["explicit(horizons=[13, 5, 0])", "explicit(horizons=[13, 5, 0], kv_heads=2)"])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.02), (torch.float16, 0.003), (torch.int8, 1e-5)])
 def test_memories_of_lower_precision_are_served_by_the_same_step(dtype, allowed, schedule):
@@ -136,6 +149,32 @@ def test_a_step_goes_on_where_a_call_has_stopped_and_a_call_where_a_step_has():
             else:
                 parts.append(model(tokens[:, start:stop], state).logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_a_step_notices_what_others_did_to_the_state_meanwhile(dtype):
+    """A call, a reset and a loaded state between the steps of one and the same stepper."""
+    model = small_model()
+    tokens = torch.randint(23, (1, 60), generator=torch.Generator().manual_seed(4))
+    state, other = model.new_state(1, dtype=dtype), model.new_state(1, dtype=dtype)
+    step, plain = stepper(model, state), PlainStep(model, other)
+
+    def both(start: int, stop: int) -> None:
+        for i in range(start, stop):
+            torch.testing.assert_close(step(tokens[:, i]), plain(tokens[:, i]), atol=1e-4, rtol=0)
+
+    with torch.no_grad():
+        both(0, 20)
+        kept = copy.deepcopy(state.state_dict())
+        for one in (state, other):
+            model(tokens[:, 20:41], one)
+        both(41, 60)
+        for one in (state, other):
+            one.reset()
+        both(0, 10)
+        for one in (state, other):
+            one.load_state_dict(kept)
+        both(20, 50)
 
 
 def test_rings_are_written_in_place_and_time_does_not_grow_with_them():
@@ -268,3 +307,14 @@ def test_a_replayed_graph_draws_what_the_plain_step_draws(visibility, monkeypatc
         played.append(list(Player.begin(model, [3, 1, 4], Sampling(seed=1, top_p=0.9)).play(200)))
     assert steps[0].graph is not None
     assert played[0] == played[1]
+
+
+def test_attention_with_options_of_its_own_is_stepped_as_it_is() -> None:
+    """The fast step knows a `DSMRModel`'s attention only, and a bias would be passed over in silence."""
+    model = small_model()
+    first = model.blocks[0].attention
+    options = {"segment_length": first.segment_length, "n_kv_heads": first.n_kv_heads, "position": first.position}
+    model.blocks[0].attention = DSMRAttention(first.d_model, first.n_heads, horizon=first.horizon, bias=True, **options)
+    torch.nn.init.normal_(model.blocks[0].attention.qkv.bias)
+    state = model.eval().new_state(1)
+    assert isinstance(stepper(model, state), PlainStep)

@@ -63,6 +63,12 @@ class Buffers:
         assert memory_format == torch.contiguous_format
         return self(x.shape, dtype=x.dtype, device=x.device)
 
+    def strided(self, shape: tuple[int, ...], strides: tuple[int, ...], **options: Any) -> torch.Tensor:
+        """Stands in for `torch.empty_strided`."""
+        made = self(shape, **options)
+        assert made.stride() == strides
+        return made
+
     def assert_untouched(self) -> None:
         """Fail if anything was written outside a buffer."""
         for storage in self.storages:
@@ -76,5 +82,6 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buffers]:
     buffers = Buffers()
     monkeypatch.setattr("dsmr_kernels.backends.triton.training.torch.empty", buffers)
     monkeypatch.setattr("dsmr_kernels.backends.triton.training.torch.empty_like", buffers.like)
+    monkeypatch.setattr("dsmr_kernels.backends.triton.training.torch.empty_strided", buffers.strided)
     yield buffers
     buffers.assert_untouched()

@@ -106,12 +106,12 @@ def test_a_launch_that_fails_leaves_no_counts_behind(monkeypatch: pytest.MonkeyP
     q, memory = call(1, 1, 1, 1, 200)
     out = decode_attention(q, memory, backend="triton")
 
-    def interrupted(self: Launch, *tensors: Tensor) -> None:
+    def interrupted(self: Launch, stream: int, *tensors: Tensor) -> None:
         tensors[-1].fill_(1)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Launch, "__call__", interrupted)
+        patch.setattr(Launch, "start", interrupted)
         with pytest.raises(KeyboardInterrupt):
             decode_attention(q, memory, backend="triton")
     assert used() == 0

@@ -30,13 +30,12 @@ def test_backend_agrees_with_oracle(name: str, dtype: torch.dtype, backend: str)
 
 
 def _only(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let one of the ways of the sdpa backend serve calls of any size, in tiles of a few tokens."""
+    """Let one of the ways of the sdpa backend serve calls of any size, in tiles of a few tokens and parts of a head."""
     sdpa = "dsmr_kernels.backends.sdpa"
-    for name in ("BLOCK_QUERIES", "BLOCK_KEYS"):
-        monkeypatch.setattr(f"{sdpa}.blocks.{name}", 5)
+    for name in ("BLOCK_QUERIES", "BLOCK_KEYS", "TILE_BYTES"):
+        monkeypatch.setattr(f"{sdpa}.products.{name}", 5)
+    monkeypatch.setattr(f"{sdpa}.workers.SHARED_PAIRS", 0)
     if way == "products":
-        monkeypatch.setattr(f"{sdpa}.blocks.serves", lambda inputs, dtype=None: False)
-    if way == "blocks":
         monkeypatch.setattr(f"{sdpa}.flash.AVAILABLE", False)
     if way == "masked":
         monkeypatch.setattr(f"{sdpa}._may_look", lambda inputs: False)
@@ -46,7 +45,7 @@ def _only(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("way", ["flash", "blocks", "products", "masked"])
+@pytest.mark.parametrize("way", ["flash", "products", "masked"])
 def test_each_way_of_sdpa_agrees_with_oracle(
     way: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +56,7 @@ def test_each_way_of_sdpa_agrees_with_oracle(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["memory wrapped", "rows differ", "segments", "pieces, sliding"])
-@pytest.mark.parametrize("way", ["flash", "blocks", "products", "masked"])
+@pytest.mark.parametrize("way", ["flash", "products", "masked"])
 def test_each_way_reads_eight_bit_memories(
     way: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,13 +84,13 @@ def test_without_products_of_a_dtype_it_computes_in_float32_and_rounds(
 def test_an_instruction_set_that_pytorch_may_not_use_does_not_count() -> None:
     """On a processor of any kind: with AVX2 forced, bfloat16 is computed in float32."""
     code = (
-        "import torch; from dsmr_kernels.backends.sdpa.processor import work_dtype;"
-        "print(torch.backends.cpu.get_cpu_capability(), work_dtype(torch.bfloat16))"
+        "import torch; from dsmr_kernels.backends.sdpa.tuned import choose, instruction_set;"
+        "print(torch.backends.cpu.get_cpu_capability(), choose(torch.bfloat16, 'backward').dtype, instruction_set())"
     )
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    capability, dtype = done.stdout.split()
-    assert capability != "AVX2" or dtype == "torch.float32"
+    capability, dtype, *named = done.stdout.split()
+    assert capability != "AVX2" or (dtype, named) == ("torch.float32", ["AVX2"])
 
 
 def test_nothing_is_looked_at_on_other_devices() -> None:
@@ -114,8 +113,8 @@ def test_nothing_is_looked_at_on_other_devices() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_scores_far_above_that_of_the_query_itself(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks take a query's score with its own key for the pivot of its softmax, whatever the others are."""
-    _only("blocks", monkeypatch)
+    """Products take a query's score with its own key for the pivot of its softmax, whatever the others are."""
+    _only("products", monkeypatch)
     case = random_case(queries=9, capacity=7, seen=[9, 4], heads=2, dtype=dtype, horizon=7)
     case.k[:, :, 2] *= 8  # as an attention sink has
     case.q[:, :, 5:] = 15 * case.k[:, :, 2:3] / case.k[:, :, 2:3].norm(dim=-1, keepdim=True)  # some 2 ** 170 above

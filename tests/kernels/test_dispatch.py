@@ -14,7 +14,7 @@ import torch
 import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dsmr_kernels import KVMemory, available_backends, dispatch, memory_attention, trial
+from dsmr_kernels import KVMemory, alike, available_backends, dispatch, memory_attention, trial
 from dsmr_kernels.cases import Case, random_case
 from dsmr_kernels.dispatch import choose
 
@@ -27,6 +27,7 @@ needs_triton = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _looked_for_anew() -> Iterator[None]:
     dispatch._disagreements.clear()
+    alike.forget()
     yield
     dispatch._disagreements.clear()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dsmr_kernels import KVMemory, append_rotated, available_backends, decode_attention, memory_attention
-from dsmr_kernels.backends.sdpa import blocks, flash
+from dsmr_kernels.backends.sdpa import flash
 from dsmr_kernels.cases import filled_memory, random_case
 from dsmr_kernels.quantise import dequantise, quantise
 
@@ -76,12 +76,10 @@ def test_only_who_sees_a_broken_token_of_the_memory_is_broken(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("engine", ["flash", "blocks", "products"])
+@pytest.mark.parametrize("engine", ["flash", "products"])
 def test_every_engine_keeps_it_apart(engine: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if engine != "flash":
         monkeypatch.setattr(flash, "fits", lambda *given: False)
-    if engine == "products":
-        monkeypatch.setattr(blocks, "serves", lambda *given: False)
     case = random_case(queries=70, horizon=30, segment_length=64, dtype=dtype, seen=[50, 9], kv_heads=4)
     seen = seen_by(case, 40)
     for side in ("k", "v"):

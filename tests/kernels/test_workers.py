@@ -1,12 +1,20 @@
-"""Independent jobs side by side: all done, errors passed on, and no threads beyond the workers themselves."""
+"""Independent jobs side by side: all done, errors passed on, and no threads beyond those that PyTorch has."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from dsmr_kernels.backends.sdpa import workers
 from dsmr_kernels.backends.sdpa.workers import in_parallel
+from dsmr_kernels.cases import random_case
+from dsmr_kernels.testing import assert_agrees_with_oracle, run
+
+shared = pytest.mark.skipif(workers._region() is None, reason="PyTorch's threads cannot be asked here")
 
 
 @pytest.fixture
@@ -18,19 +26,45 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_operators_of_a_worker_stay_on_its_thread() -> None:
-    """Helpers of the workers' own make more threads than cores, and then OpenMP's barriers sleep everywhere."""
-    found: list[tuple[str, int]] = []
+def test_every_job_is_done_once() -> None:
+    found: list[int] = []
+    in_parallel(found.append, range(20))
+    assert sorted(found) == list(range(20))
+    assert torch.get_num_threads() == 2
+
+
+@shared
+@pytest.mark.usefixtures("two_threads")
+def test_jobs_run_side_by_side_and_without_gradients() -> None:
+    meeting = threading.Barrier(2, timeout=20)  # passed only by two at once
 
     def job(_: int) -> None:
-        torch.ones(1 << 20).add_(1)  # large enough to be shared out
-        found.append((threading.current_thread().name, torch.get_num_threads()))
+        meeting.wait()
+        assert not torch.is_grad_enabled()
 
-    in_parallel(job, range(8), worthwhile=True)
-    assert len(found) == 8
-    assert {threads for _, threads in found} == {1}
-    assert all(name.startswith("dsmr-attention") for name, _ in found)
-    assert torch.get_num_threads() == 2
+    in_parallel(job, range(2))
+
+
+@shared
+def test_the_threads_are_those_that_pytorch_has_already() -> None:
+    """Others would compete for the cores with PyTorch's, which spin for a while when they have nothing to do."""
+    code = """if True:
+        import os, torch
+        from dsmr_kernels.backends.sdpa.workers import in_parallel
+        torch.set_num_threads(2)
+        torch.ones(1 << 22).add_(1)
+        threads = lambda: len(os.listdir("/proc/self/task"))
+        before, inside = threads(), []
+        def job(_):
+            torch.ones(1 << 22).add_(1), torch.randn(512, 512) @ torch.randn(512, 512)
+            inside.append(threads())
+        in_parallel(job, range(8))
+        print(before, max(inside), threads())
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    before, inside, after = done.stdout.split()
+    assert before == inside == after
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -40,10 +74,27 @@ def test_an_error_in_a_job_is_raised() -> None:
             raise ValueError("the third")
 
     with pytest.raises(ValueError, match="the third"):
-        in_parallel(job, range(8), worthwhile=True)
+        in_parallel(job, range(8))
 
 
-def test_what_is_not_worthwhile_stays_here() -> None:
+def test_one_thread_stays_alone() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     names: list[str] = []
-    in_parallel(lambda _: names.append(threading.current_thread().name), range(3), worthwhile=False)
+    in_parallel(lambda _: names.append(threading.current_thread().name), range(3))
+    torch.set_num_threads(before)
     assert names == [threading.current_thread().name] * 3
+
+
+@shared
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("options", [{}, {"visibility": "sliding"}, {"biased": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_call_that_is_shared_agrees_with_the_oracle_and_with_itself(
+    dtype: torch.dtype, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "SHARED_PAIRS", 0)
+    case = random_case(batch=3, queries=40, seen=[70, 9, 30], horizon=31, segment_length=17, dtype=dtype, **options)
+    assert_agrees_with_oracle(case, "sdpa")
+    first, again = run(case, "sdpa"), run(case, "sdpa")
+    assert all(torch.equal(first[name], again[name]) for name in first)  # whoever was first

@@ -10,6 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dsmr import DSMRAttention, DSMRConfig, DSMRModel, DSMRState
+from dsmr.model import transformer
+from dsmr.model.transformer import Block
 from dsmr_kernels import KVMemory
 
 reentrant = pytest.mark.parametrize("reentrant", [True, False])
@@ -119,6 +121,35 @@ def test_checkpointing_layers_keeps_less_for_the_backward() -> None:
             model(torch.randint(0, 30, (2, 24)), targets=torch.randint(0, 30, (2, 24)))
         kept.append(sum(sizes))
     assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("options", [{}, {"recall": 2}, {"position": "sinusoidal", "ffn": "swiglu"}])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_model_whose_layers_are_compiled_has_the_same_gradients(
+    options: dict, checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And compiles once for all layers, and not at all to evaluate."""
+    graphs: list[object] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    parts = tuple(torch.compile(part, dynamic=False, backend=counting) for part in (Block.before, Block.after))
+    monkeypatch.setattr(transformer, "_compiled", lambda: parts)
+    torch._dynamo.reset()
+    plain = DSMRModel(_config(**options))
+    fused = DSMRModel(plain.config, checkpoint_layers=checkpointed, compile_layers=True)
+    fused.load_state_dict(plain.state_dict())
+    tokens = torch.randint(0, 30, (2, 24))
+    for one, other in zip(_gradients(plain, tokens, 1), _gradients(fused, tokens, 1), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert len(graphs) == 2
+    fused.eval()(tokens)
+    with torch.no_grad():
+        fused.train()(tokens)
+    assert len(graphs) == 2
 
 
 @reentrant

@@ -179,7 +179,8 @@ def test_description_tells_text_depth_and_budget() -> None:
         ("uniform(2, 3)(4)", "cannot be read: expected a call such as"),
         ("a\0b", "cannot be read: expected a call such as"),
         ("3", "cannot be read: expected a call such as"),
-        ("uniform(" + "-" * 5000 + "1, 2)", "cannot be read: expected a call such as"),
+        # Too deep for the parser of Python 3.11; that of 3.13 reads it, and then it is no number.
+        ("uniform(" + "-" * 5000 + "1, 2)", "cannot be read: (expected a call such as|its arguments must be numbers)"),
         ("three_scale(layers=12)", "schedule 'three_scale' is unknown: expected one of full, uniform, two_scale"),
         ("parse('none(layers=2)')", "schedule 'parse' is unknown"),
         ("_make(layers=2)", "schedule '_make' is unknown"),

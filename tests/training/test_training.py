@@ -5,6 +5,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -358,6 +359,27 @@ def test_layers_computed_again_give_the_same_losses(data: Path, tmp_path: Path) 
         quiet(tiny_config(data, tmp_path / name, steps=4, checkpoint_layers=again))
     assert losses(tmp_path / "again") == losses(tmp_path / "kept")
     quiet(tiny_config(data, tmp_path / "again", steps=6), resume=True)  # either way goes on with the other
+
+
+def test_compiling_without_a_compiler_is_refused_in_a_sentence(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"no C\+\+ compiler: 'no-such-compiler' is not installed.*without --compile"):
+        quiet(tiny_config(data, tmp_path / "run", compile=True, device="cpu"))
+    assert not (tmp_path / "run" / "train.json").exists()
+
+
+@pytest.mark.soak  # the compiler works for half a minute
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_killed_compiled_run_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    more = {"steps": 12, "save_every": 4, "compile": True}
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    config = tiny_config(data, out, **more)
+    assert start(config, die_at="last.pt:2").wait(300) == -signal.SIGKILL
+    assert quiet(config, resume=True).finished
+    quiet(tiny_config(data, whole, **more))
+    assert_same_run(out, whole)
 
 
 def test_only_matrices_decay(data: Path, tmp_path: Path) -> None:

@@ -73,12 +73,15 @@ def stepper(model: DSMRModel, state: DSMRState, precision: str = "float32") -> S
         raise ValueError("state must be made with new_state(..., aligned=False) to be stepped token by token")
     device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
     precision = resolve_precision(precision, model)
-    if device.type == "cpu" and dtype != torch.float64 and in_step(state):
-        return Step(model, state, HostRings(attentions(model), state), precision)
-    if device.type == "cuda":
+    layers = attentions(model)
+    plain = all(layer.plain for layer in layers)
+    if device.type == "cpu" and dtype != torch.float64 and in_step(state) and plain:
+        return Step(model, state, HostRings(layers, state), precision)
+    if device.type == "cuda" and plain:
         return captured_step(model, state, precision)
     if precision != "float32":
         raise UserError(
-            f"dtype '{precision}' serves float32 models on a CPU, streams in step; this one takes 'float32'"
+            f"dtype '{precision}' serves float32 models on a CPU, streams in step, with attention as a DSMRModel makes "
+            "it; this one takes 'float32'"
         )
     return PlainStep(model, state)

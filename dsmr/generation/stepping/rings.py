@@ -1,7 +1,8 @@
 """Where the new token's keys and values go, and what its query reads: the memories of a stream, advanced in place.
 
-Two kinds. `HostRings` counts on the host and touches only the visible stretches of each ring: for CPUs. `DeviceRings`
-counts on the device and never looks, so that a step can be captured and replayed: for GPUs.
+Two kinds. `HostRings` counts on the host and touches only what is visible of each ring, for CPUs: as bags of rows where
+the processor has kernels for them, else as stretches. `DeviceRings` counts on the device and never looks, so that a
+step can be captured and replayed: for GPUs.
 """
 
 from typing import Protocol
@@ -13,6 +14,7 @@ from dsmr.model.attention import DSMRAttention
 from dsmr.model.positions import Rotary
 from dsmr.model.state import DSMRState
 from dsmr_kernels import KVMemory, append_rotated, decode_attention
+from dsmr_kernels.backends.sdpa.bags import BagAttention, Indices, serves
 from dsmr_kernels.backends.sdpa.decode import StretchAttention
 
 
@@ -22,6 +24,10 @@ class Rings(Protocol):
     @property
     def positions(self) -> Tensor:
         """(B,) int64, the position of the token that the step shows."""
+
+    @property
+    def known_position(self) -> int | None:
+        """The same of all rows, where the host knows it."""
 
     def attend(self, layer: int, heads: Tensor, turn: Rotary | None) -> Tensor:
         """Turn the token's queries and keys, store keys and values, attend.
@@ -49,17 +55,33 @@ def in_step(state: "DSMRState") -> bool:
 
 
 class HostRings:
-    """Rings whose rows are in step, on a CPU."""
+    """Rings whose rows are in step, on a CPU. Where somebody else has changed them since the last step (a call, a
+    reset, a state that was loaded), they are looked at anew."""
 
     def __init__(self, layers: list[DSMRAttention], state: "DSMRState") -> None:
-        if not in_step(state):
-            raise ValueError("the rows of state must be in step: some have seen or hold more tokens than others")
-        self.layers, self.state, self.memories = layers, state, state.memories
-        self.position = int(self.memories[0].position[0])
-        self.lengths = [int(memory.length[0]) for memory in self.memories]
+        self.layers, self.state = layers, state
         self._attention = StretchAttention()
         self._slopes = [None if layer.slopes is None else self._grouped(layer) for layer in layers]
         self._turned: list[Tensor | None] = [None] * len(layers)  # queries and keys (B, Hq + Hkv, D), scratch
+        self._look()
+
+    def _look(self) -> None:
+        """Take over what the memories hold.
+
+        Raises:
+            ValueError: if their rows are not in step.
+        """
+        if not in_step(self.state):
+            raise ValueError("the rows of state must be in step: some have seen or hold more tokens than others")
+        self.memories = self.state.memories
+        self.position = int(self.memories[0].position[0])
+        self.lengths = [int(memory.length[0]) for memory in self.memories]
+        indices = Indices()
+        self._bags = [
+            BagAttention(memory, indices) if slopes is None and serves(memory) else None
+            for memory, slopes in zip(self.memories, self._slopes, strict=True)
+        ]
+        self._left = [_Mark(memory) for memory in self.memories]
 
     def _grouped(self, layer: DSMRAttention) -> Tensor:
         assert layer.slopes is not None
@@ -68,7 +90,13 @@ class HostRings:
 
     @property
     def positions(self) -> Tensor:
+        if not all(mark.left(memory) for memory, mark in zip(self.state.memories, self._left, strict=True)):
+            self._look()
         return torch.full((self.state.batch,), self.position, dtype=torch.int64)
+
+    @property
+    def known_position(self) -> int:
+        return self.position
 
     def _sees(self, index: int) -> int:
         layer = self.layers[index]
@@ -76,7 +104,7 @@ class HostRings:
         return min(layer.horizon + offset + 1, self.lengths[index])
 
     def attend(self, index: int, heads: Tensor, turn: Rotary | None) -> Tensor:
-        memory = self.memories[index]
+        memory, bags = self.memories[index], self._bags[index]
         turned, v = heads[:, : -memory.kv_heads], heads[:, -memory.kv_heads :]
         if turn is not None:
             scratch = self._turned[index]
@@ -85,31 +113,58 @@ class HostRings:
             turn.rotate_into(scratch, turned)
             turned = scratch
         q, k = turned[:, : -memory.kv_heads], turned[:, -memory.kv_heads :]
+        position = self._store(index, k, v)
+        grouped, scale = q.reshape(-1, q.shape[1] // memory.kv_heads, q.shape[2]), q.shape[2] ** -0.5
+        if bags is not None:
+            out = bags(grouped, memory, position, self._sees(index), scale)
+        else:
+            out = self._attention(grouped, memory, position, self._sees(index), scale, self._slopes[index])
+        return out.view(q.shape)
+
+    def _store(self, index: int, k: Tensor, v: Tensor) -> int:
+        """Write the token's keys and values (B, Hkv, D); the position behind it, as the memory's slots count it."""
+        memory, bags = self.memories[index], self._bags[index]
         growing = self.lengths[index] < memory.capacity
-        self.lengths[index] += growing
-        position = self.position + 1
-        if memory.mark is not None:  # a set, behind which lies the segment in progress
+        if bags is None and (memory.mark is not None or memory.k_scale is not None):
             memory.append(k[:, :, None], v[:, :, None])
-            position, self.lengths[index] = int(memory.mark[0]), int(memory.length[0])
-        elif memory.k_scale is None:
+        else:
             memory.unshare()
-            slot = self.position % memory.capacity
-            memory.k[:, :, slot] = k
-            memory.v[:, :, slot] = v
+            if bags is None:
+                slot = self.position % memory.capacity
+                memory.k[:, :, slot] = k
+                memory.v[:, :, slot] = v
+            else:
+                bags.write(memory, k, v, self.position)
             memory.position.add_(1)
             memory.seen = memory.seen + 1
             if growing:
                 memory.length.add_(1)
-        else:
-            memory.append(k[:, :, None], v[:, :, None])
-        grouped = q.reshape(-1, q.shape[1] // memory.kv_heads, q.shape[2])
-        scale = q.shape[2] ** -0.5
-        out = self._attention(grouped, memory, position, self._sees(index), scale, self._slopes[index])
-        return out.view(q.shape)
+        self._left[index] = _Mark(memory)
+        if memory.mark is not None:  # a set, behind which lies the segment in progress
+            self.lengths[index] = int(memory.length[0])
+            return int(memory.mark[0])
+        self.lengths[index] += growing
+        return self.position + 1
 
     def advance(self) -> None:
         self.position += 1
         self.state.offset = (self.state.offset + 1) % (self.layers[0].segment_length or 1)
+
+
+class _Mark:
+    """What is no longer the same once a memory was changed, whoever did it: a counter is written with every change."""
+
+    def __init__(self, memory: KVMemory) -> None:
+        self.position, self.version, self.seen = memory.position, _version(memory.position), memory.seen
+
+    def left(self, memory: KVMemory) -> bool:
+        """Whether the memory is still as it was."""
+        same = memory.position is self.position and _version(memory.position) == self.version
+        return same and (memory.seen is self.seen or (type(memory.seen) is int and memory.seen == self.seen))
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 class DeviceRings:
@@ -124,6 +179,10 @@ class DeviceRings:
         self.positions = self.memories[0].position.clone()
         self._offset = torch.tensor(state.offset, dtype=torch.int32, device=device)
         self._segment = layers[0].segment_length or 1
+
+    @property
+    def known_position(self) -> None:
+        return None
 
     def counters(self) -> list[Tensor]:
         """What `advance` changes."""

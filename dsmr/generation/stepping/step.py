@@ -20,6 +20,8 @@ from dsmr.model.positions import Rotary, token_positions
 from dsmr.model.state import DSMRState
 from dsmr.model.transformer import Block, DSMRModel
 
+TURNS = 256  # tokens whose rotary angles are computed at a time
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -68,6 +70,8 @@ class Step:
         self.norm = model.norm.weight.detach().float()
         self.head = product(model.head.weight, "float32")
         self.layers = [self._layer(block) for block in blocks(model)]
+        self._turns_from = -TURNS  # the first position whose rotary angles are in `_turns`
+        self._turns: Rotary
         one_row_on_a_cpu = state.batch == 1 and self.embedding.device.type == "cpu"
         self._without_onednn = precision == "bfloat16" and one_row_on_a_cpu  # see `BFloat16Product`
 
@@ -112,7 +116,7 @@ class Step:
 
     def _forward(self, tokens: Tensor) -> Tensor:
         positions = token_positions(self.rings.positions, 1, None)
-        place = self.layers[0].attention.place(positions)
+        place = self._place(positions)
         labels = self._labels(tokens, positions)
         x = F.embedding(tokens, self.embedding)
         for index, layer in enumerate(self.layers):
@@ -120,6 +124,20 @@ class Step:
             x.add_(self._feed_forward(layer, self._normed(x, layer.ffn_norm)))
         self.rings.advance()
         return self.head(self._normed(x, self.norm))
+
+    def _place(self, positions: Tensor) -> Rotary | Tensor | None:
+        """What `DSMRAttention.place` gives for `positions` (B, 1). Rotary angles are made for many tokens at a time
+        where the host knows the position."""
+        attention, known = self.layers[0].attention, self.rings.known_position
+        if attention.position != "rope" or known is None:
+            return attention.place(positions)
+        if not self._turns_from <= known < self._turns_from + TURNS:
+            self._turns_from = known - known % TURNS
+            ahead = attention.place(torch.arange(self._turns_from, self._turns_from + TURNS)[None])
+            assert isinstance(ahead, Rotary)
+            self._turns = ahead
+        at = known - self._turns_from
+        return Rotary(self._turns.cos[:, :, at : at + 1], self._turns.sin[:, :, at : at + 1])
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.layer_norm(x, weight.shape, weight)

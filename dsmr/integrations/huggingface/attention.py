@@ -51,21 +51,32 @@ def row_starts(
         )
     if isinstance(q_offset, Tensor) or kv_offset + kv_length != q_offset + q_length:
         raise ValueError(f"{NAME} needs keys that end with the newest token: no static cache, no prefix")
-    if attention_mask is None:
-        return None
-    end = kv_offset + kv_length
+    return None if attention_mask is None else text_starts(attention_mask, kv_offset, kv_length, NAME)
+
+
+def text_starts(attention_mask: Tensor, past: int, tokens: int, who: str) -> Tensor | None:
+    """At which of a call's `tokens` each row's text begins, with `past` tokens before the call; see `row_starts`.
+
+    Args:
+        attention_mask: (batch, at least past + tokens), 0 where a row is padded.
+        who: takes it, for what is refused.
+
+    Raises:
+        ValueError: if the mask has another shape, or padding that is not on the left.
+    """
+    end = past + tokens
     if attention_mask.dim() != 2 or attention_mask.shape[1] < end:
         raise ValueError(
-            f"attention_mask must have shape (batch, tokens seen) = ({batch_size}, {end}), got "
+            f"attention_mask must have shape (batch, tokens seen) = ({attention_mask.shape[0]}, {end}), got "
             f"{tuple(attention_mask.shape)}"
         )
-    before = min(kv_offset, 1)  # a token before the call tells whether a text had begun
-    texts = attention_mask[:, kv_offset - before : end].bool()
+    before = min(past, 1)  # a token before the call tells whether a text had begun
+    texts = attention_mask[:, past - before : end].bool()
     if bool(texts.all()):
         return None
     if bool((texts[:, :-1] & ~texts[:, 1:]).any()):
-        raise ValueError(f"{NAME} takes padding on the left only, but attention_mask has it behind a text")
-    return kv_length - texts[:, before:].sum(1) - (texts[:, 0] & before).long()
+        raise ValueError(f"{who} takes padding on the left only, but attention_mask has it behind a text")
+    return tokens - texts[:, before:].sum(1) - (texts[:, 0] & before).long()
 
 
 def attention(

@@ -1,44 +1,38 @@
 """Fast attention over memory and segment in plain PyTorch: the default on CPU, and it runs on any device.
 
 `plan` cuts each row into runs that share segment and piece, so that under segment visibility nothing needs a mask but
-the run's own causal edge. Where that holds, on a CPU, `blocks` serves, matrix products over tiles that fit the cache,
-and in the forward, by what is measured to be faster, `flash`, PyTorch's flash kernel over each source apart, merged by
-log-sum-exp. `products` serves everything else on a CPU, and `masked` other devices, which must not wait for a plan.
-Keys and values are never concatenated and grouped heads never expanded. They may import the contract and `autograd`.
+the run's own causal edge. On a CPU there are two engines: `flash`, PyTorch's flash kernel over each source apart,
+merged by log-sum-exp, and `products`, own matrix products over tiles, which serves every call and makes every backward.
+Which of them makes a forward, and in which dtype, says the table in `processor`. `masked` serves other devices, which
+must not wait for a plan. Keys and values are never concatenated and grouped heads never expanded. They may import the
+contract and `autograd`.
 """
 
 import torch
 from torch import Tensor
 
 from dsmr_kernels.backends.autograd import Method, attention_by
-from dsmr_kernels.backends.sdpa import blocks, flash
+from dsmr_kernels.backends.sdpa import flash, products
 from dsmr_kernels.backends.sdpa.decode import decode_attention
 from dsmr_kernels.backends.sdpa.finite import kept_apart
 from dsmr_kernels.backends.sdpa.masked import Masked
-from dsmr_kernels.backends.sdpa.plan import Group, plan_call
-from dsmr_kernels.backends.sdpa.processor import work_dtype
-from dsmr_kernels.backends.sdpa.products import Products
+from dsmr_kernels.backends.sdpa.plan import Group, pairs_of, plan_call
+from dsmr_kernels.backends.sdpa.tuned import choose
 from dsmr_kernels.rotary import append_rotated
 from dsmr_kernels.spec import Gradients, Inputs, Needs
 
 __all__ = ["append_rotated", "decode_attention", "memory_attention", "unsupported"]
 
 
-def unsupported(q: Tensor, v_head_dim: int, biased: bool) -> str | None:
+def unsupported(q: Tensor, v_head_dim: int) -> str | None:
     """Why this backend cannot serve `q`; None if it can."""
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"it computes in float16, bfloat16, float32 or float64, not {q.dtype}"
     return None
 
 
-# From how many scores of a call and queries on bfloat16 gains from products in bfloat16: the flash kernel is no faster
-# than in float32.
-BLOCKS_SCORES, BLOCKS_QUERIES = 1 << 19, 64
-
-
-def _few_scores(inputs: Inputs, plan: list[Group]) -> bool:
-    batch, heads, queries = inputs.q.shape[:3]
-    return queries < BLOCKS_QUERIES or blocks.head_scores(plan) * batch * heads < BLOCKS_SCORES
+# Below so many query-key pairs, or queries, a call is over before products have paid for their more operators.
+PRODUCTS_PAIRS, PRODUCTS_QUERIES = 1 << 19, 64
 
 
 def _may_look(inputs: Inputs) -> bool:
@@ -46,16 +40,20 @@ def _may_look(inputs: Inputs) -> bool:
     return inputs.q.device.type == "cpu"
 
 
-def _widened(inputs: Inputs) -> Inputs:
-    """The call in the dtype that it is computed in; memory is cast where it is read, a stretch at a time."""
-    work = work_dtype(inputs.q.dtype)
-    if work == inputs.q.dtype:
-        return inputs
-    return inputs._replace(q=inputs.q.to(work), k=inputs.k.to(work), v=inputs.v.to(work))
+def _small(inputs: Inputs, plan: list[Group]) -> bool:
+    heads, queries = inputs.q.shape[1:3]
+    return queries < PRODUCTS_QUERIES or pairs_of(plan) * heads < PRODUCTS_PAIRS
+
+
+def _dtype_of_products(inputs: Inputs) -> torch.dtype:
+    """In which dtype they are made."""
+    if inputs.spec.visibility == "sliding" and inputs.spec.horizon == 0:
+        return torch.promote_types(inputs.q.dtype, torch.float32)  # who sees itself alone has gradients of exactly zero
+    return choose(inputs.q.dtype, "backward").dtype
 
 
 def _keeps_result(inputs: Inputs) -> bool:
-    return blocks.serves(inputs, work_dtype(inputs.q.dtype))
+    return _may_look(inputs) and inputs.q.dtype != torch.float64  # for which a log-sum-exp in float32 says too little
 
 
 def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, list[Group] | None]:
@@ -63,14 +61,15 @@ def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, list[Group] | None]
         return *Masked(inputs).forward(), None
     plan, dtype = plan_call(inputs), inputs.q.dtype
     inputs, finite = kept_apart(inputs)
-    inputs = _widened(inputs)
-    if not blocks.serves(inputs):
-        out, lse = Products(inputs).forward(plan, inputs.spec.return_lse)
-        return out.to(dtype), lse, plan
-    by_flash = finite and flash.fits(inputs.q, inputs.k, inputs.v)  # it overlooks a NaN that is seen alone
-    by_flash = by_flash and (inputs.q.dtype == torch.float32 or _few_scores(inputs, plan))
-    out, lse = (flash if by_flash else blocks).forward(inputs, plan)
-    return out.to(dtype), lse, plan
+    choice = choose(dtype, "forward")
+    # PyTorch's kernel overlooks a NaN that is seen alone.
+    by_flash = finite and dtype != torch.float64 and flash.serves(inputs)
+    if by_flash and (choice.engine == "flash" or _small(inputs, plan)):
+        out, lse = flash.forward(inputs, plan, choice.dtype)
+    else:
+        plain = choice.engine == "products" and flash.plain(inputs)
+        out, lse = products.forward(inputs, plan, choice.dtype if plain else _dtype_of_products(inputs))
+    return out, None if lse is None else lse.float(), plan
 
 
 def _backward(
@@ -83,15 +82,12 @@ def _backward(
 ) -> Gradients:
     if not _may_look(inputs):
         return Masked(inputs).backward(grad, grad_lse, needs)
-    plan, dtype = plan_call(inputs) if plan is None else plan, inputs.q.dtype
-    inputs = _widened(inputs)
-    grad = grad.to(inputs.q.dtype)
+    plan, work = plan_call(inputs) if plan is None else plan, _dtype_of_products(inputs)
     if result is None:
-        grads = Products(inputs).backward(plan, grad, grad_lse, needs)
-    else:
-        grads = blocks.backward(inputs, plan, *result, grad, grad_lse, needs)
-    q, k, v = (None if x is None else x.to(dtype) for x in grads[:3])
-    return Gradients(q, k, v, grads.bias)
+        out, lse = products.forward(inputs._replace(recorded=True), plan, work)
+        assert lse is not None
+        result = out, lse
+    return products.backward(inputs, plan, work, result, grad, grad_lse, needs)
 
 
 memory_attention = attention_by(Method("sdpa", _forward, _backward, _keeps_result))

@@ -6,11 +6,13 @@ import math
 import torch
 from torch import Tensor
 
-from dsmr_kernels.backends.sdpa.plan import Group, Source, sources_of
+from dsmr_kernels.backends.sdpa.plan import Group, Part, Source, pairs_of, parts_of, sources_of
+from dsmr_kernels.backends.sdpa.workers import in_parallel, shares
 from dsmr_kernels.quantise import dequantise
 from dsmr_kernels.spec import Inputs
+from dsmr_kernels.visibility import Run
 
-# Private to PyTorch, but the only way to the log-sum-exp; without it, `blocks` serves.
+# Private to PyTorch, but the only way to the log-sum-exp; without it, `products` serves.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 AVAILABLE = _FLASH is not None
 
@@ -24,6 +26,16 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.shape[3] == k.shape[3] == v.shape[3]
         and all(x.stride(3) == 1 or x.shape[3] == 1 for x in (q, k, v))
     )
+
+
+def plain(inputs: Inputs) -> bool:
+    """Whether what a query sees needs no mask but the causal one of its own segment, and no bias."""
+    return inputs.alibi is None and inputs.bias is None and inputs.spec.visibility == "segment"
+
+
+def serves(inputs: Inputs) -> bool:
+    """Whether `forward` can serve a call."""
+    return plain(inputs) and fits(inputs.q, inputs.k, inputs.v)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -61,47 +73,51 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:
     return out.float().lerp_(more.float(), torch.sigmoid(more_lse - lse).unsqueeze_(-1))
 
 
-def _stretch(tensor: Tensor, rows: slice, start: int, stop: int) -> Tensor:
-    """Some rows and tokens of (B, H, n, ...), without a slice where it is all of them: a small call notices each."""
-    if rows.stop - rows.start != tensor.shape[0]:
-        tensor = tensor[rows]
-    return tensor if stop - start == tensor.shape[2] else tensor.narrow(2, start, stop - start)
+def forward(inputs: Inputs, plan: list[Group], work: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of the whole call, computed in `work`; lse only if it is wanted."""
+    q, kv_heads = inputs.q, inputs.k.shape[1]
+    count = shares(pairs_of(plan) * q.shape[1], q.shape[3])
+    parts = [part for group in plan for part in parts_of(group, kv_heads, count, q.shape[0] * kv_heads)]
+    if len(parts) == 1 and len(parts[0].group.runs) == 1:  # a small call notices each operator: no copy
+        out, lse = _attend_run(inputs, parts[0], parts[0].group.runs[0], work)
+        return out.to(q.dtype), lse if inputs.wants_lse else None
+    found = q.new_empty((*q.shape[:3], inputs.v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    shift, members = inputs.k.shape[2] - q.shape[2], q.shape[1] // kv_heads
+
+    def fill(part: Part) -> None:
+        heads = slice(part.heads.start * members, part.heads.stop * members)
+        for run in part.group.runs:
+            here = (part.rows, heads, slice(run.start - shift, run.stop - shift))
+            for whole, own in zip(found, _attend_run(inputs, part, run, work), strict=True):
+                whole[here] = own
+
+    in_parallel(fill, parts)
+    return found[0], found[1] if inputs.wants_lse else None
 
 
-def _sides(inputs: Inputs, rows: slice, source: Source) -> list[Tensor]:
-    """Keys and values of a source, in q's dtype."""
-    memory = inputs.memory
+def _attend_run(inputs: Inputs, part: Part, run: Run, work: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a part's run: out is in float32 where sources are merged, lse of all of them where it is wanted."""
+    q, k, memory, scale = inputs.q, inputs.k, inputs.memory, inputs.spec.scale
+    shift, members = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
+    heads = slice(part.heads.start * members, part.heads.stop * members)
+    block = q[part.rows, heads, run.start - shift : run.stop - shift].to(work)
+    out, lse = attend(block, *_sides(inputs, part, Source(False, run.start, run.stop, 0), work), True, scale)
+    capacity = memory.capacity if memory else 0
+    sources = sources_of(run.floor, run.start, part.group.position, capacity, False)
+    for source in sources:
+        more, more_lse = attend(block, *_sides(inputs, part, source, work), False, scale)
+        out = merge(out, lse, more, more_lse)
+        if inputs.wants_lse or source is not sources[-1]:
+            lse = torch.logaddexp(more_lse, lse)
+    return out, lse
+
+
+def _sides(inputs: Inputs, part: Part, source: Source, work: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The part's keys and values of a source, in the dtype that is computed in."""
+    memory, here = inputs.memory, (part.rows, part.heads, slice(source.start, source.stop))
     if memory is None or not source.memory:
-        return [_stretch(x, rows, source.start, source.stop) for x in (inputs.k, inputs.v)]
-    found = [_stretch(x, rows, source.start, source.stop) for x in (memory.k, memory.v)]
+        return inputs.k[here].to(work), inputs.v[here].to(work)
     if memory.k_scale is None or memory.v_scale is None:
-        return [x.to(inputs.q.dtype) for x in found]
-    scales = [_stretch(x, rows, source.start, source.stop) for x in (memory.k_scale, memory.v_scale)]
-    return [dequantise(x, scale, inputs.q.dtype) for x, scale in zip(found, scales, strict=True)]
-
-
-def forward(inputs: Inputs, plan: list[Group]) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of the whole call; lse only if it is wanted."""
-    q, k, v, memory, scale, wants_lse = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec.scale, inputs.wants_lse
-    shift = k.shape[2] - q.shape[2]
-    whole = len(plan) == 1 and len(plan[0].runs) == 1
-    if not whole:
-        out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
-    for group in plan:
-        rows = group.rows
-        for run in group.runs:
-            block = _stretch(q, rows, run.start - shift, run.stop - shift)
-            keys, values = (_stretch(x, rows, run.start, run.stop) for x in (k, v))
-            o, l = attend(block, keys, values, True, scale)
-            sources = sources_of(run.floor, run.start, group.position, memory.capacity if memory else 0, False)
-            for source in sources:
-                keys, values = _sides(inputs, rows, source)
-                past_o, past_l = attend(block, keys, values, False, scale)
-                o = merge(o, l, past_o, past_l)
-                if wants_lse or source is not sources[-1]:
-                    l = torch.logaddexp(past_l, l)
-            if whole:
-                return o.to(q.dtype), l if wants_lse else None
-            here = (rows, slice(None), slice(run.start - shift, run.stop - shift))
-            out[here], lse[here] = o, l
-    return out, lse if wants_lse else None
+        return memory.k[here].to(work), memory.v[here].to(work)
+    k, v = ((x[here], scale[here]) for x, scale in ((memory.k, memory.k_scale), (memory.v, memory.v_scale)))
+    return dequantise(*k, work), dequantise(*v, work)

@@ -1,6 +1,8 @@
-"""What a call's queries see, as plain integers: runs of queries, and where their keys lie in storage."""
+"""What a call's queries see, as plain integers: runs of queries, where their keys lie in storage, and the parts of the
+call that can be computed side by side."""
 
-import itertools
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -96,14 +98,40 @@ def sources_of(low: int, stop: int, position: int, capacity: int, in_order: bool
     return sources
 
 
-def past_of(run: Run, group: Group, capacity: int, detach: bool) -> list[tuple[Source, bool]]:
-    """The stretches of keys that all queries of a run see, in any order, and whether each takes a gradient."""
-    first = max(run.own if detach else 0, run.floor, 0)
-    stretches = []
-    for source in sources_of(run.floor, run.start, group.position, capacity, False):
-        cuts = [source.start, source.stop]
-        if not source.memory and source.start < first < source.stop:
-            cuts.insert(1, first)
-        for start, stop in itertools.pairwise(cuts):
-            stretches.append((Source(source.memory, start, stop, 0), not source.memory and start >= first))
-    return stretches
+class Part(NamedTuple):
+    """Rows of a group and KV heads, all of them where there are several rows."""
+
+    group: Group
+    rows: slice
+    heads: slice
+
+
+def cut(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    """Stretches of `step` from `start` to `stop`; the last may be shorter."""
+    return ((at, min(at + step, stop)) for at in range(start, stop, step))
+
+
+def parts_of(group: Group, kv_heads: int, shares: int, most: int) -> list[Part]:
+    """A group cut into some `shares`, none of them of more than `most` KV heads, all rows counted."""
+    heads, threads = (group.rows.stop - group.rows.start) * kv_heads, torch.get_num_threads()
+    most = max(1, min(most, -(-heads // shares)))
+    if shares > 1:  # so that all threads are done at once: 3 parts of 2 heads keep one of two threads for 4 heads
+
+        def longest(size: int) -> int:
+            return math.ceil(math.ceil(heads / size) / threads) * size
+
+        most = min(range(most, 0, -1), key=longest)
+    parts, together = [], max(1, most // kv_heads)
+    for row in cut(group.rows.start, group.rows.stop, together):
+        for some in cut(0, kv_heads, kv_heads if together > 1 else most):
+            parts.append(Part(group, slice(*row), slice(*some)))
+    return parts
+
+
+def pairs_of(plan: list[Group]) -> int:
+    """Query-key pairs of a query head, over all rows, the masked ones too."""
+    pairs = 0
+    for group in plan:
+        rows = group.rows.stop - group.rows.start
+        pairs += rows * sum((run.stop - run.start) * (run.stop - run.low(run.start)) for run in group.runs)
+    return pairs

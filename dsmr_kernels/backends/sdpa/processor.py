@@ -1,17 +1,59 @@
-"""In which dtype a CPU multiplies fast: the one table that the choice of arithmetic asks.
+"""What a CPU multiplies fast, and the one table that follows from it: which engine makes a pass, and in which dtype.
 
 Where a processor has no products of a narrow dtype PyTorch makes them element by element, some twenty times slower than
-in float32: there attention computes in float32 and rounds its results.
+in float32: there attention computes in float32 and rounds its results. What was measured on one machine may stand in
+the table's place, see `tuned`.
 """
 
 import functools
+import os
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import torch
 
-# dtype -> the instruction sets that multiply it, as `torch.cpu.get_capabilities` names them.
-PRODUCTS = {
-    torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),  # the last is ARM's
-    torch.float16: ("amx_fp16", "avx512_fp16"),
+Pass = Literal["forward", "backward"]
+Engine = Literal["flash", "products"]
+
+
+class Choice(NamedTuple):
+    """Who makes a pass, and in which dtype it is computed. `flash` does where it serves the call; "products" do
+    otherwise, in the dtype of the backward's choice."""
+
+    engine: Engine
+    dtype: torch.dtype
+
+
+Key = tuple[torch.dtype, Pass]
+
+# What a processor multiplies fast beyond float32, the best first: the name, and the flag by which PyTorch knows it.
+_NARROW = (("AMX", "amx_bf16"), ("AVX-512 BF16", "avx512_bf16"), ("ARM BF16", "bf16"))
+# Which of them oneDNN may not use when it is held to an instruction set of this name.
+_HELD_SHORT = {
+    "AMX": ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16",
+            "AVX512_CORE_FP16"),
+    "AVX-512 BF16": ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),
+}  # fmt: skip
+
+_BF16, _F16, _F32, _F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+# On every processor. In float64 the kernel's log-sum-exp, in float32, would not do.
+EVERYWHERE: Mapping[Key, Choice] = {
+    (_F64, "forward"): Choice("products", _F64),
+    (_F64, "backward"): Choice("products", _F64),
+    (_F32, "forward"): Choice("flash", _F32),
+    (_F32, "backward"): Choice("products", _F32),
+    (_BF16, "forward"): Choice("flash", _F32),
+    (_BF16, "backward"): Choice("products", _F32),
+    (_F16, "forward"): Choice("flash", _F32),  # the range of float16 is too small for a pivot
+    (_F16, "backward"): Choice("products", _F32),
+}
+# What differs where there is more, by the name in `_NARROW`.
+BEYOND: Mapping[str, Mapping[Key, Choice]] = {
+    "AMX": {(_BF16, "forward"): Choice("flash", _BF16), (_BF16, "backward"): Choice("products", _BF16)},
+    # PyTorch's kernel is no faster in bfloat16 than in float32 here.
+    "AVX-512 BF16": {(_BF16, "forward"): Choice("products", _BF16), (_BF16, "backward"): Choice("products", _BF16)},
+    "ARM BF16": {(_BF16, "forward"): Choice("products", _BF16), (_BF16, "backward"): Choice("products", _BF16)},
 }
 
 
@@ -28,8 +70,18 @@ def instruction_sets() -> frozenset[str]:
     return frozenset(found)
 
 
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which dtype to compute what comes in `dtype`."""
-    if dtype in PRODUCTS and not instruction_sets().intersection(PRODUCTS[dtype]):
-        return torch.float32
-    return dtype
+def instruction_set() -> str:
+    """The best that is in effect, by name: "AMX", "AVX-512 BF16", "AVX-512", "AVX2", "ARM BF16" or what PyTorch calls
+    it. What the variables of the environment hold PyTorch and oneDNN short of does not count."""
+    held, sets = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), instruction_sets()
+    for name, flag in _NARROW:
+        if flag in sets and held not in _HELD_SHORT.get(name, ()):
+            return name
+    plain: str = torch.backends.cpu.get_cpu_capability()
+    return "AVX-512" if plain.startswith("AVX512") else plain
+
+
+def from_table(dtype: torch.dtype, of: Pass) -> Choice:
+    """Who makes a pass over inputs of `dtype` on this processor."""
+    key = (dtype, of)
+    return BEYOND.get(instruction_set(), {}).get(key) or EVERYWHERE[key]

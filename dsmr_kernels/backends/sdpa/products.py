@@ -1,313 +1,350 @@
-"""Forward and backward by blocked matrix products: any visibility, any bias, any dtype.
+"""Own matrix products over tiles: any visibility, any bias, any memory, forward and backward.
 
-For a tile of queries the scores against each source are written side by side into one scratch buffer, so that one
-softmax covers them all; keys and values are read where they lie. Grouped heads share their keys: the group's queries
-are stacked in the tile. In the backward, dQ runs over every visible key, dK and dV only over the columns that take a
-gradient, and nothing is computed for memory. The weights are recomputed, so the forward saves nothing but its inputs.
+A tile takes some heads, a block of queries and a stretch of keys, few enough for its scores to stay in the cache.
+Scores are exponentiated against a pivot that is known beforehand, in the forward the query's score with its own key: a
+query always sees itself, so the sum is at least one, and the usual search for each row's maximum is left out; in the
+backward it is the log-sum-exp. A stretch that takes no gradient, such as memory, needs only its share of dQ: three
+products of five. Grouped heads share their keys: the group's queries are stacked in the tile. Keys and values are read
+where they lie, and the jobs that a call is cut into, some heads each, share nothing that they write.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dsmr_kernels.backends.sdpa.plan import Group, Source, sources_of
-from dsmr_kernels.backends.sdpa.workers import in_parallel
+from dsmr_kernels.backends.sdpa.plan import Group, Part, cut, pairs_of, parts_of, sources_of
+from dsmr_kernels.backends.sdpa.workers import in_parallel, shares
 from dsmr_kernels.quantise import dequantise
 from dsmr_kernels.spec import Gradients, Inputs, Needs
 from dsmr_kernels.visibility import Run
 
-# Elements of a tile's scores, over all its heads: the tiles of all cores should stay in the cache.
-TILE_ELEMENTS = 1_310_720
-# Queries of a tile: fewer starve the matrix product, more waste work on the causal edge.
-TILE_QUERIES = 256
-# A head whose scores have fewer elements is taken together with others: the calls would cost more than the arithmetic.
-SMALL_ELEMENTS = 65_536
-# A call with fewer scores than this is over before other threads have begun.
-PARALLEL_ELEMENTS = 262_144
+BLOCK_QUERIES, BLOCK_KEYS = 512, 512
+TILE_BYTES = 1 << 21  # of a tile's scores, on each core
+LOG2E = math.log2(math.e)  # base-2 exponentials are three times as fast as natural ones
+LIMIT = 2.0**64  # of a row's sum, above which a score may be out of range against its pivot
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Queries start ... stop - 1 of some rows and KV heads, and the keys low ... stop - 1 that they see."""
+class Block(NamedTuple):
+    """Queries begin ... end - 1, counted in the call, of a run."""
 
-    rows: slice
-    heads: slice
+    run: Run
+    begin: int
+    end: int
+
+
+class Tile(NamedTuple):
+    """A stretch of keys, start ... stop - 1 of the memory's storage or of the call, the first of which is token `first`
+    as the call counts them; `taking`: gradients flow into them."""
+
+    memory: bool
     start: int
     stop: int
-    low: int
-    run: Run
-    sources: list[Source]
-
-    @property
-    def queries(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def keys(self) -> int:
-        return self.stop - self.low
+    first: int
+    taking: bool
 
 
-class Products:
-    """One call: its tensors, and the jobs that it is cut into."""
+class Call:
+    """A call's tensors, and the jobs that it is cut into."""
 
-    def __init__(self, inputs: Inputs) -> None:
-        q, k, v, memory, spec = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec
-        self.q, self.k, self.v, self.alibi, self.spec = q, k, v, inputs.alibi, spec
-        self.bias, self.buckets = inputs.bias, inputs.buckets
-        self.memory_k, self.memory_v = (k, v) if memory is None else (memory.k, memory.v)
-        self.scales = (None, None) if memory is None else (memory.k_scale, memory.v_scale)
+    def __init__(self, inputs: Inputs, work: torch.dtype) -> None:
+        self.inputs, self.spec = inputs, inputs.spec
+        q, k, memory = inputs.q, inputs.k, inputs.memory
+        self.work, self.wide = work, torch.promote_types(work, torch.float32)
+        self.kv_heads, self.members = k.shape[1], q.shape[1] // k.shape[1]
+        self.shift, self.alpha = k.shape[2] - q.shape[2], inputs.spec.scale * LOG2E
         self.capacity = 0 if memory is None else memory.capacity
-        self.group = q.shape[1] // k.shape[1]
-        self.shift = k.shape[2] - q.shape[2]
-        self.work = torch.float32 if q.dtype == torch.float16 else q.dtype  # CPUs multiply float16 slowly
-        # Multiplying by a power of two is exact, so then the queries, the smaller tensor, are scaled instead.
-        self.fold = math.frexp(spec.scale)[0] == 0.5
         # The order of keys matters to these alone; without them a full ring is read from end to end.
-        self.in_order = inputs.alibi is not None or inputs.bias is not None or spec.visibility == "sliding"
+        self.in_order = inputs.alibi is not None or inputs.bias is not None or inputs.spec.visibility == "sliding"
+        self.height = max(BLOCK_QUERIES // self.members, 16)  # queries of a block
 
-    def cuts(self, run: Run) -> list[tuple[int, int]]:
-        """A run's queries, cut so that a head's scores fit a tile."""
-        most = max(16, min(TILE_QUERIES, TILE_ELEMENTS // (run.stop - run.low(run.start))) // self.group)
-        count = -(-(run.stop - run.start) // most)
-        return list(itertools.pairwise(run.start + (run.stop - run.start) * i // count for i in range(count + 1)))
-
-    def for_each_job(self, plan: list[Group], job: Callable[["Job"], None]) -> None:
-        """Run `job` on every part of the call that writes to rows and heads of its own, on all cores."""
-        jobs, elements, heads = [], 0, self.k.shape[1]
+    def parts(self, plan: list[Group]) -> list[Part]:
+        """As many heads each as fill a tile, but several parts for every thread where there are heads enough."""
+        count, parts = shares(pairs_of(plan) * self.inputs.q.shape[1], self.inputs.q.shape[3]), list[Part]()
         for group in plan:
-            if not group.runs:
+            tallest = max((min(run.stop - run.start, self.height) for run in group.runs), default=0)
+            if not tallest:
                 continue
-            cuts = [(run, self.cuts(run)) for run in group.runs]
-            rows = group.rows.stop - group.rows.start
-            # The most scores that one head of one row has in a tile, and in the whole call.
-            largest = max((b - a) * (b - run.low(a)) for run, edges in cuts for a, b in edges) * self.group
-            elements += rows * heads * sum((b - a) * (b - run.low(a)) for run, edges in cuts for a, b in edges)
-            together = 1 if largest >= SMALL_ELEMENTS else TILE_ELEMENTS // largest
-            together = max(1, min(together, -(-rows * heads // torch.get_num_threads())))
-            row_step, head_step = max(1, together // heads), min(heads, together)
-            for row in range(group.rows.start, group.rows.stop, row_step):
-                for head in range(0, heads, head_step):
-                    some_rows = slice(row, min(row + row_step, group.rows.stop))
-                    jobs.append(Job(self, some_rows, slice(head, min(head + head_step, heads)), group, cuts))
-        in_parallel(job, jobs, worthwhile=elements * self.group >= PARALLEL_ELEMENTS)
-
-    def forward(self, plan: list[Group], with_lse: bool) -> tuple[Tensor, Tensor | None]:
-        """(out, lse) of the whole call; lse only if it is asked for."""
-        q = self.q
-        out = q.new_empty((*q.shape[:3], self.v.shape[3]))
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32) if with_lse else None
-        self.for_each_job(plan, lambda job: job.forward(out, lse))
-        return out, lse
-
-    def backward(self, plan: list[Group], grad: Tensor, grad_lse: Tensor | None, needs: Needs) -> Gradients:
-        """The gradients of the whole call."""
-        wide = torch.promote_types(self.work, torch.float32)
-        dq = torch.empty_like(self.q, memory_format=torch.contiguous_format) if needs.q else None
-        dk, dv = (
-            torch.zeros(x.shape, dtype=wide, device=x.device) if need else None
-            for x, need in ((self.k, needs.k), (self.v, needs.v))
-        )
-        shares: list[Share] = []
-        above = Above(grad, grad_lse, dq, dk, dv, shares if needs.bias else None)
-        self.for_each_job(plan, lambda job: job.backward(above))
-        dbias = None
-        if self.bias is not None and needs.bias:
-            dbias = torch.zeros_like(self.bias)
-            for share in sorted(shares, key=lambda share: share.place):  # sums in one order, whoever was first
-                dbias[share.heads] += share.found
-        dk, dv = (None if x is None else x.to(self.k.dtype) for x in (dk, dv))
-        return Gradients(dq, dk, dv, dbias)
-
-
-class Share(NamedTuple):
-    """A tile's share of the bias's gradient, (heads, buckets): of which query heads, and the tile's place in the
-    call."""
-
-    heads: slice
-    place: tuple[int, int, int]
-    found: Tensor
-
-
-class Above(NamedTuple):
-    """What a backward begins with, and where its results go; None where nobody asks for one."""
-
-    grad: Tensor
-    grad_lse: Tensor | None
-    dq: Tensor | None
-    dk: Tensor | None
-    dv: Tensor | None
-    shares: list[Share] | None
+            longest = max(run.stop - run.low(run.start) for run in group.runs)
+            size = tallest * self.members * min(longest, BLOCK_KEYS) * self.work.itemsize
+            most = TILE_BYTES * (torch.get_num_threads() if count == 1 else 1) // size
+            parts += parts_of(group, self.kv_heads, count, most)
+        return parts
 
 
 class Job:
-    """Some rows and KV heads of a call, with scratch of their own.
+    """One part of a call, with scratch of its own.
 
-    In the shapes below, m counts the rows and KV heads of a tile, g the query heads of a KV head, n the queries.
+    In the shapes below m counts the rows and KV heads of the part, g the query heads of a KV head, n the queries of a
+    block, s the keys of a tile.
     """
 
-    def __init__(
-        self, call: Products, rows: slice, heads: slice, group: Group, cuts: list[tuple[Run, list[tuple[int, int]]]]
-    ) -> None:
-        self.call, self.rows, self.heads, self.ring, self.cuts = call, rows, heads, group.position, cuts
-        self.scratch: list[Tensor] = []
+    def __init__(self, call: Call, part: Part) -> None:
+        self.call, self.part, self.inputs = call, part, call.inputs
+        self.rows, self.heads = part.rows, part.heads
+        self.query_heads = slice(part.heads.start * call.members, part.heads.stop * call.members)
+        self.scratch: dict[str, Tensor] = {}
+        rows, heads = part.rows.stop - part.rows.start, part.heads.stop - part.heads.start
+        self.grid = (rows, heads, call.members)
 
-    def tiles(self) -> Iterator[Tile]:
-        """The tiles of this job, in order."""
-        call = self.call
-        for run, edges in self.cuts:
-            for start, stop in edges:
-                low = run.low(start)
-                sources = sources_of(low, stop, self.ring, call.capacity, call.in_order)
-                yield Tile(self.rows, self.heads, start, stop, low, run, sources)
+    def blocks(self) -> Iterator[Block]:
+        for run in self.part.group.runs:
+            for begin, end in cut(run.start, run.stop, self.call.height):
+                yield Block(run, begin, end)
 
-    def buffer(self, index: int, shape: tuple[int, int, int]) -> Tensor:
-        """The scratch buffer `index` as a tensor of this shape: fresh pages cost more than the arithmetic on them."""
+    def tiles(self, block: Block) -> Iterator[Tile]:
+        """All keys that the block's queries see; those of the block itself are a tile of their own."""
+        run, low, spec = block.run, block.run.low(block.begin), self.call.spec
+        taking = max(run.own if spec.detach_segments else 0, 0)
+        for source in sources_of(low, block.end, self.part.group.position, self.call.capacity, self.call.in_order):
+            edges = [source.start, source.stop]
+            if not source.memory:
+                edges = sorted({*edges, block.begin, min(max(taking, source.start), block.begin)})
+            for start, stop in itertools.pairwise(edges):
+                for a, b in cut(start, stop, BLOCK_KEYS):
+                    first = low + source.column + a - source.start
+                    yield Tile(source.memory, a, b, first, not source.memory and a >= taking)
+
+    def of_block(self, x: Tensor, block: Block) -> Tensor:
+        """The block's part of a tensor (B, Hq, T, ...), a view (rows, g * heads, n, ...)."""
+        shift = self.call.shift
+        return x[self.rows, self.query_heads, block.begin - shift : block.end - shift]
+
+    def stacked(self, x: Tensor, block: Block) -> Tensor:
+        """The same with the queries of a group below one another, (m, g * n, D)."""
+        x = self.of_block(x, block).to(self.call.work)
+        return x.reshape(-1, self.call.members * x.shape[2], x.shape[3])
+
+    def column(self, x: Tensor, block: Block) -> Tensor:
+        """The block's part of a tensor (B, Hq, T), wide: (m, g * n, 1)."""
+        x = self.of_block(x, block).to(self.call.wide)
+        return x.reshape(-1, self.call.members * x.shape[2], 1)
+
+    def of_keys(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Some tokens of a tensor (B, Hkv, ..., D), (m, s, D)."""
+        return x[self.rows, self.heads, start:stop].flatten(0, 1)
+
+    def side(self, tile: Tile, name: str) -> Tensor:
+        """The tile's keys ("k") or values ("v"), (m, s, D), cast or dequantised a tile at a time."""
+        source = self.inputs.memory if tile.memory else self.inputs
+        x, scale = getattr(source, name), getattr(source, f"{name}_scale", None)
+        x = self.of_keys(x, tile.start, tile.stop)
+        if scale is None:
+            return x.to(self.call.work)
+        return dequantise(x, self.of_keys(scale, tile.start, tile.stop), self.call.work)
+
+    def room(self, name: str, like: Tensor, keys: int) -> Tensor:
+        """Room for a tile's scores, (m, g * n, s), the same storage every time: fresh pages cost more than the
+        arithmetic on them."""
+        shape = (like.shape[0], like.shape[1], keys)
         size = math.prod(shape)
-        while len(self.scratch) <= index:
-            self.scratch.append(self.call.q.new_empty(0, dtype=self.call.work))
-        if self.scratch[index].numel() < size:
-            self.scratch[index] = self.call.q.new_empty(size, dtype=self.call.work)
-        return self.scratch[index][:size].view(shape)
+        held = self.scratch.get(name)
+        if held is None or held.numel() < size:
+            held = self.scratch[name] = like.new_empty(size)
+        return held[:size].view(shape)
 
-    def of_queries(self, x: Tensor, tile: Tile) -> Tensor:
-        """The tile's part of a tensor (B, Hq, T, ...), a view (rows, g * heads, n, ...)."""
-        heads = slice(tile.heads.start * self.call.group, tile.heads.stop * self.call.group)
-        return x[tile.rows, heads, tile.start - self.call.shift : tile.stop - self.call.shift]
+    def distances(self, block: Block, tile: Tile) -> Tensor:
+        """How far back each key lies from each query, (n, s)."""
+        tokens = torch.arange(block.begin, block.end)[:, None]
+        return tokens - torch.arange(tile.first, tile.first + tile.stop - tile.start)
 
-    def stacked(self, x: Tensor, tile: Tile) -> Tensor:
-        """The tile's part of a tensor (B, Hq, T, D), the queries of a group stacked: (m, g * n, D)."""
-        return self.of_queries(x, tile).to(self.call.work).reshape(-1, self.call.group * tile.queries, x.shape[-1])
+    def columns(self, block: Block, tile: Tile) -> Tensor:
+        """The bias's column of each query and key, (n, s)."""
+        assert self.inputs.buckets is not None
+        return self.inputs.buckets[self.distances(block, tile).clamp_(0, self.inputs.buckets.shape[0] - 1)]
 
-    def sides(self, tile: Tile) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of each source, (m, s, D)."""
+    def add_bias(self, scores: Tensor, block: Block, tile: Tile) -> None:
+        """Add ALiBi and the learned bias to scores (m, g * n, s), in powers of two."""
+        alibi, bias = self.inputs.alibi, self.inputs.bias
+        if alibi is None and bias is None:
+            return
+        seen = scores.view(self.grid[0], self.grid[1] * self.grid[2], block.end - block.begin, scores.shape[2])
+        if alibi is not None:
+            slopes = alibi[self.query_heads].to(self.call.wide)[:, None, None] * LOG2E
+            seen.sub_(slopes * self.distances(block, tile))
+        if bias is not None:
+            seen.add_((bias[self.query_heads].to(self.call.wide) * LOG2E)[:, self.columns(block, tile)])
 
-        def part(x: Tensor, scale: Tensor | None, source: Source) -> Tensor:
-            here = (tile.rows, tile.heads, slice(source.start, source.stop))
-            if scale is not None:
-                return dequantise(x[here], scale[here], self.call.work).flatten(0, 1)
-            return x[here].to(self.call.work).flatten(0, 1)
+    def keep_visible(self, weights: Tensor, block: Block, tile: Tile) -> None:
+        """Zero the weights (m, g * n, s) of pairs that are not visible, whatever they are."""
+        pairs = weights.unflatten(1, (self.call.members, -1))
+        if not tile.memory and tile.stop > block.begin + 1:
+            pairs.tril_(block.begin - tile.first)
+        if block.run.window is not None and tile.first < block.run.low(block.end - 1):
+            pairs.triu_(block.begin - block.run.window - tile.first)
 
-        call, (k_scale, v_scale) = self.call, self.call.scales
-        keys = [part(*((call.memory_k, k_scale) if s.memory else (call.k, None)), s) for s in tile.sources]
-        values = [part(*((call.memory_v, v_scale) if s.memory else (call.v, None)), s) for s in tile.sources]
-        return keys, values
+    def own_scores(self, q: Tensor, block: Block) -> Tensor:
+        """Of each query with its own key, rounded, in powers of two: any pivot does, if it is one. (m, g * n, 1)"""
+        own = self.of_keys(self.inputs.k, block.begin, block.end).to(q.dtype).unsqueeze(1)
+        pivot = (q.unflatten(1, (self.call.members, -1)) * own).sum(-1, keepdim=True)
+        pivot = pivot.mul_(self.call.alpha)
+        if self.inputs.bias is not None and self.inputs.buckets is not None:
+            nearest = self.inputs.bias[self.query_heads, self.inputs.buckets[0]].to(pivot.dtype) * LOG2E
+            pivot.view(*self.grid, -1).add_(nearest.view(*self.grid[1:], 1))
+        return pivot.flatten(1, 2)
 
-    def columns(self, tile: Tile) -> Tensor:
-        """For each query and key of a tile the column of the bias, [n, keys]."""
-        assert self.call.buckets is not None
-        buckets, device = self.call.buckets, self.call.q.device
-        distance = torch.arange(tile.start, tile.stop, device=device)[:, None] - torch.arange(
-            tile.low, tile.stop, device=device
-        )
-        return buckets[distance.clamp_(0, buckets.shape[0] - 1)]
+    def greatest_scores(self, q: Tensor, block: Block) -> Tensor:
+        """Each query's greatest score, in powers of two, rounded. (m, g * n, 1)"""
+        best = q.new_full((*q.shape[:2], 1), -torch.inf, dtype=self.call.wide)
+        for tile in self.tiles(block):
+            scores = torch.bmm(q, self.side(tile, "k").mT).to(self.call.wide).mul_(self.call.alpha)
+            self.add_bias(scores, block, tile)
+            seen = torch.ones_like(scores)
+            self.keep_visible(seen, block, tile)
+            best = torch.maximum(best, scores.masked_fill_(seen == 0, -torch.inf).amax(2, keepdim=True))
+        return best.to(q.dtype)
 
-    def of_heads(self, x: Tensor, tile: Tile) -> Tensor:
-        """The tile's part of something that has an entry a query head."""
-        return x[tile.heads.start * self.call.group : tile.heads.stop * self.call.group]
-
-    def against(self, rows: Tensor, sides: list[Tensor], tile: Tile, out: Tensor) -> None:
-        """Products of every row with every key (or value) of the sources, side by side: (m, g * n, keys)."""
-        if rows.shape[0] == 1:
-            for source, side in zip(tile.sources, sides, strict=True):
-                torch.bmm(rows, side.mT, out=out[:, :, source.columns])
-        elif len(sides) == 1:
-            torch.bmm(rows, sides[0].mT, out=out)
-        else:  # the batched product writes only contiguous results fast
-            torch.cat([torch.bmm(rows, side.mT) for side in sides], -1, out=out)
-
-    def mix(self, weights: Tensor, sides: list[Tensor], tile: Tile) -> Tensor:
-        """Sum over sources of weights @ values: (m, g * n, D)."""
-        total = torch.bmm(weights[:, :, tile.sources[0].columns], sides[0])
-        for source, side in zip(tile.sources[1:], sides[1:], strict=True):
-            total.baddbmm_(weights[:, :, source.columns], side)
-        return total
-
-    def weights(self, q: Tensor, keys: list[Tensor], tile: Tile) -> tuple[Tensor, Tensor]:
-        """Softmax weights of a tile over all its sources, and their scores, (m, g * n, keys) both."""
-        shape = (q.shape[0], q.shape[1], tile.keys)
-        scores = self.buffer(0, shape)
-        self.against(q, keys, tile, scores)
-        if not self.call.fold:
-            scores.mul_(self.call.spec.scale)
-        start, stop, low, window = tile.start, tile.stop, tile.low, tile.run.window
-        grid = scores.view(-1, self.call.group, tile.queries, tile.keys)
-        p = torch.arange(start, stop, device=q.device)
-        if self.call.alibi is not None:
-            distance = p[:, None] - torch.arange(low, stop, device=q.device)  # [n, keys]
-            slopes = self.of_heads(self.call.alibi, tile)
-            slopes = slopes.to(torch.promote_types(self.call.work, torch.float32)).view(-1, self.call.group, 1, 1)
-            grid.unflatten(0, (-1, slopes.shape[0])).sub_(slopes * distance)
-        if self.call.bias is not None:
-            added = self.of_heads(self.call.bias, tile).to(scores.dtype)[:, self.columns(tile)]  # [heads, n, keys]
-            grid.unflatten(0, (-1, tile.heads.stop - tile.heads.start)).add_(added.unflatten(0, (-1, self.call.group)))
-        if window is not None and (fringe := tile.run.low(stop - 1) - low):
-            j = torch.arange(low, low + fringe, device=q.device)
-            grid[..., :fringe].masked_fill_(j < (p - window)[:, None], -torch.inf)
-        if tile.queries > 1:
-            grid[..., start - low :].masked_fill_(p > p[:, None], -torch.inf)
-        weights = self.buffer(1, shape)
-        torch.ops.aten._softmax.out(scores, -1, False, out=weights)
-        return weights, scores
+    def weighted_sums(self, q: Tensor, block: Block, pivot: Tensor) -> tuple[Tensor, Tensor]:
+        """Values weighed by 2 ** (score - pivot), (m, g * n, Dv), and the weights' sum (m, g * n, 1), both wide."""
+        call, offset = self.call, -pivot
+        # A float32 sum of bfloat16 goes through a copy. Rounded tile by tile it is no worse than the totals, which the
+        # products round; a caller who asks for the log-sum-exp shall have it exact.
+        exact = call.wide if call.spec.return_lse else None
+        total: Tensor | None = None
+        sums: Tensor | None = None
+        for tile in self.tiles(block):
+            keys, values = self.side(tile, "k"), self.side(tile, "v")
+            weights = self.room("weights", q, keys.shape[1])
+            torch.baddbmm(offset, q, keys.mT, alpha=call.alpha, out=weights)
+            self.add_bias(weights, block, tile)
+            weights.exp2_()
+            self.keep_visible(weights, block, tile)
+            part, mass = torch.bmm(weights, values), weights.sum(2, keepdim=True, dtype=exact)
+            total = part.to(call.wide) if total is None else total.add_(part)
+            sums = mass.to(call.wide) if sums is None else sums.add_(mass)
+        assert total is not None
+        assert sums is not None
+        return total, sums
 
     def forward(self, out: Tensor, lse: Tensor | None) -> None:
         """Fill this job's part of the outputs."""
-        call = self.call
-        for tile in self.tiles():
-            block = self.stacked(call.q, tile)
-            block = block * call.spec.scale if call.fold else block
-            keys, values = self.sides(tile)
-            weights, scores = self.weights(block, keys, tile)
-            here = self.of_queries(out, tile)
-            here.copy_(self.mix(weights, values, tile).view(here.shape))
+        for block in self.blocks():
+            q = self.stacked(self.inputs.q, block)
+            pivot = self.own_scores(q, block)
+            total, sums = self.weighted_sums(q, block, pivot)
+            if not sums.amax() < LIMIT:
+                pivot = self.greatest_scores(q, block)
+                total, sums = self.weighted_sums(q, block, pivot)
+            here = self.of_block(out, block)
+            here.copy_(total.div_(sums).view(here.shape))
             if lse is not None:
-                # weight = exp(score - lse), read off where the weight is largest and hence most exact
-                top = scores.amax(-1).to(torch.float32) - weights.amax(-1).to(torch.float32).log()
-                here = self.of_queries(lse, tile)
-                here.copy_(top.view(here.shape))
+                here = self.of_block(lse, block)
+                here.copy_(sums.log2_().add_(pivot).div_(LOG2E).view(here.shape))
 
-    def backward(self, above: Above) -> None:
-        """Fill this job's part of dq; add to its part of dk and dv; leave its share of the bias's gradient."""
-        call = self.call
-        scale = call.spec.scale
-        for tile in self.tiles():
-            first = max(tile.run.own if call.spec.detach_segments else 0, tile.low, 0)  # the first to take a gradient
-            taking = slice(first - tile.low, tile.keys)
-            block, grad = self.stacked(call.q, tile), self.stacked(above.grad, tile)
-            block = block * scale if call.fold else block
-            keys, values = self.sides(tile)
-            weights, dweights = self.weights(block, keys, tile)
-            if above.dv is not None:
-                own_dv = above.dv[tile.rows, tile.heads, first : tile.stop]
-                own_dv += torch.bmm(weights[:, :, taking].mT, grad).view(own_dv.shape)
-            if above.dq is None and above.dk is None and above.shares is None:
+    def backward(self, above: "Above") -> None:
+        """Fill this job's part of dQ and of the bias's gradient, add to its part of dK and dV."""
+        for block in self.blocks():
+            self.backward_of(block, above)
+
+    def backward_of(self, block: Block, above: "Above") -> None:
+        call, needs = self.call, above.needs
+        q, grad = self.stacked(self.inputs.q, block), self.stacked(above.grad, block)
+        norm = self.column(above.lse, block) * -LOG2E
+        delta = (grad.to(call.wide) * self.stacked(above.out, block)).sum(-1, keepdim=True).neg_()
+        if above.grad_lse is not None:  # a score's weight is its share in the log-sum-exp's gradient
+            delta += self.column(above.grad_lse, block)
+        # Scores and dP come out of their products with each row's log-sum-exp and delta subtracted: in float32 as the
+        # product's addend, in bfloat16, which would round that, as columns that meet ones.
+        exact, wide_q, wide_grad = call.work == call.wide, q, grad
+        if not exact:
+            wide_q, wide_grad = _with_offset(q, norm / call.alpha), _with_offset(grad, delta)
+            norm, delta = norm.to(call.work), delta.to(call.work)
+        dq: Tensor | None = None
+        for tile in self.tiles(block):
+            takes_k, takes_v = tile.taking and needs.k, tile.taking and needs.v
+            needs_scores = needs.q or needs.bias or takes_k
+            if not (needs_scores or takes_v):
                 continue
-            self.against(grad, values, tile, dweights)
-            dscores = self.buffer(2, (weights.shape[0], weights.shape[1], weights.shape[2]))
-            torch.ops.aten._softmax_backward_data.out(dweights, weights, -1, weights.dtype, grad_input=dscores)
-            if above.grad_lse is not None:
-                pull = self.of_queries(above.grad_lse, tile).to(call.work).reshape(*dscores.shape[:2], 1)
-                dscores.addcmul_(weights, pull)
-            if above.shares is not None:
-                above.shares.append(self.share(dscores, tile))
-            if above.dq is not None:
-                here = self.of_queries(above.dq, tile)
-                here.copy_(self.mix(dscores, keys, tile).mul_(scale).view(here.shape))
-            if above.dk is not None:
-                own_dk = above.dk[tile.rows, tile.heads, first : tile.stop]
-                gain = torch.bmm(dscores[:, :, taking].mT, block).view(own_dk.shape)
-                own_dk += gain if call.fold else gain.mul_(scale)
+            keys = self.side(tile, "k")
+            weights = self.room("weights", q, keys.shape[1])
+            ones = keys if exact else F.pad(keys, (0, 2), value=1.0)
+            torch.baddbmm(norm, wide_q, ones.mT, beta=exact, alpha=call.alpha, out=weights)
+            self.add_bias(weights, block, tile)
+            weights.exp2_()
+            self.keep_visible(weights, block, tile)
+            if takes_v:
+                self.of_keys(above.dv, tile.start, tile.stop).add_(torch.bmm(weights.mT, grad))
+            if not needs_scores:
+                continue
+            values = self.side(tile, "v")
+            values = values if exact else F.pad(values, (0, 2), value=1.0)
+            dscores = self.room("dscores", q, keys.shape[1])
+            torch.baddbmm(delta, wide_grad, values.mT, beta=exact, out=dscores).mul_(weights)
+            if needs.bias:
+                self.share(dscores, block, tile, above.dbias)
+            if needs.q:
+                part = torch.bmm(dscores, keys)
+                dq = part.to(call.wide) if dq is None else dq.add_(part)
+            if takes_k:
+                self.of_keys(above.dk, tile.start, tile.stop).add_(torch.bmm(dscores.mT, q), alpha=call.spec.scale)
+        if dq is not None:
+            here = self.of_block(above.dq, block)
+            here.copy_(dq.mul_(call.spec.scale).view(here.shape))
 
-    def share(self, dscores: Tensor, tile: Tile) -> Share:
-        """The tile's share of the bias's gradient."""
-        assert self.call.bias is not None
-        group, heads = self.call.group, tile.heads.stop - tile.heads.start
-        by_head = dscores.view(-1, heads, group, tile.queries * tile.keys).sum(0, dtype=self.call.bias.dtype)
-        found = self.call.bias.new_zeros(heads * group, self.call.bias.shape[1])
-        found.index_add_(1, self.columns(tile).flatten(), by_head.flatten(0, 1))
-        place = (tile.heads.start, tile.rows.start, tile.start)
-        return Share(slice(tile.heads.start * group, tile.heads.stop * group), place, found)
+    def share(self, dscores: Tensor, block: Block, tile: Tile, dbias: Tensor) -> None:
+        """Add the tile's share of the bias's gradient to `dbias` (B, Hq, buckets), which has an entry for each row:
+        who is done first changes no sum."""
+        found = dbias[self.rows, self.query_heads].flatten(0, 1)
+        flat = dscores.view(found.shape[0], -1).to(dbias.dtype)
+        found.index_add_(1, self.columns(block, tile).flatten(), flat)
+
+
+class Above(NamedTuple):
+    """What a backward begins with, what is asked for, and where its results go: wide zeros, and empty where nobody
+    asks."""
+
+    out: Tensor
+    lse: Tensor
+    grad: Tensor
+    grad_lse: Tensor | None
+    needs: Needs
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor
+
+
+def forward(inputs: Inputs, plan: list[Group], work: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of the whole call, computed in `work`; lse only if it is wanted, in float32 or wider."""
+    call, q = Call(inputs, work), inputs.q
+    out = q.new_empty((*q.shape[:3], inputs.v.shape[3]))
+    lse = q.new_empty(q.shape[:3], dtype=call.wide) if inputs.wants_lse else None
+    in_parallel(lambda part: Job(call, part).forward(out, lse), call.parts(plan))
+    return out, lse
+
+
+def _with_offset(x: Tensor, offset: Tensor) -> Tensor:
+    """x with two columns more that hold `offset` (..., 1) to twice its dtype's precision."""
+    high = offset.to(x.dtype)
+    return torch.cat([x, high, (offset - high).to(x.dtype)], -1)
+
+
+def backward(
+    inputs: Inputs,
+    plan: list[Group],
+    work: torch.dtype,
+    result: tuple[Tensor, Tensor],
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    """The gradients of the whole call, computed in `work`, given its output and log-sum-exp."""
+    call, q, k, v, bias = Call(inputs, work), inputs.q, inputs.k, inputs.v, inputs.bias
+    needs = needs._replace(bias=needs.bias and bias is not None)
+    shapes = (k.shape, v.shape, (*q.shape[:2], 0 if bias is None else bias.shape[1]))
+    dk, dv, dbias = (
+        torch.zeros(shape if need else 0, dtype=call.wide) for shape, need in zip(shapes, needs[1:], strict=True)
+    )
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    above = Above(*result, grad, grad_lse, needs, dq, dk, dv, dbias)
+    in_parallel(lambda part: Job(call, part).backward(above), call.parts(plan))
+    return Gradients(
+        dq if needs.q else None,
+        dk.to(k.dtype) if needs.k else None,
+        dv.to(v.dtype) if needs.v else None,
+        dbias.sum(0).to(bias.dtype) if bias is not None and needs.bias else None,
+    )

@@ -1,65 +1,78 @@
-"""Independent jobs on all cores, each core with one job: many small products run faster so than all cores on each.
+"""Independent jobs on PyTorch's own threads, in one parallel region for all of them.
 
-Splitting a product of a fraction of a millisecond over the cores costs a barrier a product, and on a machine that is
-doing something else as well, every barrier waits for the core that was taken away.
+Each thread takes the next job when it is done with one, and the operators of a job stay on its thread. A call so waits
+for the other threads once, however many operators it has: where they meet at every operator, each meeting waits for the
+thread whose core another program has taken. And that thread then does fewer jobs, where PyTorch's operators give all
+threads alike. The threads are those of PyTorch's OpenMP, which are awake already: others would compete with them.
 """
 
+import ctypes
 import functools
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 
+# Query-key pairs of a call, over all heads, at a head_dim of 64. With fewer than the first its operators are so short
+# that threads mostly wait for Python's lock: alone on a machine all cores on each operator are faster by a fifth, and
+# beside another program a region would be by far. The choice never depends on the load, since sums would round
+# otherwise. Each thread's work is cut into a share for every so many as the second, but no more than `MOST_SHARES`:
+# more shares are fairer where a core is taken, and each costs operators of its own.
+SHARED_PAIRS, SHARE_PAIRS, MOST_SHARES = 1 << 21, 1 << 21, 4
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
 
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    pool = ThreadPoolExecutor(threads, "dsmr-attention", initializer=_alone_on_a_core)
-    for started in [pool.submit(_wait_for_another, threads) for _ in range(threads)]:
-        started.result()
-    torch.set_num_threads(threads)  # what threads started later begin with; the workers keep their own setting
-    return pool
+def _region() -> Callable[..., None] | None:
+    """What compilers turn a parallel region into: calls a function once on each thread. None where PyTorch has other
+    threads than OpenMP's, or an OpenMP without this entry, which only those for Linux have."""
+    if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return None
+    try:  # what PyTorch itself depends on: another OpenMP in the process would be another set of threads
+        runtime = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"))
+        entry = runtime.GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    entry.restype, entry.argtypes = None, [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    return entry
 
 
-def _alone_on_a_core() -> None:
-    """One thread for this worker's operators.
+def shares(pairs: int, dim: int) -> int:
+    """Into how many jobs a call should be cut for `in_parallel`; 1 where its operators should rather have all cores.
 
-    A thread that has not asked for the number first takes the global one at its first operator, whatever was set: each
-    worker would start helpers of its own, and with more threads than cores OpenMP's barriers sleep, everywhere in the
-    process and for good.
+    Args:
+        pairs: query-key pairs of the call, over all heads.
+        dim: the keys' head_dim.
     """
-    torch.get_num_threads()
-    torch.set_num_threads(1)
+    pairs, threads = pairs * dim // 64, torch.get_num_threads()
+    if threads == 1 or pairs < SHARED_PAIRS or _region() is None:
+        return 1
+    return threads * min(max(pairs // SHARE_PAIRS, 1), MOST_SHARES)
 
 
-def _wait_for_another(threads: int) -> None:
-    """Hold a worker for a moment, so that the pool starts all of them."""
-    if threads > 1:
-        import time
-
-        time.sleep(0.002)
-
-
-# A forked child has the pool but not its threads.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def in_parallel(job: Callable[[Any], None], arguments: Sequence[Any], worthwhile: bool) -> None:
-    """job(argument) for each argument, at once if it is `worthwhile` and there are arguments for every thread."""
-    threads = torch.get_num_threads()
-    if not worthwhile or threads == 1 or len(arguments) < threads:
+def in_parallel(job: Callable[[Any], None], arguments: Sequence[Any]) -> None:
+    """job(argument) for each argument, several at once where there is more than one and they can."""
+    region = _region() if len(arguments) > 1 and torch.get_num_threads() > 1 else None
+    if region is None:
         for argument in arguments:
             job(argument)
         return
     inference = torch.is_inference_mode_enabled()
-    queue = iter(arguments)  # the workers share it, so that one that is held up takes fewer
+    queue = iter(arguments)  # the threads share it, so that one that is held up takes fewer
+    failures: list[BaseException] = []
 
-    def alone(_: int) -> None:
-        with torch.inference_mode(inference), torch.no_grad():  # both are settings of a thread
-            for argument in queue:
-                job(argument)
+    def alone(_: Any) -> None:
+        try:
+            with torch.inference_mode(inference), torch.no_grad():  # both are settings of a thread
+                for argument in queue:
+                    if failures:
+                        return
+                    job(argument)
+        except BaseException as failure:  # nothing may leave a region: it is raised behind it
+            failures.append(failure)
 
-    for _ in _pool(threads).map(alone, range(threads)):
-        pass
+    body = _BODY(alone)
+    region(body, None, 0, 0)
+    if failures:
+        raise failures[0]

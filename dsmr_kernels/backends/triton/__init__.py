@@ -2,10 +2,11 @@
 
 `primitives` holds the visibility rule for a tile, `walk` its way over its keys, `forward` and `backward` the kernels,
 `splits` the sharing of tiles in small grids, `bias` the kernels of a learned bias by distance, `configs` tile sizes by
-architecture, `launch` the way to the GPU and `training` that of one call; `decode` serves the newest tokens alone,
-`step` stores them before, `arrivals` tells which program of several is the last; `tuned` reads measured tile sizes.
-`hopper` and `descriptors` are forwards for Hopper that are asked for, `stretches` their way over the keys, and `bulk`
-the way to them.
+architecture, `launch` the way to the GPU, `training` that of one call and `limits` how far it reaches; `decode` serves
+the newest tokens alone, `step` stores them before, `arrivals` tells which program of several is the last; `tuned` reads
+measured tile sizes. `hopper` and `descriptors` are forwards for Hopper that are asked for, `stretches` their way over
+the keys, and `bulk` the way to them.
+
 Under TRITON_INTERPRET=1 they run on CPU tensors, for tests. They may import the contract and `autograd`, and Triton,
 which need not be installed: nothing but the dispatcher, its trial and the tools may import this room, and only when it
 is asked for.
@@ -26,7 +27,7 @@ __all__ = ["append_rotated", "decode_attention", "memory_attention", "unsupporte
 _ELSEWHERE = "backend 'sdpa' serves it as it is"
 
 
-def unsupported(q: Tensor, v_head_dim: int, biased: bool) -> str | None:
+def unsupported(q: Tensor, v_head_dim: int) -> str | None:
     """Why this backend cannot serve `q`; None if it can."""
     if q.device.type != ("cpu" if INTERPRETED else "cuda"):
         return f"it runs on {'CPU tensors under TRITON_INTERPRET=1' if INTERPRETED else 'GPUs'}, not on {q.device}"

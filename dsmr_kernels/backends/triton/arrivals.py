@@ -87,17 +87,11 @@ class _Device:
 _devices: dict[torch.device, _Device] = {}
 
 
-def _stream(device: torch.device) -> int:
-    """The stream on which Triton will launch."""
-    if _launching.INTERPRETED:
-        return threading.get_ident()
-    return triton.runtime.driver.active.get_current_stream(device.index)
-
-
-def counters(device: torch.device, count: int, keep: bool) -> Tensor:
+def counters(device: torch.device, count: int, keep: bool, stream: int | None = None) -> Tensor:
     """At least `count` counters, up to `MOST_COUNTERS`, for the next launch on `device`, which must be the current one.
 
     Args:
+        stream: its current one, if that is known.
         keep: whether what is allocated may be kept. Within an operator that a compiler calls it may not: it may be
             warming up a graph, and takes whatever is alive in the graph's pool afterwards for an error.
     """
@@ -106,16 +100,17 @@ def counters(device: torch.device, count: int, keep: bool) -> Tensor:
         found = _devices.setdefault(device, _Device(device))
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return found.of_graph(count)
-    return found.of_stream(_stream(device), keep)
+    return found.of_stream(_launching.stream_of(device) if stream is None else stream, keep)
 
 
 def launch_counting(launch: _launching.Launch, count: int, keep: bool, *tensors: Tensor) -> None:
     """Launch a kernel whose last tensor is `count` counters; `keep`: see `counters`."""
     device = launch.device
     with _launching.on(device):
-        counted = counters(device, count, keep)
+        stream = _launching.stream_of(device)
+        counted = counters(device, count, keep, stream)
         try:
-            launch(*tensors, counted)
+            launch.start(stream, *tensors, counted)
         except BaseException:  # it may have ended half-way, in the interpreter, and left others than zeros
-            _devices[device].forget(_stream(device))
+            _devices[device].forget(stream)
             raise

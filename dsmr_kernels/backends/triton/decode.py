@@ -21,6 +21,7 @@ from dsmr_kernels.backends.triton.configs import choose, named, padded
 from dsmr_kernels.backends.triton.launch import LOG2E, Launch, architecture, as_rows, processors
 from dsmr_kernels.backends.triton.primitives import load_rows, memory_rows, nan_of, numbers_of, shares, softmax_step
 from dsmr_kernels.ring import Ring
+from dsmr_kernels.spec import Alike
 
 
 @triton.jit
@@ -270,11 +271,15 @@ def _plan(of: _Call) -> tuple[Launch, int, int]:
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor,
     visible: Tensor | None, alibi: Tensor | None, sinks: Tensor | None, bias: Tensor | None, buckets: Tensor | None,
-    scale: float, keep: bool = True,
+    scale: float, keep: bool = True, kind: Alike | None = None,
 ) -> Tensor:  # fmt: skip
-    q, k, v = as_rows(q), as_rows(k), as_rows(v)
+    if kind is None:
+        q, k, v = as_rows(q), as_rows(k), as_rows(v)
     v_dim, device = v.shape[3], q.device
-    out = torch.empty((*q.shape[:3], v_dim), dtype=q.dtype, device=device)
+    if v_dim == q.shape[3]:  # `torch.empty` takes longer
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    else:
+        out = torch.empty((*q.shape[:3], v_dim), dtype=q.dtype, device=device)
     if out.numel() == 0:
         return out
     # A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read.
@@ -290,23 +295,33 @@ def _launch(
         q, k, v, *scales, length, position.contiguous(), length if visible is None else visible.contiguous(),
         q if alibi is None else alibi.contiguous(), q if sinks is None else sinks.contiguous(), *table,
     )  # fmt: skip
-    launch, programs, splits = _plan(
-        _Call(
-            device,
-            tuple([x.dtype for x in tensors]),
-            (q.shape, k.shape, v.shape),
-            (q.stride(), k.stride(), v.stride()),
-            scale_strides,
-            by_distance,
-            k_scale is not None,
-            visible is not None,
-            alibi is not None,
-            sinks is not None,
-            scale,
-            processors(device),
-            configs.generation,
+    # What calls alike may differ in.
+    tables = (
+        configs.generation, processors(device), by_distance, visible is not None,
+        *(None if x is None else x.dtype for x in (alibi, sinks, bias)),
+    )  # fmt: skip
+    found = None if kind is None else kind.plans.get(tables)
+    if found is None:
+        found = _plan(
+            _Call(
+                device,
+                tuple([x.dtype for x in tensors]),
+                (q.shape, k.shape, v.shape),
+                (q.stride(), k.stride(), v.stride()),
+                scale_strides,
+                by_distance,
+                k_scale is not None,
+                visible is not None,
+                alibi is not None,
+                sinks is not None,
+                scale,
+                processors(device),
+                configs.generation,
+            )
         )
-    )
+        if kind is not None:
+            kind.plans[tables] = found
+    launch, programs, splits = found
     if splits == 1:
         launch(*tensors, out, q, q)
     else:
@@ -340,9 +355,11 @@ def decode_attention(
     bias: Tensor | None,
     buckets: Tensor | None,
     scale: float,
+    kind: Alike | None = None,
 ) -> Tensor:
     """See `dsmr_kernels.decode_attention`; arguments are taken as checked."""
-    call = _operator if torch.compiler.is_compiling() else _launch
-    scales = (memory.k_scale, memory.v_scale)
-    beside = (visible, alibi_slopes, sinks, bias, buckets)
-    return call(q, memory.k, memory.v, *scales, memory.length, memory.position, *beside, scale)
+    arguments = (
+        q, memory.k, memory.v, memory.k_scale, memory.v_scale, memory.length, memory.position, visible, alibi_slopes,
+        sinks, bias, buckets, scale,
+    )  # fmt: skip
+    return _operator(*arguments) if torch.compiler.is_compiling() else _launch(*arguments, kind=kind)

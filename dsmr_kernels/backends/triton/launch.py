@@ -4,13 +4,16 @@ import contextlib
 import functools
 import math
 import os
+import threading
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
 BY_ADDRESS = True  # a launcher that is handed tensors asks the driver where each of them lies, which takes longer
+_AMD = torch.version.hip is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -41,6 +44,23 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return _NOWHERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
 
 
+def stream_of(device: torch.device) -> int:
+    """The stream on which Triton launches on a device; in the interpreter a thread is what a stream is on a GPU."""
+    if INTERPRETED:
+        return threading.get_ident()
+    return triton.runtime.driver.active.get_current_stream(device.index)
+
+
+_hooks = triton.knobs.runtime
+_address = Tensor.data_ptr
+
+
+def _hooked() -> bool:
+    """Whether somebody, as a profiler, wants to be told of launches."""
+    enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
 # What a launch asks for -> the kernel that Triton compiled for it, and its constants in their order.
 _compiled: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 
@@ -58,8 +78,8 @@ class Launch:
 
     At every launch Triton works out from the arguments which compiled kernel they ask for, and that takes several times
     as long as to launch it. Here arguments that can only ask for what was compiled before find it in a dictionary, and
-    a launch that is kept finds it in itself. What Triton's own knobs (debugging, instrumentation, hooks) have changed
-    since then goes unseen.
+    a launch that is kept finds it in itself. What Triton's own knobs for compiling (debugging, instrumentation) have
+    changed since then goes unseen.
     """
 
     def __init__(
@@ -74,8 +94,10 @@ class Launch:
     ) -> None:
         self.kernel, self.grid, self.device, self.numbers = kernel, grid, device, numbers
         self.constants, self.options = constants, options
-        self._run: Any = None
-        self._behind: tuple[Any, ...] = ()
+        self._run: Any = None  # Triton's launcher, called as Triton itself calls it
+        self._runner: Any = None  # what Triton offers for calling it, which tells hooks, too
+        self._loaded: tuple[Any, ...] = ()  # the launcher's arguments between stream and addresses
+        self._behind: tuple[Any, ...] = ()  # and those behind the addresses
         if INTERPRETED:
             return
         self._aligned, special = _specialised(kernel, len(dtypes))
@@ -86,21 +108,29 @@ class Launch:
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launch, with the kernel's tensors in their order, which must be of the dtypes given before."""
+        with on(self.device):
+            self.start(stream_of(self.device), *tensors)
+
+    def start(self, stream: int, *tensors: Tensor) -> None:
+        """The same, where the device is the current one and `stream` is `stream_of` it: asked once for all launches of
+        a call."""
         if INTERPRETED:
             self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
             return
-        addresses = [x.data_ptr() for x in tensors]
+        addresses = [*map(_address, tensors)]
         bits = 0
         for i in self._aligned:
             bits |= addresses[i]
         # Left to Triton, too: a tensor that is not aligned, and on AMD's parts one of 2 GiB.
-        large = torch.version.hip is not None and any(x.untyped_storage().nbytes() >> 31 for x in tensors)
+        large = _AMD and any(x.untyped_storage().nbytes() >> 31 for x in tensors)
         known = self._key is not None and not (bits & 15 or large)
-        with on(self.device):
-            if known and (self._run is not None or self._find()):
-                self._run(*(addresses if BY_ADDRESS else tensors), *self._behind)
-                return
-            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+        if known and (self._runner is not None or self._find()):
+            if self._run is None or _hooked():
+                self._runner(*(addresses if BY_ADDRESS else tensors), *self._behind)
+            else:
+                self._run(*self.grid, stream, *self._loaded, *addresses, *self._behind)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
         if known and compiled is not None:
             compiled = (
                 compiled.result() if hasattr(compiled, "result") else compiled
@@ -113,8 +143,12 @@ class Launch:
         """Whether what this launch asks for has been compiled."""
         assert self._key is not None
         if found := _compiled.get(self._key):
-            self._run, self._behind = found[0][self.grid], (*self.numbers, *found[1])
-        return self._run is not None
+            compiled, constants = found
+            self._behind = (*self.numbers, *constants)  # first: another thread may be here, too
+            self._runner = compiled[self.grid]
+            if BY_ADDRESS:  # without hooks, and what would be handed to them
+                self._loaded, self._run = (compiled.function, compiled.packed_metadata, *(None,) * 3), compiled.run
+        return self._runner is not None
 
 
 def launch_kernel(

@@ -18,6 +18,7 @@ from dsmr_kernels.backends.triton.arrivals import MOST_COUNTERS, arrives_last, l
 from dsmr_kernels.backends.triton.configs import choose, padded
 from dsmr_kernels.backends.triton.launch import Launch, architecture, as_rows
 from dsmr_kernels.memory import KVMemory
+from dsmr_kernels.spec import Alike
 
 
 @triton.jit
@@ -133,6 +134,9 @@ def _turned_dtype(q: Tensor, memory_k: Tensor) -> torch.dtype:
     return q.dtype if memory_k.dtype == torch.int8 else memory_k.dtype
 
 
+_TABLES = 16  # launches of calls that are alike but for their rotary angles
+
+
 class _Call(NamedTuple):
     """What a launch depends on: everything but where its tensors lie."""
 
@@ -172,9 +176,15 @@ def _plan(of: _Call) -> tuple[Launch, int]:
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, memory_k: Tensor, memory_v: Tensor,
     k_scale: Tensor | None, v_scale: Tensor | None, length: Tensor, position: Tensor, keep: bool = True,
+    kind: Alike | None = None,
 ) -> Tensor:  # fmt: skip
-    q, k, v = as_rows(q), as_rows(k), as_rows(v)
-    out = torch.empty(q.shape, dtype=_turned_dtype(q, memory_k), device=q.device)
+    if kind is None:
+        q, k, v = as_rows(q), as_rows(k), as_rows(v)
+    dtype = _turned_dtype(q, memory_k)
+    if dtype == q.dtype:  # `torch.empty` takes longer
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    else:
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
     if out.numel() == 0:
         return out
     turn, turn_strides = (q, q), (0, 0)
@@ -187,20 +197,28 @@ def _launch(
         scales, scale_strides = (k_scale, v_scale), (*k_scale.stride()[:2], *v_scale.stride()[:2])  # type: ignore[assignment]
     counters = (length.contiguous(), position.contiguous())
     tensors = (q, k, v, *turn, memory_k, memory_v, *scales, *counters, out)
-    launch, programs = _plan(
-        _Call(
-            q.device,
-            tuple([x.dtype for x in tensors]),
-            (q.shape, k.shape, v.shape),
-            tuple([x.stride() for x in (q, k, v, memory_k, memory_v)]),
-            turn_strides,
-            scale_strides,
-            memory_k.shape[2],
-            cos is not None,
-            k_scale is not None,
-            configs.generation,
+    tables = configs.generation, turn_strides, cos is not None  # what calls alike may differ in
+    found = None if kind is None else kind.plans.get(tables)
+    if found is None:
+        found = _plan(
+            _Call(
+                q.device,
+                tuple([x.dtype for x in tensors]),
+                (q.shape, k.shape, v.shape),
+                tuple([x.stride() for x in (q, k, v, memory_k, memory_v)]),
+                turn_strides,
+                scale_strides,
+                memory_k.shape[2],
+                cos is not None,
+                k_scale is not None,
+                configs.generation,
+            )
         )
-    )
+        if kind is not None:
+            if len(kind.plans) >= _TABLES:
+                kind.plans.clear()
+            kind.plans[tables] = found
+    launch, programs = found
     if programs == 1:
         launch(*tensors, q)
     else:
@@ -231,17 +249,26 @@ def _(*arguments: Tensor) -> Tensor:
     return q.new_empty(q.shape, dtype=_turned_dtype(q, memory_k))
 
 
-def append_rotated(q: Tensor, k: Tensor, v: Tensor, memory: KVMemory, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+def append_rotated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory: KVMemory,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    kind: Alike | None = None,
+) -> Tensor:
     """See `dsmr_kernels.append_rotated`; arguments are taken as checked."""
-    storage = memory.storage()
-    if memory.mark is not None or any(x.stride(-1) != 1 and x.shape[-1] != 1 for x in storage):
-        return rotary.append_rotated(q, k, v, memory, cos, sin)
+    if kind is None:
+        storage = memory.storage()
+        if memory.mark is not None or any(x.stride(-1) != 1 and x.shape[-1] != 1 for x in storage):
+            return rotary.append_rotated(q, k, v, memory, cos, sin)
     memory.unshare()
     arguments = (memory.k, memory.v, memory.k_scale, memory.v_scale, memory.length, memory.position)
     if torch.compiler.is_compiling():
         turned = _operator(q, k, v, cos, sin, *arguments)
     else:
-        turned = _launch(q, k, v, cos, sin, *arguments)
-        torch.autograd.graph.increment_version(memory.tensors().values())  # written past PyTorch's eyes
+        turned = _launch(q, k, v, cos, sin, *arguments, kind=kind)
+        torch.autograd.graph.increment_version([x for x in arguments if x is not None])  # written past PyTorch's eyes
     memory.seen = memory.seen + q.shape[2]
     return turned

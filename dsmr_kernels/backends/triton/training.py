@@ -15,47 +15,20 @@ import torch
 from torch import Tensor
 
 from dsmr_kernels.backends.triton import bulk, configs
+from dsmr_kernels.backends.triton import launch as launching
 from dsmr_kernels.backends.triton.backward import dkv_kernel, dq_kernel
 from dsmr_kernels.backends.triton.bias import bucketed, dbias_kernel, table_of
 from dsmr_kernels.backends.triton.configs import choose, named, padded, unrolled
 from dsmr_kernels.backends.triton.forward import forward_kernel
 from dsmr_kernels.backends.triton.launch import LOG2E, Launch, architecture, as_rows, in_units, processors
+from dsmr_kernels.backends.triton.limits import bounded as bounded  # where the kernels' comments look for it
+from dsmr_kernels.backends.triton.limits import bounded_rows, distances_seen, limits_of
 from dsmr_kernels.backends.triton.primitives import MARGIN
 from dsmr_kernels.backends.triton.splits import LEAST_KEYS, LEAST_QUERIES, merge_kernel, shares_of, sum_kernel
 from dsmr_kernels.spec import AttentionSpec, Gradients, Inputs, Needs
 
 _KEPT = 1024  # launches of each kernel
-
-
-def bounded(spec: AttentionSpec, tokens: int, capacity: int) -> tuple[int, int, int]:
-    """Horizon, segment length (0 = one segment) and offset as the kernels count them, in 32 bits.
-
-    None of them is larger than the tokens of call and memory together: beyond that they make no difference.
-    """
-    most = tokens + capacity
-    horizon, length, offset = min(spec.horizon, most), spec.segment_length, spec.segment_offset
-    if length is None or length - offset >= tokens:
-        return horizon, 0, min(offset, capacity)
-    if length > most:
-        length, offset = most, offset - (length - most)
-    return horizon, length, offset
-
-
-def bounded_rows(offsets: Tensor, length: int | None, tokens: int, capacity: int) -> Tensor:
-    """Each row's own offset, for a segment length of at most the tokens of call and memory together."""
-    most = tokens + capacity
-    if length is None or length <= most:
-        return offsets.contiguous()
-    left = length - offsets  # until the segment ends
-    return torch.where(left >= tokens, offsets.clamp(max=capacity), most - left)
-
-
-def distances_seen(limits: tuple[int, int, int], sliding: bool, tokens: int, capacity: int) -> int:
-    """How many distances a pair of query and key may have, of a call that is limited so (`bounded`): 0 ... n - 1."""
-    horizon, length, _ = limits
-    if sliding:
-        return min(horizon + 1, tokens + capacity)
-    return min(horizon + length if length else tokens + capacity, tokens + capacity)
+_TABLES = 16  # of them, in which calls differ that are alike
 
 
 class _Signature(NamedTuple):
@@ -78,51 +51,71 @@ class _Signature(NamedTuple):
     generation: int
 
 
-def _read(inputs: Inputs) -> tuple[tuple[Tensor, ...], _Signature]:
-    """The tensors that the kernels over queries begin with, and the call's signature.
+def _tensors(inputs: Inputs) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """The tensors that the kernels over queries begin with, and what the signatures of calls alike may differ in.
 
     A kernel takes a pointer for every tensor: where there is none, any will do, and it is never read. The table of a
     bias holds ALiBi's slopes, too, and takes their place.
     """
-    q, k, v, memory, spec = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.spec
-    ring, scale_strides = (k, v, q, q, q, q), (0, 0, 0, 0)
-    has_memory = memory is not None and memory.k.numel() > 0
-    quantised = False
-    if memory is not None and has_memory:
+    q, k, v, memory, piece_start, alibi, offsets, bias, buckets = inputs[:9]
+    ring: tuple[Tensor, ...] = (k, v, q, q, q, q)
+    if memory is not None and memory.k.numel():
         k_scale, v_scale = q, q
         if memory.k_scale is not None and memory.v_scale is not None:
-            quantised, k_scale, v_scale = True, as_rows(memory.k_scale), as_rows(memory.v_scale)
-            scale_strides = (*k_scale.stride()[:2], *v_scale.stride()[:2])  # type: ignore[assignment]
+            k_scale, v_scale = as_rows(memory.k_scale), as_rows(memory.v_scale)
         ring = (memory.k, memory.v, k_scale, v_scale, memory.length.contiguous(), memory.position.contiguous())
-    piece_start, alibi, offsets = inputs.piece_start, inputs.alibi, inputs.offsets
+    many = processors(q.device)
+    if piece_start is None and alibi is None and offsets is None and bias is None:
+        return (q, k, v, *ring, q, q, q), (configs.generation, many, 0, False, False, 0, False, None)
     pieces = q if piece_start is None else as_rows(piece_start)
     slopes = q if alibi is None else alibi.contiguous()
     width = 0
-    if inputs.bias is not None and inputs.buckets is not None:
-        slopes, alibi = table_of(inputs.bias, inputs.buckets, alibi, _distances(inputs)), None
+    if bias is not None and buckets is not None:
+        slopes, alibi = table_of(bias, buckets, alibi, _distances(inputs)), None
         width = slopes.shape[1]
     if offsets is not None:
-        offsets = bounded_rows(offsets, spec.segment_length, k.shape[2], memory.capacity if memory is not None else 0)
-    tensors = (q, k, v, *ring, pieces, slopes, q if offsets is None else offsets)
-    five = (q, k, v, ring[0], ring[1])
+        capacity = memory.capacity if memory is not None else 0
+        offsets = bounded_rows(offsets, inputs.spec.segment_length, k.shape[2], capacity)
+    piece_stride = 0 if piece_start is None else pieces.stride(0)
+    tables = (piece_stride, piece_start is not None, alibi is not None, width, offsets is not None, slopes.dtype)
+    return (q, k, v, *ring, pieces, slopes, q if offsets is None else offsets), (configs.generation, many, *tables)
+
+
+def _read(inputs: Inputs) -> tuple[tuple[Tensor, ...], "_Plans"]:
+    """The tensors that the kernels over queries begin with, and the launches of the call."""
+    tensors, tables = _tensors(inputs)
+    kept = None if inputs.alike is None else inputs.alike.plans
+    if kept is not None and (found := kept.get(tables)) is not None:
+        return tensors, found
+    generation, many, piece_stride, has_pieces, has_alibi, width, has_offsets, _ = tables
+    memory, five, scale_strides = inputs.memory, tensors[:5], (0, 0, 0, 0)
+    has_memory = memory is not None and memory.k.numel() > 0
+    quantised = memory is not None and has_memory and memory.k_scale is not None and memory.v_scale is not None
+    if quantised:
+        scale_strides = (*tensors[5].stride()[:2], *tensors[6].stride()[:2])  # type: ignore[assignment]
     signature = _Signature(
-        spec,
-        q.device,
+        inputs.spec,
+        inputs.q.device,
         tuple([x.dtype for x in tensors]),
         tuple([x.shape for x in five]),
         tuple([x.stride() for x in five]),
         scale_strides,
-        0 if piece_start is None else pieces.stride(0),
+        piece_stride,
         has_memory,
         quantised,
-        piece_start is not None,
-        alibi is not None,
+        has_pieces,
+        has_alibi,
         width,
-        offsets is not None,
-        processors(q.device),
-        configs.generation,
+        has_offsets,
+        many,
+        generation,
     )
-    return tensors, signature
+    plans = _plans(signature)
+    if kept is not None:
+        if len(kept) >= _TABLES:
+            kept.clear()
+        kept[tables] = plans
+    return tensors, plans
 
 
 class _Plan(NamedTuple):
@@ -137,18 +130,10 @@ class _Plan(NamedTuple):
         return torch.empty((self.splits, *shape), dtype=torch.float32, device=like.device)
 
 
-def _limits(spec: AttentionSpec, has_offsets: bool, tokens: int, capacity: int) -> tuple[int, int, int]:
-    """Horizon, segment length and offset of a call, the rows of which may have offsets of their own."""
-    limits = bounded(spec, tokens, capacity)
-    if has_offsets:  # a segment that ends in no row may end in one
-        limits = (limits[0], min(spec.segment_length or 0, tokens + capacity), 0)
-    return limits
-
-
 def _distances(inputs: Inputs) -> int:
     """How many distances are seen in a call."""
     tokens, capacity = inputs.k.shape[2], 0 if inputs.memory is None else inputs.memory.capacity
-    limits = _limits(inputs.spec, inputs.offsets is not None, tokens, capacity)
+    limits = limits_of(inputs.spec, inputs.offsets is not None, tokens, capacity)
     return distances_seen(limits, inputs.spec.visibility == "sliding", tokens, capacity)
 
 
@@ -163,7 +148,7 @@ class _Sizes:
         self.widest = max(self.head_dim, self.v_head_dim)
         self.capacity = ring[2] if of.has_memory else 0
         self.group, self.scale = self.heads // self.kv_heads, of.spec.scale
-        self.limits = _limits(of.spec, of.has_offsets, self.tokens, self.capacity)
+        self.limits = limits_of(of.spec, of.has_offsets, self.tokens, self.capacity)
         self.constants = {
             "SLIDING": of.spec.visibility == "sliding",
             "HAS_MEMORY": of.has_memory,
@@ -310,6 +295,36 @@ def _dbias(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]]) -> tup
     return launch, blocks, config.bn
 
 
+class _Plans:
+    """The launches of the calls of a signature."""
+
+    def __init__(self, of: _Signature) -> None:
+        self.of, self.forward = of, _forward(of)
+        self.out_shape = (*of.shapes[0][:3], of.shapes[2][3])
+        _, heads, queries, _ = self.out_shape
+        self.lse = self.out_shape[:3], (heads * queries, queries, 1)  # shape and strides
+        self._backward: dict[Any, tuple[_Plan | None, _Plan | None]] = {}
+
+    def backward(self, grad: Tensor, lse_grad: bool, needs: Needs) -> tuple[_Plan | None, _Plan | None]:
+        """Of dQ, or what comes before dK and dV, and of dK and dV; None where a call has no use for it."""
+        strides = grad.stride()
+        key = (strides, lse_grad, needs)
+        found = self._backward.get(key)
+        if found is None:
+            laid_out, dq, dkv = (grad.shape, strides), None, None
+            if needs.q or needs.k or needs.bias:
+                dq = _dq(self.of, laid_out, lse_grad, needs.q)
+            if needs.k or needs.v:
+                dkv = _dkv(self.of, laid_out, needs.k, needs.v)
+            if len(self._backward) >= _KEPT:
+                self._backward.clear()
+            found = self._backward[key] = dq, dkv
+        return found
+
+
+_plans = functools.lru_cache(_KEPT)(_Plans)
+
+
 def _room(x: Tensor) -> Tensor:
     """An empty contiguous tensor of the shape of `x`; `torch.empty` takes three times as long to be told that shape."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -318,22 +333,28 @@ def _room(x: Tensor) -> Tensor:
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """out (B, Hq, T, v_head_dim) and lse (B, Hq, T)."""
     q = inputs.q
-    shape = q.shape[:3]
-    same = inputs.v.shape[3] == q.shape[3]
-    out = _room(q) if same else torch.empty((*shape, inputs.v.shape[3]), dtype=q.dtype, device=q.device)
-    lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-    if q.numel() and (tile := bulk.tile_for(inputs)) is not None:
+    device = q.device
+    if not q.numel():
+        rows = q.shape[:3]
+        return q.new_empty((*rows, inputs.v.shape[3])), q.new_empty(rows, dtype=torch.float32)
+    if (tile := bulk.tile_for(inputs)) is not None:
+        out = _room(q)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=device)
         capacity = 0 if inputs.memory is None else inputs.memory.capacity
         bulk.forward(inputs, tile, bounded(inputs.spec, inputs.k.shape[2], capacity), out, lse)
-    elif q.numel():
-        tensors, signature = _read(inputs)
-        plan = _forward(signature)
+        return out, lse
+    tensors, plans = _read(inputs)
+    plan, shape = plans.forward, plans.out_shape
+    out = _room(q) if shape[3] == q.shape[3] else torch.empty(shape, dtype=q.dtype, device=device)
+    lse = torch.empty_strided(*plans.lse, dtype=torch.float32, device=device)  # quicker than `torch.empty`
+    with launching.on(device):
+        stream = launching.stream_of(device)
         if plan.together is None:
-            plan.launch(*tensors, out, lse)
+            plan.launch.start(stream, *tensors, out, lse)
         else:
-            parts = plan.parts(*out.shape, like=q), plan.parts(*shape, like=q)
-            plan.launch(*tensors, *parts)
-            plan.together(*parts, out, lse)
+            parts = plan.parts(*shape, like=q), plan.parts(*shape[:3], like=q)
+            plan.launch.start(stream, *tensors, *parts)
+            plan.together.start(stream, *parts, out, lse)
     return out, lse
 
 
@@ -342,39 +363,47 @@ def backward(
 ) -> Gradients:
     """The gradients that are needed."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    dq, dk, dv = (_room(x) if need else None for x, need in zip((q, k, v), needs[:3], strict=True))
+    dq, dk, dv = _room(q) if needs.q else None, _room(k) if needs.k else None, _room(v) if needs.v else None
     if q.numel() == 0:
         dbias = torch.zeros_like(inputs.bias) if inputs.bias is not None and needs.bias else None
         return Gradients(dq, None if dk is None else dk.zero_(), None if dv is None else dv.zero_(), dbias)
     out, lse, grad = out.contiguous(), lse.contiguous(), as_rows(grad)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    tensors, signature = _read(inputs)
-    laid_out = grad.shape, grad.stride()
-    delta = lse  # for the gradient of v alone nothing else is needed
-    if needs.q or needs.k or needs.bias:
-        delta = _room(lse)
-        plan = _dq(signature, laid_out, grad_lse is not None, needs.q)
-        _in_shares(plan, (*tensors, grad, q if grad_lse is None else grad_lse, out, lse, delta), (dq,), q)
-    if needs.k or needs.v:
-        plan = _dkv(signature, laid_out, needs.k, needs.v)
-        _in_shares(plan, (q, k, v, *tensors[-3:], grad, lse, delta), (dk, dv), k)
-    dbias = None
-    if inputs.bias is not None and inputs.buckets is not None and needs.bias:
-        launch, blocks, keys = _dbias(signature, laid_out)
-        parts = torch.empty((*q.shape[:2], 2, blocks * keys), dtype=torch.float32, device=q.device)
-        launch(*tensors, grad, lse, delta, parts)
-        dbias = bucketed(parts, inputs.bias, inputs.buckets, _distances(inputs), keys)
+    tensors, plans = _read(inputs)
+    dq_plan, dkv_plan = plans.backward(grad, grad_lse is not None, needs)
+    delta, dbias, device = lse, None, q.device  # for the gradient of v alone nothing else is needed
+    with launching.on(device):
+        stream = launching.stream_of(device)
+        if dq_plan is not None:
+            delta = _room(lse)
+            given = (*tensors, grad, q if grad_lse is None else grad_lse, out, lse, delta)
+            if dq_plan.together is None:
+                dq_plan.launch.start(stream, *given, q if dq is None else dq)
+            else:
+                _in_shares(stream, dq_plan, given, (dq,), q)
+        if dkv_plan is not None:
+            given = (q, k, v, *tensors[-3:], grad, lse, delta)
+            if dkv_plan.together is None:
+                dkv_plan.launch.start(stream, *given, k if dk is None else dk, k if dv is None else dv)
+            else:
+                _in_shares(stream, dkv_plan, given, (dk, dv), k)
+        if inputs.bias is not None and inputs.buckets is not None and needs.bias:
+            launch, blocks, keys = _dbias(plans.of, (grad.shape, grad.stride()))
+            parts = torch.empty((*q.shape[:2], 2, blocks * keys), dtype=torch.float32, device=device)
+            launch.start(stream, *tensors, grad, lse, delta, parts)
+            dbias = bucketed(parts, inputs.bias, inputs.buckets, _distances(inputs), keys)
     return Gradients(dq, dk, dv, dbias)
 
 
-def _in_shares(plan: _Plan, tensors: tuple[Tensor, ...], results: tuple[Tensor | None, ...], unread: Tensor) -> None:
-    """Launch a kernel of the backward, which writes those results that are needed; `unread` stands for the others."""
-    if plan.together is None:
-        plan.launch(*tensors, *[unread if x is None else x for x in results])
-        return
+def _in_shares(
+    stream: int, plan: _Plan, tensors: tuple[Tensor, ...], results: tuple[Tensor | None, ...], unread: Tensor
+) -> None:
+    """Launch a kernel of the backward in shares, which write those results that are needed; `unread` stands for the
+    others."""
+    assert plan.together is not None
     made = [None if x is None else plan.parts(*x.shape, like=x) for x in results]
     spare = next(x for x in made if x is not None)
     parts = [spare if x is None else x for x in made]
-    plan.launch(*tensors, *parts)
+    plan.launch.start(stream, *tensors, *parts)
     pairs = [(part, unread if x is None else x) for part, x in zip(parts, results, strict=True)]
-    plan.together(*pairs[0], *pairs[-1])
+    plan.together.start(stream, *pairs[0], *pairs[-1])

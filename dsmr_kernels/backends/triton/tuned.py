@@ -6,15 +6,14 @@ kernels' sources must be what they were. Whatever does not fit is refused in one
 
 import hashlib
 import inspect
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsmr_kernels.backends.triton.configs import DTYPES, Config
+from dsmr_kernels.measured import read_measured
 
 FORMAT = 1
 Key = tuple[str, int, str]  # kernel, padded head_dim, dtype without "torch."
@@ -77,30 +76,15 @@ def read(path: str | os.PathLike[str], machine: dict[str, str] | None = None, ar
         ValueError: in one sentence, if the file is missing, damaged, or was made for something else.
     """
     machine = this_machine() if machine is None else machine
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ValueError(f"tuned configurations {path} cannot be read: {reason}") from error
-    except ValueError as error:
-        raise ValueError(f"tuned configurations {path} are damaged: not JSON, {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"tuned configurations {path} must be of format {FORMAT}, got {found!r}")
-    for key, words in _WORDS.items():
-        if content.get(key) != machine[key]:
-            raise ValueError(
-                f"tuned configurations {path} are stale: made {words} {content.get(key)!r}, here is {machine[key]!r}; "
-                "run `python -m dsmr_kernels.tools.tune` again"
-            )
-    try:
-        tuned = Tuned(str(content["architecture"]), dict(_entry(entry) for entry in content["entries"]))
-    except (KeyError, TypeError, ValueError) as error:
-        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"tuned configurations {path} are damaged: {said}") from error
+    again = "python -m dsmr_kernels.tools.tune"
+    tuned = read_measured(path, "tuned configurations", FORMAT, machine, _WORDS, again, _tuned)
     if architecture not in (None, tuned.architecture):
         raise ValueError(f"tuned configurations {path} are for {tuned.architecture}, this GPU is {architecture}")
     return tuned
+
+
+def _tuned(content: dict[str, Any]) -> Tuned:
+    return Tuned(str(content["architecture"]), dict(_entry(entry) for entry in content["entries"]))
 
 
 def _entry(entry: dict[str, Any]) -> tuple[Key, Config]:

@@ -1,0 +1,86 @@
+"""Calls alike: what follows from shapes, strides, dtypes, devices and options alone is found out by the first of them.
+
+A step of training makes the same calls again and again, on other tensors. That they are rightly made, which backend
+serves them and what it launches is the same each time, and takes longer to find out than to launch: here the first call
+of a kind leaves it for the next ones, under a key of everything that it follows from. What follows from anything else
+(values, who needs a memory, the environment) is looked at in every call and has no place here. No tensor is kept.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmr_kernels.ring import Ring
+from dsmr_kernels.spec import Alike
+
+_MOST = 4096  # kinds of calls; beyond, all are found out anew
+_known: dict[tuple[Any, ...], Alike] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may be anything, sizes without a number included
+
+
+def _of_memory(memory: Ring) -> tuple[Any, ...]:
+    k, v, length, position = memory.k, memory.v, memory.length, memory.position
+    k_scale, v_scale = memory.k_scale, memory.v_scale
+    scales: tuple[Any, ...] = k_scale is None, v_scale is None
+    if k_scale is not None and v_scale is not None:
+        scales = k_scale.dtype, k_scale.shape, k_scale.stride(), v_scale.dtype, v_scale.shape, v_scale.stride()
+    return (
+        type(memory), memory.mark is None, k.is_inference() and not torch.is_inference_mode_enabled(),
+        k.dtype, k.device, k.shape, k.stride(), v.dtype, v.device, v.shape, v.stride(),
+        length.dtype, length.device, length.shape, position.dtype, position.device, position.shape, scales,
+    )  # fmt: skip
+
+
+def attention_key(q: Any, k: Any, v: Any, memory: Any, *options: Any) -> tuple[Any, ...] | None:
+    """The key of a `memory_attention`; None if it has none, whatever is the matter: then all is looked at anew.
+
+    `options`: what else a kind of call follows from. Of equal ones of different types, as 1 and True, one may be wrong.
+    """
+    if type(q) not in _PLAIN:
+        return None
+    try:
+        return (
+            q.dtype, q.device, q.shape, q.stride(), k.dtype, k.device, k.shape, k.stride(),
+            v.dtype, v.device, v.shape, v.stride(), None if memory is None else _of_memory(memory),
+            *options, *map(type, options),
+        )  # fmt: skip
+    except (AttributeError, RuntimeError):  # no tensor, or none that lies in strides
+        return None
+
+
+def decoding_key(q: Any, memory: Any, *options: Any) -> tuple[Any, ...] | None:
+    """The same of a `decode_attention`."""
+    if type(q) not in _PLAIN or not isinstance(memory, Ring):
+        return None
+    try:
+        return (q.dtype, q.device, q.shape, q.stride(), _of_memory(memory), *options, *map(type, options))
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def found(key: tuple[Any, ...] | None) -> Alike | None:
+    """What calls of this key left."""
+    if key is None:
+        return None
+    try:
+        return _known.get(key)
+    except TypeError:  # something among the options that is no option
+        return None
+
+
+def keep(key: tuple[Any, ...], kind: Alike) -> Alike | None:
+    """Leave it for the next call of this key, and return it; None if it cannot be left."""
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    if len(_known) >= _MOST:
+        _known.clear()
+    _known[key] = kind
+    return kind
+
+
+def forget() -> None:
+    """As in a process that begins."""
+    _known.clear()
