@@ -213,19 +213,28 @@ class Ranks:
         self.meet()
 
     def evaluate(
-        self, model: DSMRModel, corpus: Corpus, split: str, pieces: np.ndarray, name: str, **options: Any
+        self,
+        model: DSMRModel,
+        corpus: Corpus,
+        split: str,
+        pieces: np.ndarray,
+        *,
+        batch_size: int,
+        name: str,
+        **options: Any,
     ) -> EvaluationReport:
-        """As `dsmr.evaluation.losses.evaluate`: the pieces are dealt to the ranks by length, and all get the report.
+        """As `dsmr.evaluation.losses.evaluate`, with `batch_size` rows over all ranks: the pieces are dealt to them by
+        length, and all get the report.
 
         Raises `StoppedError` in every rank if `progress` raises it in one.
         """
         if self.alone:
-            return evaluate(model, corpus, split, pieces=pieces, name=name, **options)
+            return evaluate(model, corpus, split, pieces=pieces, batch_size=batch_size, name=name, **options)
         lengths = np.diff(np.asarray(corpus.offsets))[pieces]
         dealt = np.argsort(-lengths, kind="stable")
         mine = dealt[self.rank :: self.world]
         with contextlib.suppress(StoppedError):
-            losses = piece_losses(model, corpus, pieces[mine], **options)
+            losses = piece_losses(model, corpus, pieces[mine], batch_size=len(self.rows(batch_size)), **options)
         self.meet()
         if self.signal is not None:
             raise StoppedError
