@@ -23,7 +23,7 @@ class Pace:
         config: TrainConfig,
         total_steps: int | None,
         validation_tokens: int,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.config, self.total_steps, self.validation_tokens = config, total_steps, validation_tokens
         self.evaluations = config.evaluations(total_steps, validation_tokens)
@@ -32,7 +32,7 @@ class Pace:
         self.validated, self.validated_at = 0, 0.0  # step and seconds of the run at the latest validation
         self.validation_seconds: float | None = None  # how long it took
         self._seconds_before, self._steps_before = 0.0, 0
-        self.clock = clock
+        self.clock = clock or time.monotonic
         self.start()
 
     def start(self) -> None:

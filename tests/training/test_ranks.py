@@ -25,6 +25,7 @@ from dsmr.training.ranks import Ranks, joined
 
 CHILD = """
 import json, os, signal, sys, torch
+from dsmr.console.errors import UserError
 from dsmr.model.transformer import DSMRModel
 from dsmr.training.loop import TrainConfig, train
 
@@ -42,7 +43,7 @@ if break_at and os.environ["RANK"] == "1":
     DSMRModel.forward = broken
 try:
     sys.exit(train(TrainConfig.from_dict(config), resume=resume, parallel="ddp").exit_code)
-except ValueError as error:
+except UserError as error:
     sys.exit(f"said: {error}")
 """
 
