@@ -112,6 +112,13 @@ def train(
     ] = None,
     eval_every: Annotated[Whole, setting("Steps between validations.", "eval_every")] = None,
     save_minutes: Annotated[Number, setting("Minutes between checkpoints.", "save_minutes")] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="ddp: the processes that torchrun started train together, each on its rows of the batch.",
+            show_default="one process",
+        ),
+    ] = None,
 ) -> None:
     """Train on streams of whole pieces. The run ends when the first of --steps, --epochs, --minutes is reached."""
     given = {name: value for name, value in locals().items() if name in TRAIN_DEFAULTS and value is not None}
@@ -130,6 +137,6 @@ def train(
         raise UserError("name the corpus with --data (or go on with a former run with --resume)")
     else:
         config = TrainConfig(out=str(out), **given)
-    result = work(config, resume=resume, overwrite=overwrite)
+    result = work(config, resume=resume, overwrite=overwrite, parallel=parallel)
     if result.exit_code:
         raise SystemExit(result.exit_code)

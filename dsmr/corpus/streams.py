@@ -3,9 +3,10 @@
 The pieces of a split are shuffled anew in every epoch and dealt to whichever row is free, so that an epoch covers every
 piece once and no row waits for another. Everything that is random follows from (seed, epoch, piece): the loader's state
 is a handful of integers, and a restored loader goes on exactly where the saved one stood, augmentation included.
+Several processes may read a batch's rows among them: each follows all rows, and reads those that are its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +30,12 @@ class Batch:
     targets: torch.Tensor  # (B, T) int64, IGNORE at the last token of each piece
     piece_start: torch.Tensor  # (B, T) int32, index in this batch of the piece's first token; negative: it began before
     pieces: tuple[tuple[int, ...], ...]  # for each row, the corpus's numbers of the pieces read in this batch
+    predicted: int  # targets that are not IGNORE, of all rows of the stream: also of those that are read elsewhere
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""
-        return Batch(self.tokens.to(device), self.targets.to(device), self.piece_start.to(device), self.pieces)
+        tokens, targets, piece_start = (x.to(device) for x in (self.tokens, self.targets, self.piece_start))
+        return Batch(tokens, targets, piece_start, self.pieces, self.predicted)
 
 
 @dataclass
@@ -42,7 +45,8 @@ class _Row:
     piece: int
     epoch: int
     offset: int
-    tokens: np.ndarray
+    length: int
+    tokens: np.ndarray | None  # None where another process reads the row
 
 
 class StreamLoader:
@@ -50,6 +54,8 @@ class StreamLoader:
 
     `tokens_per_step` is the number of tokens of each row in a batch. `augment(tokens, rng)` is applied to each piece
     when a row opens it. A piece of n tokens gives n inputs and n - 1 targets: its last token (EOS) predicts nothing.
+    Batches hold the rows of `rows` (all of them by default) of the `batch_size`; where the others stand is followed
+    without reading them, save that augmenting tells how long a piece becomes.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class StreamLoader:
         tokens_per_step: int,
         seed: int,
         augment: Augment | None = None,
+        rows: range | None = None,
     ) -> None:
         if batch_size < 1 or tokens_per_step < 1:
             raise ValueError(
@@ -68,6 +75,9 @@ class StreamLoader:
         self.corpus, self.split = corpus, split
         self.batch_size, self.tokens_per_step = batch_size, tokens_per_step
         self.seed, self.augment = seed, augment
+        self.rows = range(batch_size) if rows is None else rows
+        if not (len(self.rows) and 0 <= self.rows[0] <= self.rows[-1] < batch_size):
+            raise ValueError(f"rows must be some of the {batch_size} rows of a batch, but they are {self.rows}")
         self.pieces = np.asarray(corpus.pieces_of(split), dtype=np.int64)
         if not len(self.pieces):
             raise UserError(f"the corpus {corpus.name} has no pieces in its split '{split}'")
@@ -77,7 +87,7 @@ class StreamLoader:
         self.epoch_tokens = int(lengths.sum())
         self._dealt = 0
         self._shuffled: tuple[int, np.ndarray] = (-1, self.pieces)
-        self._rows = [self._open(*self._deal()) for _ in range(batch_size)]
+        self._rows = [self._open(b, *self._deal()) for b in range(batch_size)]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -88,12 +98,33 @@ class StreamLoader:
         return self
 
     def __next__(self) -> Batch:
-        shape = (self.batch_size, self.tokens_per_step)
+        shape = (len(self.rows), self.tokens_per_step)
         tokens = np.empty(shape, dtype=np.int64)
-        targets = np.empty(shape, dtype=np.int64)
+        targets = np.full(shape, IGNORE, dtype=np.int64)
         piece_start = np.empty(shape, dtype=np.int32)
-        pieces = tuple(self._read(b, tokens[b], targets[b], piece_start[b]) for b in range(self.batch_size))
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(piece_start), pieces)
+        pieces: list[tuple[int, ...]] = []
+        predicted = 0
+        for b in range(self.batch_size):
+            read, filled = [], 0
+            for row, begin, end in self._stretches(b):
+                predicted += end - begin - (end == row.length)
+                if row.tokens is not None:
+                    here, i = slice(filled, filled + end - begin), len(pieces)
+                    following = row.tokens[begin + 1 : end + 1]
+                    tokens[i, here] = row.tokens[begin:end]
+                    targets[i, filled : filled + len(following)] = following
+                    piece_start[i, here] = filled - begin
+                read.append(row.piece)
+                filled += end - begin
+            if b in self.rows:
+                pieces.append(tuple(read))
+        return Batch(
+            torch.from_numpy(tokens),
+            torch.from_numpy(targets),
+            torch.from_numpy(piece_start),
+            tuple(pieces),
+            predicted,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, in plain integers."""
@@ -108,7 +139,7 @@ class StreamLoader:
                 f"but the saved one has seed {state['seed']} and {len(state['rows'])} rows"
             )
         self._dealt = int(state["dealt"])
-        self._rows = [self._open(int(piece), int(epoch), int(offset)) for piece, epoch, offset in state["rows"]]
+        self._rows = [self._open(b, *map(int, row)) for b, row in enumerate(state["rows"])]
 
     def _deal(self) -> tuple[int, int]:
         """The next piece that nobody has read in this epoch, and the epoch."""
@@ -118,27 +149,24 @@ class StreamLoader:
         self._dealt += 1
         return int(self._shuffled[1][place]), epoch
 
-    def _open(self, piece: int, epoch: int, offset: int = 0) -> _Row:
+    def _open(self, b: int, piece: int, epoch: int, offset: int = 0) -> _Row:
+        """Row `b` at `offset` of a piece."""
+        own = b in self.rows
+        if self.augment is None and not own:
+            length = int(self.corpus.offsets[piece + 1]) - int(self.corpus.offsets[piece])
+            return _Row(piece, epoch, offset, length, None)
         tokens = np.asarray(self.corpus.piece(piece))
         if self.augment is not None:
             tokens = self.augment(tokens, np.random.default_rng((self.seed, epoch, piece)))
-        return _Row(piece, epoch, offset, tokens)
+        return _Row(piece, epoch, offset, len(tokens), tokens if own else None)
 
-    def _read(self, b: int, tokens: np.ndarray, targets: np.ndarray, piece_start: np.ndarray) -> tuple[int, ...]:
-        """Fill one row's arrays, opening pieces as the earlier ones end; return the pieces read."""
-        filled, pieces = 0, []
-        while filled < self.tokens_per_step:
+    def _stretches(self, b: int) -> Iterator[tuple[_Row, int, int]]:
+        """Move row `b` on by a step, opening pieces as the earlier ones end: each piece's row, first token and end."""
+        left = self.tokens_per_step
+        while left:
             row = self._rows[b]
-            if row.offset >= len(row.tokens):
-                row = self._rows[b] = self._open(*self._deal())
-            begin, end = row.offset, min(row.offset + self.tokens_per_step - filled, len(row.tokens))
-            here = slice(filled, filled + end - begin)
-            tokens[here] = row.tokens[begin:end]
-            following = row.tokens[begin + 1 : end + 1]
-            targets[here] = IGNORE
-            targets[filled : filled + len(following)] = following
-            piece_start[here] = filled - begin
-            pieces.append(row.piece)
-            row.offset = end
-            filled += end - begin
-        return tuple(pieces)
+            if row.offset >= row.length:
+                row = self._rows[b] = self._open(b, *self._deal())
+            begin, row.offset = row.offset, min(row.offset + left, row.length)
+            left -= row.offset - begin
+            yield row, begin, row.offset

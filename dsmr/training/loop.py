@@ -5,9 +5,9 @@ reset, row by row, where a piece begins. A run whose length is given in steps or
 has bit for bit the losses of one that was never killed. (With `minutes` the learning rate follows the clock.)
 """
 
+import contextlib
 import math
 import random
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ from dsmr.console.stopping import Stop, StoppedError, graceful_stop
 from dsmr.corpus.returns import Planter
 from dsmr.corpus.store import Corpus
 from dsmr.corpus.streams import Augment, Batch, StreamLoader
-from dsmr.evaluation.losses import evaluate
 from dsmr.model.transformer import DSMRModel
 from dsmr.music.augment import Augmenter
 from dsmr.runs.checkpoint import (
@@ -36,14 +35,13 @@ from dsmr.runs.checkpoint import (
     load_checkpoint,
     load_settings,
     one_line,
-    restore_rng,
-    rng_state,
     save_checkpoint,
 )
 from dsmr.runs.settings import TrainConfig, run_settings, validation_pieces
 from dsmr.training.compiling import missing_compiler
 from dsmr.training.figures import loss_figure
 from dsmr.training.pacing import Pace
+from dsmr.training.ranks import Ranks, joined
 from dsmr.training.update import clip_gradients, optimizer_of
 from dsmr_kernels.costing.cost import human_bytes
 
@@ -81,15 +79,31 @@ def train(
     overwrite: bool = False,
     corpus: "Corpus | None" = None,
     console: "Console | None" = None,
+    parallel: str | None = None,
 ) -> TrainResult:
     """Train a model into the run directory `config.out`, or go on with the run there.
 
     A directory that holds a run is refused unless `resume` or `overwrite` is given. SIGINT and SIGTERM finish the step,
     save and return (a second one ends the process at once). Raises `UserError` for bad settings, for a run that
     `config` does not continue, for a loss that is not finite, and for files that cannot be written.
+
+    With `parallel` "ddp" the processes that torchrun started train together (`dsmr.training.ranks`), and only the first
+    writes and prints.
     """
     if resume and overwrite:
         raise ValueError("a run can be resumed or overwritten, not both")
+    with joined(parallel, config.batch_size, config.device) as ranks:
+        return _train(config, ranks, resume, overwrite, corpus, console)
+
+
+def _train(
+    config: TrainConfig,
+    ranks: Ranks,
+    resume: bool,
+    overwrite: bool,
+    corpus: "Corpus | None",
+    console: "Console | None",
+) -> TrainResult:
     run = RunDirectory(config.out)
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"cannot train into {run.path}: it is a file, not a folder")
@@ -99,23 +113,24 @@ def train(
         torch.set_num_threads(config.threads)
     if corpus is None:
         corpus = Corpus.open(config.data)
-    with alone_in(run.path, "a training is running"):
-        if run.holds_run and not (resume or overwrite):
+    with alone_in(run.path, "a training is running") if ranks.first else contextlib.nullcontext():
+        if ranks.first and run.holds_run and not (resume or overwrite):
             raise UserError(
                 f"{run.path} already holds a training run: resume it, overwrite it, or choose another --out"
             )
-        training = _Training(config, run, corpus, resume)
-        with ProgressLine(console) as line, graceful_stop() as stop:
+        ranks.meet()  # the others begin when the directory is the first's
+        training = _Training(config, run, corpus, resume, ranks)
+        with ProgressLine(ranks.console(console)) as line, graceful_stop() as stop:
             return training.run(line, stop)
 
 
 class _Training:
     """A run in progress: the model, its optimiser, its stream, and how far they are."""
 
-    def __init__(self, config: TrainConfig, run: RunDirectory, corpus: "Corpus", resume: bool) -> None:
-        self.config, self.directory, self.corpus = config, run, corpus
+    def __init__(self, config: TrainConfig, run: RunDirectory, corpus: "Corpus", resume: bool, ranks: Ranks) -> None:
+        self.config, self.directory, self.corpus, self.ranks = config, run, corpus, ranks
         self.metrics = Metrics(run.metrics)
-        self.device = resolve_device(config.device)
+        self.device = resolve_device(ranks.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         model_config = config.model_config(corpus.vocabulary.size)
@@ -139,16 +154,19 @@ class _Training:
             config.segments_per_step * config.segment_length,
             config.seed,
             _augmenter(config, corpus),
+            ranks.rows(config.batch_size),
         )
         saving = {"checkpoint_layers": config.checkpoint_layers, "compile_layers": config.compile}
         self.model = DSMRModel(model_config, **saving).to(self.device)
         self.optimizer = optimizer_of(self.model, config)
-        self.state = self.model.new_state(
-            config.batch_size, device=self.device, dtype=self.dtype, aligned=True, apart=True
+        self.state = ranks.new_state(
+            self.model, config.batch_size, device=self.device, dtype=self.dtype, aligned=True, apart=True
         )
+        self.memory = human_bytes(ranks.world * self.state.nbytes)
         self.validation = validation_pieces(corpus, config.eval_tokens)
         tokens = int(np.diff(np.asarray(corpus.offsets))[self.validation].sum())
-        self.pace = Pace(config, config.total_steps(self.loader.steps_per_epoch), tokens)
+        self.pace = Pace(config, config.total_steps(self.loader.steps_per_epoch), tokens, ranks.clock)
+        ranks.seed(config.seed)
 
         self.tokens = 0
         self.loss: float | None = None
@@ -159,17 +177,25 @@ class _Training:
 
         if resume and run.last.exists():
             self._restore(load_checkpoint(run.last))
-        if not resume:
-            run.clear()
-        run.sweep()
-        write_json(run.settings, settings, sealed=True)
-        corpus.vocabulary.save(run.tokenizer)
-        self.metrics.cut(self.pace.step, self.pace.validated)
+        asked = {name: value for name, value in config.to_dict().items() if name not in ("data", "out", "threads")}
+        ranks.check_agreement({"the corpus": corpus.digest, "the step": self.pace.step, **asked})
+        self.step_model = ranks.over(self.model)
+        if ranks.first:
+            self._begin_files(settings, resume)
         self.pace.start()
+
+    def _begin_files(self, settings: dict[str, Any], resume: bool) -> None:
+        if not resume:
+            self.directory.clear()
+        self.directory.sweep()
+        write_json(self.directory.settings, settings, sealed=True)
+        self.corpus.vocabulary.save(self.directory.tokenizer)
+        self.metrics.cut(self.pace.step, self.pace.validated)
 
     # The run ------------------------------------------------------------------------------------------------------
 
     def run(self, line: ProgressLine, stop: Stop) -> TrainResult:
+        self.ranks.stop = stop
         line.say(self._title())
         while True:
             if self.pace.validation_due:
@@ -178,7 +204,7 @@ class _Training:
                 except StoppedError:
                     break
                 self._save()
-            if stop.signal is not None or self.pace.share >= 1:
+            if self.ranks.signal is not None or self.pace.share >= 1:
                 break
             self._train_step()
             line.update(self._status())
@@ -187,7 +213,8 @@ class _Training:
         finished = self.pace.share >= 1 and self.pace.validated == self.pace.step
         if self.saved_step != self.pace.step:
             self._save()
-        self._draw(line)
+        if self.ranks.first:
+            self._draw(line)
         end = "finished" if finished else f"stopped by {stop.name}"
         best = "" if self.best is None else f", best validation {self.best:.4f} nats a note at step {self.best_step:,}"
         line.say(f"{end} at step {self.pace.step:,} after {duration(self.pace.seconds)}{best}: {self.directory.path}")
@@ -204,7 +231,7 @@ class _Training:
         )
 
     def _train_step(self) -> None:
-        begun = time.monotonic()
+        begun = self.ranks.clock()
         config = self.config
         batch = next(self.loader).to(self.device)
         rate = config.learning_rate(self.pace.step, self.pace.share)
@@ -212,23 +239,29 @@ class _Training:
             group["lr"] = rate
         self.model.train()
         with autocast(self.device, self.dtype):
-            output = self.model(
-                batch.tokens, self.state, targets=batch.targets, piece_start=batch.piece_start, reduction="mean"
+            output = self.step_model(
+                batch.tokens,
+                self.state,
+                targets=batch.targets,
+                piece_start=batch.piece_start,
+                reduction=self.ranks.reduction,
             )
-        loss = output.loss.item()
+        share, objective = self.ranks.loss(output, batch)
+        loss = share.item()
         if not math.isfinite(loss):
             raise self._not_finite("loss", loss, batch, output.logits)
         self.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
+        objective.backward()
         norm = clip_gradients(self.model.parameters(), config.clip or math.inf)
         if not math.isfinite(norm):
             raise self._not_finite("norm of the gradient", norm, batch, output.logits)
         self.optimizer.step()
-        self.loss = loss
-        self.tokens += batch.tokens.numel()
-        speed = self.pace.trained(batch.tokens.numel(), time.monotonic() - begun)
+        self.loss = loss = self.ranks.meet(loss)
+        tokens = batch.tokens.numel() * self.ranks.world
+        self.tokens += tokens
+        speed = self.pace.trained(tokens, self.ranks.clock() - begun)
         self.smooth_loss = loss if self.smooth_loss is None else 0.95 * self.smooth_loss + 0.05 * loss
-        self.metrics.append(
+        self._note(
             {
                 "kind": "train",
                 "step": self.pace.step,
@@ -241,6 +274,10 @@ class _Training:
             }
         )
 
+    def _note(self, record: dict[str, Any]) -> None:
+        if self.ranks.first:
+            self.metrics.append(record)
+
     def _validate(self, line: ProgressLine, stop: Stop) -> None:
         """Measure the model on the fixed validation pieces, and keep its weights if they are the best so far."""
 
@@ -251,11 +288,11 @@ class _Training:
 
         better, begun = False, self.pace.seconds
         if len(self.validation):
-            report = evaluate(
+            report = self.ranks.evaluate(
                 self.model,
                 self.corpus,
                 "validation",
-                pieces=self.validation,
+                self.validation,
                 batch_size=self.config.batch_size,
                 segments_per_call=self.config.segments_per_step,
                 dtype=self.dtype,
@@ -263,7 +300,7 @@ class _Training:
                 progress=show,
             )
             better = self.best is None or report.nats_per_note < self.best
-            self.metrics.append(
+            self._note(
                 {
                     "kind": "validation",
                     "step": self.pace.step,
@@ -286,18 +323,22 @@ class _Training:
 
     def _save(self) -> None:
         """Write the checkpoint, from which the run goes on as if it had never stopped."""
-        save_checkpoint(
-            self.directory.last,
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "state": self.state.state_dict(),
-                "loader": self.loader.state_dict(),
-                "rng": rng_state(),
-                "pace": self.pace.state_dict(),
-                "progress": {name: getattr(self, name) for name in _PROGRESS},
-            },
-        )
+        self.ranks.check_weights(self.model)
+        state, generators = self.ranks.gathered(self.state.state_dict()), self.ranks.rng_states()
+        if self.ranks.first:
+            save_checkpoint(
+                self.directory.last,
+                {
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "state": state,
+                    "loader": self.loader.state_dict(),
+                    **generators,
+                    "pace": self.pace.state_dict(),
+                    "progress": {name: getattr(self, name) for name in _PROGRESS},
+                },
+            )
+        self.ranks.meet()  # so that the clock has seen the writing
         self.saved_step = self.pace.step
         self.pace.saved()
         if not len(self.validation):
@@ -305,19 +346,20 @@ class _Training:
 
     def _keep_weights(self) -> None:
         """Make the present weights the ones that the run directory is loaded with."""
-        self.model.save_pretrained(self.directory.path)
+        if self.ranks.first:
+            self.model.save_pretrained(self.directory.path)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         try:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.state.load_state_dict(checkpoint["state"])
+            self.state.load_state_dict(self.ranks.own(checkpoint["state"], self.config.batch_size))
             self.loader.load_state_dict(checkpoint["loader"])
             for name in _PROGRESS:
                 setattr(self, name, checkpoint["progress"][name])
             self.pace.load_state_dict(checkpoint["pace"])
             self.saved_step = self.pace.step
-            restore_rng(checkpoint["rng"])
+            self.ranks.restore_rng(checkpoint, self.config.seed, self.pace.step)
         except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"the checkpoint {self.directory.last} does not fit its run: {one_line(error)}") from error
 
@@ -335,10 +377,10 @@ class _Training:
             f"{self.pace.total_steps:,} steps" if self.pace.total_steps is not None else f"{config.minutes:g} minutes"
         )
         return (
-            f"{parameters / 1e6:.1f} M parameters, memory {human_bytes(self.state.nbytes)}, {config.schedule}; "
+            f"{parameters / 1e6:.1f} M parameters, memory {self.memory}, {config.schedule}; "
             f"{len(self.loader.pieces):,} pieces, {self.loader.epoch_tokens:,} tokens; "
             f"{length} of {config.batch_size} × {self.loader.tokens_per_step:,} tokens "
-            f"on {self.device} in {str(self.dtype).removeprefix('torch.')}"
+            f"on {self.ranks.where(self.device)} in {str(self.dtype).removeprefix('torch.')}"
             + (f"; resumed at step {self.pace.step:,}" if self.pace.step else "")
         )
 
@@ -348,7 +390,7 @@ class _Training:
         return (
             f"step {self.pace.step:,}{of_all} · {'?' if left is None else duration(left)} left · "
             f"loss {self.smooth_loss or 0:.3f} nats a token · {self.pace.speed or 0:,.0f} tokens/s · "
-            f"memory {human_bytes(self.state.nbytes)} · lr {self.optimizer.param_groups[0]['lr']:.1e}"
+            f"memory {self.memory} · lr {self.optimizer.param_groups[0]['lr']:.1e}"
         )
 
     def _not_finite(self, what: str, value: float, batch: Batch, logits: torch.Tensor) -> UserError:

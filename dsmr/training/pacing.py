@@ -1,7 +1,7 @@
 """How far a training run is, and when it is time to validate, to save and to end: by steps, or by the clock."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsmr.runs.settings import EVALUATION_SHARE, EVALUATION_SPEED, TrainConfig
@@ -14,10 +14,17 @@ class Pace:
     """Counts the steps and seconds of a run, over all its parts where it was stopped and resumed.
 
     Without `minutes` in the settings, nothing but `save_due` looks at the clock: the same run validates at the same
-    steps with the same learning rates, however fast it is.
+    steps with the same learning rates, however fast it is. Processes that train together decide alike where they have
+    the same `clock` (seconds).
     """
 
-    def __init__(self, config: TrainConfig, total_steps: int | None, validation_tokens: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        total_steps: int | None,
+        validation_tokens: int,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         self.config, self.total_steps, self.validation_tokens = config, total_steps, validation_tokens
         self.evaluations = config.evaluations(total_steps, validation_tokens)
         self.step = 0
@@ -25,11 +32,12 @@ class Pace:
         self.validated, self.validated_at = 0, 0.0  # step and seconds of the run at the latest validation
         self.validation_seconds: float | None = None  # how long it took
         self._seconds_before, self._steps_before = 0.0, 0
+        self.clock = clock or time.monotonic
         self.start()
 
     def start(self) -> None:
         """Begin to count the seconds; what came before, such as loading, does not count."""
-        self._started = self._saved_at = time.monotonic()
+        self._started = self._saved_at = self.clock()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -45,7 +53,7 @@ class Pace:
     @property
     def seconds(self) -> float:
         """Seconds of the run so far."""
-        return self._seconds_before + time.monotonic() - self._started
+        return self._seconds_before + self.clock() - self._started
 
     @property
     def share(self) -> float:
@@ -87,7 +95,7 @@ class Pace:
 
     def saved(self) -> None:
         """Note that a checkpoint has been written."""
-        self._saved_at = time.monotonic()
+        self._saved_at = self.clock()
 
     @property
     def validation_due(self) -> bool:
@@ -110,4 +118,4 @@ class Pace:
         """Every `save_every` steps, and `save_minutes` after the latest checkpoint."""
         if self.config.save_every is not None and self.step % self.config.save_every == 0:
             return True
-        return time.monotonic() - self._saved_at >= 60 * self.config.save_minutes
+        return self.clock() - self._saved_at >= 60 * self.config.save_minutes
