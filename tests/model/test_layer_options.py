@@ -62,11 +62,11 @@ def test_a_layer_with_options_is_what_they_say(name: str) -> None:
         nn.init.normal_(parameter, std=0.3)
     x = torch.randn(1, 9, 32, dtype=torch.float64)
     expected, found = in_words(layer, x), layer(x)[0]
-    assert error(found, expected) < 1e-6
+    assert error(found, expected) < 5e-6  # angles are applied in float32, here and there
     grad = torch.randn_like(x)
     wanted = torch.autograd.grad(expected, list(layer.parameters()), grad)
     for one, other in zip(torch.autograd.grad(found, list(layer.parameters()), grad), wanted, strict=True):
-        assert error(one, other) < 1e-5
+        assert error(one, other) < 2e-5
 
 
 @pytest.mark.parametrize("name", EVERY)
