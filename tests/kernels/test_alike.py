@@ -155,7 +155,7 @@ def test_a_memory_that_a_step_copies_is_written_where_the_copy_lies(shared_first
     expected = KVMemory.empty(1, 2, 9, 16)
     append_rotated(*token, expected, backend="triton")
     alike.forget()
-    for shared in (shared_first, not shared_first):
+    for shared in (shared_first, not shared_first, shared_first):  # the second call leaves its launch to the third
         memory, wide = KVMemory.empty(1, 2, 9, 16), torch.zeros(2, 1, 2, 9, 40)
         memory.k, memory.v = wide[..., 8:24]
         held = memory.snapshot() if shared else None
@@ -237,6 +237,6 @@ def test_little_is_done_in_python_where_a_call_is_like_an_earlier_one(monkeypatc
         forward = calls_of_ours(lambda: attend(case, backend="triton"))
         stepped = calls_of_ours(step)
     # As counted, and a little room.
-    assert forward <= 26
+    assert forward <= 28
     assert calls_of_ours(both) <= 58
     assert stepped <= 46

@@ -71,3 +71,13 @@ def test_what_bags_cannot_read_is_not_given_to_them():
     assert not serves(KVMemory.empty(1, 1, 4, DIM, dtype=torch.float64))
     assert not serves(KVMemory.empty(1, 1, 4, DIM, retention="uniform", room=2))
     assert not serves(KVMemory.empty(1, 1, 4, 6, dtype=torch.int8))  # no place for a float32 behind six bytes
+
+
+@pytest.mark.parametrize("dtype", ALLOWED)
+def test_bags_made_in_inference_mode_are_written_to_outside_of_it(dtype):
+    memory, one = KVMemory.empty(1, 2, 5, DIM, dtype=dtype), torch.ones(1, 2, DIM)
+    with torch.inference_mode():
+        bags = BagAttention(memory, Indices())
+    with torch.no_grad():
+        bags.write(memory, one, one, 0)
+        assert torch.allclose(bags(torch.ones(2, 1, DIM), memory, 1, 1, 1.0), torch.ones(2, 1, DIM))

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from dsmr_kernels.holding import ordinary
 from dsmr_kernels.quantise import MOST, quantise
 from dsmr_kernels.ring import Ring
 
@@ -110,6 +111,10 @@ class BagAttention:
         self.capacity, self.bytes = memory.capacity, memory.k_scale is not None
         self.blocks = -(-memory.capacity // BLOCK)
         self.dtype = torch.float32 if self.bytes else memory.dtype  # of queries, weights and sums
+        with ordinary():  # as the memory itself, which may be written to in any mode
+            self._make(memory)
+
+    def _make(self, memory: Ring) -> None:
         shape = (self.heads, self.blocks, self.dim)
         if self.bytes:
             self._keys = torch.full((*shape, BLOCK + ROW_NUMBERS), ZERO, dtype=torch.uint8, device=HERE)
