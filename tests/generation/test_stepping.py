@@ -180,8 +180,10 @@ def test_a_step_notices_what_others_did_to_the_state_meanwhile(dtype):
 def test_steps_in_inference_mode_and_outside_of_it_follow_one_another():
     model, tokens = small_model(), torch.arange(8)
     state, other = model.new_state(1), model.new_state(1)
-    step, plain = Step(model, state, HostRings(attentions(model), state), "float32"), PlainStep(model, other)
-    for i, inside in enumerate([True, False, True, False]):
+    plain = PlainStep(model, other)
+    with torch.inference_mode():
+        step = on_host()(model, state)
+    for i, inside in enumerate([False, True, True, False]):
         with torch.inference_mode(inside), torch.no_grad():
             if i == 2:  # what the rings hold is taken over anew
                 state.reset()
