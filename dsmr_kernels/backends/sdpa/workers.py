@@ -3,8 +3,9 @@
 Each thread takes the next job when it is done with one, and the operators of a job stay on its thread. A call so waits
 for the other threads once, however many operators it has: where they meet at every operator, each meeting waits for the
 thread whose core another program has taken. And that thread then does fewer jobs, where PyTorch's operators give all
-threads alike. The threads are those of PyTorch's OpenMP, which are awake already: others would compete with them. Like its operators
-a region hangs in a process that was forked after one: there `torch.set_num_threads(1)` comes first, as in DataLoaders.
+threads alike. The threads are those of PyTorch's OpenMP, which are awake already: others would compete with them. Like
+PyTorch's operators a region hangs in a process that was forked after one: `torch.set_num_threads(1)` comes first there,
+as in a DataLoader's workers.
 """
 
 import ctypes
