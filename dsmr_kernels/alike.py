@@ -70,10 +70,15 @@ def found(key: tuple[Any, ...] | None) -> Alike | None:
 
 
 def keep(key: tuple[Any, ...], kind: Alike) -> Alike | None:
-    """Leave it for the next call of this key, and return it; None if it cannot be left."""
+    """Leave it for the next call of this key, and return it; None if it cannot be left.
+
+    A tensor among the options is hashed by where it is, not by what it says: no later call could be known by it.
+    """
     try:
         hash(key)
     except TypeError:
+        return None
+    if any(isinstance(x, Tensor) for x in key):
         return None
     if len(_known) >= _MOST:
         _known.clear()

@@ -121,8 +121,8 @@ def memory_attention(
     key = kind = None
     if not compiling:
         key = alike.attention_key(
-            q, k, v, memory, horizon, segment_length, None if by_row else segment_offset, visibility, detach_segments,
-            scale, with_lse, asked, biased,
+            q, k, v, memory, horizon, segment_length, by_row, None if by_row else segment_offset, visibility,
+            detach_segments, scale, with_lse, asked, biased,
         )  # fmt: skip
         kind = alike.found(key)
     if kind is None:

@@ -177,6 +177,20 @@ def test_a_step_notices_what_others_did_to_the_state_meanwhile(dtype):
         both(20, 50)
 
 
+def test_steps_in_inference_mode_and_outside_of_it_follow_one_another():
+    model, tokens = small_model(), torch.arange(8)
+    state, other = model.new_state(1), model.new_state(1)
+    plain = PlainStep(model, other)
+    with torch.inference_mode():
+        step = on_host()(model, state)
+    for i, inside in enumerate([False, True, True, False]):
+        with torch.inference_mode(inside), torch.no_grad():
+            if i == 2:  # what the rings hold is taken over anew
+                state.reset()
+                other.reset()
+            torch.testing.assert_close(step(tokens[i : i + 1]), plain(tokens[i : i + 1]), atol=1e-4, rtol=0)
+
+
 def test_rings_are_written_in_place_and_time_does_not_grow_with_them():
     model = small_model()
     state = model.new_state(1)

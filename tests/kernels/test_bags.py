@@ -47,9 +47,37 @@ def test_every_step_is_what_the_oracle_says_past_every_wrap(dtype, group, capaci
     assert max(young + old) < ALLOWED[dtype]
 
 
+@pytest.mark.parametrize("dtype", ALLOWED)
+def test_neither_the_default_dtype_nor_the_default_device_matters(dtype):
+    expected = errors(dtype, 5, 2, 3, 8)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            memory = KVMemory.empty(2, 2, 5, DIM, dtype=dtype, device="cpu")
+            one = torch.ones(2, 2, DIM, dtype=torch.float32, device="cpu")
+            bags = BagAttention(memory, Indices())
+            bags.write(memory, one, one, 0)
+            out = bags(torch.ones(4, 2, DIM, dtype=torch.float32, device="cpu"), memory, 1, 1, 1.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert out.dtype == torch.float32
+    assert torch.allclose(out, torch.ones(4, 2, DIM))
+    assert errors(dtype, 5, 2, 3, 8) == expected
+
+
 def test_what_bags_cannot_read_is_not_given_to_them():
     assert serves(KVMemory.empty(1, 1, 4, DIM))
     assert not serves(KVMemory.empty(1, 1, 0, DIM))
     assert not serves(KVMemory.empty(1, 1, 4, DIM, dtype=torch.float64))
     assert not serves(KVMemory.empty(1, 1, 4, DIM, retention="uniform", room=2))
     assert not serves(KVMemory.empty(1, 1, 4, 6, dtype=torch.int8))  # no place for a float32 behind six bytes
+
+
+@pytest.mark.parametrize("dtype", ALLOWED)
+def test_bags_made_in_inference_mode_are_written_to_outside_of_it(dtype):
+    memory, one = KVMemory.empty(1, 2, 5, DIM, dtype=dtype), torch.ones(1, 2, DIM)
+    with torch.inference_mode():
+        bags = BagAttention(memory, Indices())
+    with torch.no_grad():
+        bags.write(memory, one, one, 0)
+        assert torch.allclose(bags(torch.ones(2, 1, DIM), memory, 1, 1, 1.0), torch.ones(2, 1, DIM))

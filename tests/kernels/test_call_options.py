@@ -256,6 +256,21 @@ def test_gradients_do_not_depend_on_the_default_dtype() -> None:
     assert all(torch.equal(x, found[name]) for name, x in expected.items())
 
 
+@pytest.mark.parametrize("options", [{}, {"biased": True}, {"visibility": "sliding"}], ids=str)
+def test_results_do_not_depend_on_the_default_device(options: dict) -> None:
+    case = random_case(queries=40, seen=[70, 9], horizon=31, **options)
+    if not options:
+        case.options["alibi_slopes"] = torch.linspace(0.1, 1.0, case.q.shape[1])
+    given = (case.q, case.k, case.v, case.memory)
+    expected, leaves = run(case, "sdpa"), [x.detach().requires_grad_() for x in given[:3]]
+    with torch.device("meta"):
+        out = memory_attention(*given, **case.options, backend="sdpa")
+        learned = memory_attention(*leaves, case.memory, **case.options, backend="sdpa")
+        found = torch.autograd.grad(learned, leaves, case.grad)
+    for x, name in zip((out, *found), ("out", "dq", "dk", "dv"), strict=True):
+        assert torch.allclose(x, expected[name], atol=1e-5)
+
+
 @pytest.mark.slow
 @every
 @pytest.mark.parametrize("wanted", ["b", "qb", "kb", "v"])

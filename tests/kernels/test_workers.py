@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmr_kernels.backends.sdpa import workers
 from dsmr_kernels.backends.sdpa.workers import in_parallel
@@ -75,6 +78,27 @@ def test_an_error_in_a_job_is_raised() -> None:
 
     with pytest.raises(ValueError, match="the third"):
         in_parallel(job, range(8))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_mode_that_watches_operators_sees_those_of_every_job() -> None:
+    """As `torch.utils.flop_counter` does: a mode belongs to the thread that entered it."""
+
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    def job(x: torch.Tensor) -> None:
+        time.sleep(0.005)  # long enough for the other thread to take the next one
+        torch.abs(x)
+
+    jobs = list(torch.ones(20, 1))
+    with Counting() as mode:
+        in_parallel(job, jobs)
+    assert mode.count == len(jobs)
 
 
 def test_one_thread_stays_alone() -> None:

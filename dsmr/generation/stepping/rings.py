@@ -109,7 +109,8 @@ class HostRings:
         if turn is not None:
             scratch = self._turned[index]
             if scratch is None:
-                scratch = self._turned[index] = torch.empty(turned.shape, dtype=heads.dtype)
+                with torch.inference_mode(False):  # it is written to in whatever mode the next step comes
+                    scratch = self._turned[index] = torch.empty(turned.shape, dtype=heads.dtype)
             turn.rotate_into(scratch, turned)
             turned = scratch
         q, k = turned[:, : -memory.kv_heads], turned[:, -memory.kv_heads :]

@@ -84,6 +84,8 @@ class Step:
             parts = [q_size + kv_size, kv_size]
         else:
             parts = [q_size + 2 * kv_size]
+        with torch.inference_mode(False):  # it is written to in whatever mode a step comes
+            projected = self.embedding.new_empty(self.state.batch, weight.shape[0])
         return Layer(
             attention,
             block.attention_norm.weight.detach().float(),
@@ -93,7 +95,7 @@ class Step:
             product(block.ffn.up.weight, self.precision),
             product(block.ffn.down.weight, self.precision),
             block.ffn.gated,
-            self.embedding.new_empty(self.state.batch, weight.shape[0]),
+            projected,
         )
 
     @torch.no_grad()

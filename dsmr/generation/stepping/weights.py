@@ -74,7 +74,8 @@ class Float32Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._out.shape[0] != x.shape[0]:
-            self._out = x.new_empty(x.shape[0], self.outputs)
+            with torch.inference_mode(False):  # it is written to in whatever mode the next call comes
+                self._out = x.new_empty(x.shape[0], self.outputs)
         return torch.mm(x, self.weight, out=self._out)
 
 

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from dsmr_kernels.holding import ordinary
 from dsmr_kernels.quantise import MOST, quantise
 from dsmr_kernels.ring import Ring
 
@@ -20,7 +21,9 @@ BLOCK = 128  # keys in a row: fewer make more rows and bags, more are read in va
 ROW_NUMBERS = 8  # bytes of a row of bytes for its scale and bias, float32 each
 ZERO = 128  # the byte that stands for 0
 TINY = torch.finfo(torch.float32).tiny  # below it a reciprocal may overflow
-PER_SCALE = torch.tensor([1.0, -float(ZERO)])  # scale and bias of a row of bytes, of its int8 scale
+HERE = torch.device("cpu")  # whatever PyTorch's default is, as of dtypes below
+# Scale and bias of a row of bytes, of its int8 scale.
+PER_SCALE = torch.tensor([1.0, -float(ZERO)], dtype=torch.float32, device=HERE)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 # Private to PyTorch, or nearly: without it int8 memories are read through a copy.
@@ -52,6 +55,15 @@ def byte_sums(rows: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -
     return summed
 
 
+def _range(start: int, stop: int) -> Tensor:
+    return torch.arange(start, stop, device=HERE)
+
+
+def _bags(rows: int, each: int) -> Tensor:
+    """Where bags of `each` rows begin."""
+    return torch.arange(0, rows, each, dtype=torch.int32, device=HERE)
+
+
 class Indices:
     """The rows that are read, for all layers that see the same slots; each is made once and kept until it changes."""
 
@@ -63,10 +75,10 @@ class Indices:
         on, in a circle."""
         known, place = ("keys", heads, group, blocks, dim), (first, count)
         if known not in self._made or self._made[known][0] != place:
-            block = (torch.arange(first, first + count) % blocks)[:, None] * dim + torch.arange(dim)
-            rows = (torch.arange(heads) * (blocks * dim))[:, None, None, None] + block
+            block = (_range(first, first + count) % blocks)[:, None] * dim + _range(0, dim)
+            rows = (_range(0, heads) * (blocks * dim))[:, None, None, None] + block
             rows = rows.expand(heads, group, count, dim).flatten().to(torch.int32)
-            self._made[known] = place, (rows, torch.arange(0, len(rows), dim, dtype=torch.int32))
+            self._made[known] = place, (rows, _bags(len(rows), dim))
         return self._made[known][1]
 
     def values(self, heads: int, group: int, capacity: int, start: int, sees: int) -> tuple[Tensor, Tensor]:
@@ -75,14 +87,14 @@ class Indices:
         if known not in self._made or self._made[known][0] != place:
             slots, firsts = self._slots(heads, group, capacity)
             rows = torch.add(firsts, slots[start : start + sees]).view(-1)
-            self._made[known] = place, (rows, torch.arange(0, len(rows), sees, dtype=torch.int32))
+            self._made[known] = place, (rows, _bags(len(rows), sees))
         return self._made[known][1]
 
     def _slots(self, heads: int, group: int, capacity: int) -> tuple[Tensor, Tensor]:
         known = ("slots", heads, group, capacity)
         if known not in self._made:
-            slots = (torch.arange(2 * capacity) % capacity).to(torch.int32)
-            firsts = (torch.arange(heads) * capacity).repeat_interleave(group).to(torch.int32)
+            slots = (_range(0, 2 * capacity) % capacity).to(torch.int32)
+            firsts = (_range(0, heads) * capacity).repeat_interleave(group).to(torch.int32)
             self._made[known] = (), (slots, firsts[:, None])
         return self._made[known][1]
 
@@ -99,23 +111,28 @@ class BagAttention:
         self.capacity, self.bytes = memory.capacity, memory.k_scale is not None
         self.blocks = -(-memory.capacity // BLOCK)
         self.dtype = torch.float32 if self.bytes else memory.dtype  # of queries, weights and sums
+        with ordinary():  # as the memory itself, which may be written to in any mode
+            self._make(memory)
+
+    def _make(self, memory: Ring) -> None:
         shape = (self.heads, self.blocks, self.dim)
         if self.bytes:
-            self._keys = torch.full((*shape, BLOCK + ROW_NUMBERS), ZERO, dtype=torch.uint8)
+            self._keys = torch.full((*shape, BLOCK + ROW_NUMBERS), ZERO, dtype=torch.uint8, device=HERE)
             self._keys[..., BLOCK:].view(torch.float32).copy_(PER_SCALE)
-            self._key_scales = torch.zeros(self.heads, self.blocks, BLOCK)
-            self._values = torch.empty(self.heads, self.capacity, self.v_dim + ROW_NUMBERS, dtype=torch.uint8)
+            self._key_scales = torch.zeros(self.heads, self.blocks, BLOCK, dtype=torch.float32, device=HERE)
+            rows = (self.heads, self.capacity, self.v_dim + ROW_NUMBERS)
+            self._values = torch.empty(rows, dtype=torch.uint8, device=HERE)
             self._value_bytes = self._values[..., : self.v_dim]
             self._value_numbers = self._values[..., self.v_dim :].view(torch.float32)  # scale and bias
         else:
-            self._keys = torch.zeros((*shape, BLOCK), dtype=self.dtype)
+            self._keys = torch.zeros((*shape, BLOCK), dtype=self.dtype, device=HERE)
         self._rows = self._keys.view(-1, self._keys.shape[-1])
         self._fill(memory)
 
     def _fill(self, memory: Ring) -> None:
         """Take over what the memory holds."""
         held, position = int(memory.length[0]), int(memory.position[0])
-        back = torch.arange(position - held, position)
+        back = _range(position - held, position)
         slots, turned = back % memory.capacity, back % (self.blocks * BLOCK)
         block, column = turned // BLOCK, turned % BLOCK
         found = memory.k.flatten(0, 1)[:, slots].transpose(0, 1)  # [n, m, D]

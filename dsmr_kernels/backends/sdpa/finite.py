@@ -45,4 +45,5 @@ def kept_apart(inputs: Inputs) -> tuple[Inputs, bool]:
     if _finite(*values):
         return inputs, True
     k, v = marked(inputs.k, inputs.v)
-    return inputs._replace(k=k, v=v, memory=None if memory is None else _marked_ring(memory)), False
+    ring = None if memory is None else _marked_ring(memory)
+    return inputs._replace(k=k, v=v, memory=ring, alike=None), False

@@ -149,8 +149,9 @@ class Job:
 
     def distances(self, block: Block, tile: Tile) -> Tensor:
         """How far back each key lies from each query, (n, s)."""
-        tokens = torch.arange(block.begin, block.end)[:, None]
-        return tokens - torch.arange(tile.first, tile.first + tile.stop - tile.start)
+        device = self.inputs.q.device
+        tokens = torch.arange(block.begin, block.end, device=device)[:, None]
+        return tokens - torch.arange(tile.first, tile.first + tile.stop - tile.start, device=device)
 
     def columns(self, block: Block, tile: Tile) -> Tensor:
         """The bias's column of each query and key, (n, s)."""
@@ -337,7 +338,8 @@ def backward(
     needs = needs._replace(bias=needs.bias and bias is not None)
     shapes = (k.shape, v.shape, (*q.shape[:2], 0 if bias is None else bias.shape[1]))
     dk, dv, dbias = (
-        torch.zeros(shape if need else 0, dtype=call.wide) for shape, need in zip(shapes, needs[1:], strict=True)
+        torch.zeros(shape if need else 0, dtype=call.wide, device=q.device)
+        for shape, need in zip(shapes, needs[1:], strict=True)
     )
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     above = Above(*result, grad, grad_lse, needs, dq, dk, dv, dbias)

@@ -3,7 +3,9 @@
 Each thread takes the next job when it is done with one, and the operators of a job stay on its thread. A call so waits
 for the other threads once, however many operators it has: where they meet at every operator, each meeting waits for the
 thread whose core another program has taken. And that thread then does fewer jobs, where PyTorch's operators give all
-threads alike. The threads are those of PyTorch's OpenMP, which are awake already: others would compete with them.
+threads alike. The threads are those of PyTorch's OpenMP, which are awake already: others would compete with them. Like
+PyTorch's operators a region hangs in a process that was forked after one: `torch.set_num_threads(1)` comes first there,
+as in a DataLoader's workers.
 """
 
 import ctypes
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 # Query-key pairs of a call, over all heads, at a head_dim of 64. With fewer than the first its operators are so short
 # that threads mostly wait for Python's lock: alone on a machine all cores on each operator are faster by a fifth, and
@@ -52,9 +55,13 @@ def shares(pairs: int, dim: int) -> int:
 
 
 def in_parallel(job: Callable[[Any], None], arguments: Sequence[Any]) -> None:
-    """job(argument) for each argument, several at once where there is more than one and they can."""
+    """job(argument) for each argument, several at once where there is more than one and they can.
+
+    What watches operators on this thread would miss those of the others: where it is a dispatch mode, as one that
+    counts operations, every job stays here. A profiler, which should see the call as it is, shows this thread's alone.
+    """
     region = _region() if len(arguments) > 1 and torch.get_num_threads() > 1 else None
-    if region is None:
+    if region is None or _len_torch_dispatch_stack():
         for argument in arguments:
             job(argument)
         return

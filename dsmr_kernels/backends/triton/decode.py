@@ -207,6 +207,9 @@ def splits_of(capacity: int, programs: int, processors: int, block: int) -> int:
     return max(1, min(wanted, capacity // (2 * block), MOST_SPLITS)) if programs <= MOST_COUNTERS else 1
 
 
+_TABLES = 16  # launches of calls that are alike but for what stands beside them
+
+
 class _Call(NamedTuple):
     """What a launch depends on: everything but where its tensors lie."""
 
@@ -320,6 +323,8 @@ def _launch(
             )
         )
         if kind is not None:
+            if len(kind.plans) >= _TABLES:
+                kind.plans.clear()
             kind.plans[tables] = found
     launch, programs, splits = found
     if splits == 1:

@@ -263,7 +263,10 @@ def append_rotated(
         storage = memory.storage()
         if memory.mark is not None or any(x.stride(-1) != 1 and x.shape[-1] != 1 for x in storage):
             return rotary.append_rotated(q, k, v, memory, cos, sin)
+    before = memory.k
     memory.unshare()
+    if memory.k is not before:  # a copy may lie in other strides than those that `kind` speaks of
+        kind = None
     arguments = (memory.k, memory.v, memory.k_scale, memory.v_scale, memory.length, memory.position)
     if torch.compiler.is_compiling():
         turned = _operator(q, k, v, cos, sin, *arguments)
