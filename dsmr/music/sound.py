@@ -100,8 +100,7 @@ def render(
     if last > longest:
         raise UserError(
             f"the music is {last:,.0f} seconds long, and a WAV file of {rate:,} samples a second holds {longest:,.0f}: "
-            "render a shorter file"
-            + (", or at a lower rate" if last <= MOST_BYTES / (4 * 8000) - LONGEST_TAIL else "")
+            "render a shorter file" + (", or at a lower rate" if last <= MOST_BYTES / (4 * 8000) - LONGEST_TAIL else "")
         )
     gain = 0.0
     with atomic_path(path) as temporary:
