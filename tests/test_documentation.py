@@ -35,3 +35,11 @@ def test_links_lead_somewhere(page: Path) -> None:
                 headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
                 names = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
                 assert anchor in names, target
+
+
+def test_every_extra_stands_in_the_table_of_extras() -> None:
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8").split("extras_require={", 1)[1].split("\n    },", 1)[0]
+    extras = re.findall(r'^        "(\w+)":', setup, re.MULTILINE)
+    table = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/install.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(extras) > 5
+    assert sorted(table) == sorted(extras)

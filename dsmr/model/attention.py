@@ -135,7 +135,16 @@ class DSMRAttention(nn.Module):
             named = "d_model / n_heads" if head_dim is None else "head_dim"
             raise ValueError(f"rope needs an even head_dim, got {named} = {self.head_dim}")
         check_options(
-            position, self.head_dim, bias, norm_eps, dropout, attention_dropout, rotary_dim, rope_frequencies, scale
+            position,
+            self.head_dim,
+            rope_base,
+            bias,
+            norm_eps,
+            dropout,
+            attention_dropout,
+            rotary_dim,
+            rope_frequencies,
+            scale,
         )
         if position == "sinusoidal" and d_model % 2:
             raise ValueError(f"sinusoidal positions need an even d_model, got {d_model}")
@@ -259,6 +268,7 @@ class DSMRAttention(nn.Module):
         (B, T, d_model) each, are added to the inputs of the Q and of the K projection. Under activation checkpointing
         give it `memory.snapshot()`, and append k and v outside.
         """
+        self._check_input(x)
         self.check_memory(memory, x.shape[0], segment_offset)
         q, k, v = self.project(x, place, labels, memory.dtype)
         out = self.look(q, k, v, memory, piece_start=piece_start, segment_offset=segment_offset)
@@ -323,6 +333,10 @@ class DSMRAttention(nn.Module):
         )
         assert isinstance(out, Tensor)
         return out
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[2] != self.d_model:
+            raise ValueError(f"x must have shape (batch, tokens, {self.d_model}), got {tuple(x.shape)}")
 
     def check_memory(self, memory: KVMemory | MemorySnapshot, batch: int, segment_offset: int | Tensor) -> None:
         """That a memory is of this layer and this batch: another would be taken, and attention be silently other."""
@@ -404,6 +418,7 @@ class DSMRAttention(nn.Module):
             ValueError: if the memory is not of this layer: another horizon, batch, dtype, or place in a segment.
             RuntimeError: in a recomputation (activation checkpointing) that was given a memory and not a snapshot.
         """
+        self._check_input(x)
         if memory is None:
             memory = self.new_memory(x.shape[0])
         elif isinstance(memory, KVMemory):

@@ -109,6 +109,13 @@ class HostAttention:
             raise ValueError(f"{self.name} has some of its projections of q, k and v frozen: all or none can be")
         layer.qkv.requires_grad_(learnt.pop())
         layer.out.requires_grad_(self.out[0].requires_grad)
+        biases = {bias.requires_grad for _, bias in (self.q, self.k, self.v) if bias is not None}
+        if len(biases) > 1:
+            raise ValueError(f"{self.name} has some of its biases of q, k and v frozen: all or none can be")
+        if layer.qkv.bias is not None:  # frozen apart from the weights, or learnt alone
+            layer.qkv.bias.requires_grad_(biases.pop())
+        if self.out[1] is not None:
+            layer.out.bias.requires_grad_(self.out[1].requires_grad)
         for norm, weight in zip((layer.q_norm, layer.k_norm), (self.norms or ())[:2], strict=False):
             norm.weight.copy_(weight)
             norm.requires_grad_(weight.requires_grad)
@@ -137,7 +144,8 @@ def read_attention(module: nn.Module, *, transposed: bool = False) -> HostAttent
             "nn.MultiheadAttention(batch_first=False) takes (tokens, batch, width), but this layer (batch, tokens, "
             "width): set batch_first = True where its inputs are so; replace_attention sees to it"
         )
-    return reader(module)
+    with torch.enable_grad():  # parts of a frozen weight are frozen, and of another are not, whatever the mode outside
+        return reader(module)
 
 
 def _reader(module: nn.Module) -> Callable[[Any], HostAttention] | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 def check_options(
     position: str,
     head_dim: int,
+    rope_base: float,
     bias: bool | str,
     norm_eps: float,
     dropout: float,
@@ -18,7 +19,7 @@ def check_options(
     """`ValueError` for options of `DSMRAttention`, of these names, that it cannot have."""
     if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
         raise ValueError(f"head_dim must be an integer >= 1, got {head_dim!r}")
-    if bias not in (True, False, "qkv"):
+    if not (isinstance(bias, bool) or (isinstance(bias, str) and bias == "qkv")):  # 1 == True, but is another option
         raise ValueError(f'bias must be True, False or "qkv", got {bias!r}')
     if not 0 < norm_eps < math.inf:
         raise ValueError(f"norm_eps must be above 0 and finite, got {norm_eps}")
@@ -31,6 +32,8 @@ def check_options(
         )
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
+    if not 0 < rope_base < math.inf:
+        raise ValueError(f"rope_base must be above 0 and finite, got {rope_base}")
     _check_rotary(position, head_dim, rotary_dim, rope_frequencies)
 
 
@@ -47,3 +50,5 @@ def _check_rotary(
         raise ValueError(
             f"rope_frequencies must hold one number for each of the {pairs} pairs, got {len(rope_frequencies)}"
         )
+    if rope_frequencies is not None and not all(map(math.isfinite, rope_frequencies)):
+        raise ValueError(f"rope_frequencies must be finite, got {tuple(rope_frequencies)}")

@@ -115,7 +115,7 @@ class RecurrentAttention(DSMRAttention):
         if piece_start is None:
             piece_start = seat.state.piece_start
         if torch.compiler.is_compiling():
-            return super().forward(x, seat.state.memory(seat.layer), piece_start=piece_start)[0]
+            return super().forward(x, self._traced(seat), piece_start=piece_start)[0]
         if in_backward():
             return self._again(x, seat)
         memory = self._memory(seat)
@@ -144,6 +144,15 @@ class RecurrentAttention(DSMRAttention):
             raise RuntimeError(SEVERAL.format(len(calls)))
         assert calls[0].past is not None
         return self._read(x, calls[0].past, calls[0].piece_start)[0]
+
+    def _traced(self, seat: _Seat) -> KVMemory:
+        """The memory for a compiler, which takes a number that it finds through a global name for a constant, and would
+        make another graph for every place in a stream: how much a memory has seen is a tensor from then on. It stays a
+        number where it must be looked at: in an aligned stream, and where others than the newest tokens are kept."""
+        memory = seat.state.memory(seat.layer)
+        if isinstance(memory.seen, int) and memory.retention == "newest" and not seat.state.aligned:
+            memory.seen = torch.full_like(memory.position, memory.seen)
+        return memory
 
     def _memory(self, seat: _Seat) -> KVMemory:
         memory = seat.state.memory(seat.layer)

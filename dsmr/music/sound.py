@@ -30,6 +30,7 @@ PLACES = (
 LOUDEST = 0.98  # of what a 16-bit number holds
 QUIET = 1e-4  # the sound has died away below this
 LONGEST_TAIL = 12.0  # seconds
+MOST_BYTES = 2**32 - 64  # of samples: a WAV file counts its bytes, header included, in 32 bits
 OFF, PEDAL, ON = 0, 1, 2  # at one moment keys come up, then the pedal moves, then keys go down
 UP, DOWN = 0, 1  # a pedal that is changed comes up before it goes down
 
@@ -86,8 +87,8 @@ def render(
         progress: told seconds written, of how many.
 
     Raises:
-        UserError: where there is no SoundFont or it cannot be read, the synthesiser is not installed, or the file
-            cannot be written.
+        UserError: where there is no SoundFont or it cannot be read, the synthesiser is not installed, the sound is
+            longer than a WAV file holds, or the file cannot be written.
     """
     if not 8000 <= rate <= 192_000:
         raise UserError(f"the sampling rate must lie between 8,000 and 192,000, but it is {rate:,}")
@@ -95,6 +96,12 @@ def render(
     tinysoundfont = require_synthesiser()
     moments = list(_moments(score))
     last = moments[-1][0] if moments else 0.0
+    longest = MOST_BYTES / (4 * rate) - LONGEST_TAIL
+    if last > longest:
+        raise UserError(
+            f"the music is {last:,.0f} seconds long, and a WAV file of {rate:,} samples a second holds {longest:,.0f}: "
+            "render a shorter file" + (", or at a lower rate" if last <= MOST_BYTES / (4 * 8000) - LONGEST_TAIL else "")
+        )
     gain = 0.0
     with atomic_path(path) as temporary:
         while True:

@@ -65,6 +65,20 @@ def test_training_goes_on_from_the_weights_that_were_there() -> None:
 # --- one module -------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_frozen_stays_so_and_nothing_else_whatever_the_mode() -> None:
+    """Biases alone may be learnt (BitFit), and a model may be taken over under no_grad."""
+    for learnt in ("weight", "bias"):
+        host = CausalSelfAttention(32, 4)
+        for name, parameter in host.named_parameters():
+            parameter.requires_grad_(name.endswith(learnt))
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                layer = DSMRAttention.from_attention(host, horizon=8)
+            assert {name for name, p in layer.named_parameters() if p.requires_grad} == {
+                f"{part}.{learnt}" for part in ("qkv", "out")
+            }
+
+
 def test_from_attention_takes_options_and_keeps_what_was_trained() -> None:
     host = CausalSelfAttention(dropout=0.3).eval()
     layer = RecurrentAttention.from_attention(host, horizon=9, segment_length=4, position="alibi")
@@ -282,6 +296,7 @@ def test_generation_is_without_a_cache_and_outside_of_a_stream() -> None:
         assert torch.equal(same.generate(ids, **options), expected)
     with pytest.raises(ValueError, match="holds its own memory: call it with use_cache=False"):
         model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), model.generate(ids, **options))
     with stream(model, 2), pytest.raises(ValueError, match="generate hands over the whole text for every token"):
         model.generate(ids, **options)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
@@ -215,6 +216,38 @@ def test_a_compiled_stream_is_the_eager_one_without_graph_breaks(grad: bool) -> 
                     expected += gradients(model)
             for one, other in zip(found, expected, strict=True):
                 assert error(one, other) < 1e-5
+
+
+@pytest.mark.slow  # compiles
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_compiled_stream_of_calls_of_any_size_is_not_compiled_again(grad: bool, tmp_path: Path) -> None:
+    """Once a first piece has shown that sizes vary, ten pieces of other lengths, in calls of other sizes, find their
+    graph; and an eager call, or a file, goes on where a compiled one ended."""
+    torch._dynamo.reset()
+    model, counter = stack(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+
+    def play(sizes: list[int], called: nn.Module) -> Tensor:
+        generator = torch.Generator().manual_seed(len(sizes))
+        with stream(called, 2) as memory:
+            outs = [called(torch.randn(2, size, 16, generator=generator)) for size in sizes]
+            assert memory.phase == sum(sizes)
+            memory.save(tmp_path / "memory.safetensors")
+            after = torch.randn(2, 9, 16, generator=generator)
+            outs.append(model(after))
+        with stream(model, 2, state=tmp_path / "memory.safetensors"):
+            assert error(model(after), outs[-1]) < 1e-6
+        return torch.cat(outs, 1)
+
+    with torch.set_grad_enabled(grad):
+        for sizes in ([8, 3], [5, 6]):
+            play(sizes, compiled)
+        graphs = counter.frame_count
+        assert graphs <= 4
+        for piece in range(10):
+            sizes = [2 + (7 * piece + 5 * call) % 19 for call in range(1 + piece % 4)]
+            assert error(play(sizes, compiled), play(sizes, model)) < 1e-5
+    assert counter.frame_count == graphs
 
 
 # --- the state ------------------------------------------------------------------------------------------------------

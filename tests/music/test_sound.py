@@ -119,3 +119,13 @@ def test_the_command_writes_beside_the_file_and_refuses_in_a_sentence(
     monkeypatch.setattr("dsmr.music.sound.PLACES", ())
     with pytest.raises(UserError, match="timgm6mb-soundfont"):
         find_soundfont()
+
+
+def test_music_longer_than_a_wav_file_can_hold_is_refused_before_it_is_played(font: Path, tmp_path: Path) -> None:
+    """The format counts bytes in 32 bits: six and three quarter hours at 44,100 samples a second."""
+    told: list[float] = []
+    long = score((0, 1.0, 60, 90), (30_000.0, 1.0, 60, 90))
+    with pytest.raises(UserError, match=r"30,001 seconds long, and .* 44,100 samples a second holds 24,336: .* rate"):
+        render(long, tmp_path / "long.wav", font, progress=lambda done, total: told.append(done))
+    assert not told
+    assert not list(tmp_path.iterdir())

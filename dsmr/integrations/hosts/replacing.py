@@ -79,6 +79,9 @@ def replace_attention(
     config: Any = getattr(model, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False
+    generation: Any = getattr(model, "generation_config", None)
+    if hasattr(generation, "use_cache"):  # of its own in what `generate` goes by
+        generation.use_cache = False
     if any(isinstance(layer, TransformersAttention) for layer in layers) and hasattr(model, "generate"):
         model.__dict__["generate"] = functools.partial(generate, model)
     return layers
