@@ -313,8 +313,10 @@ class KVMemory(Ring):
         whatever it held; segments go on in step with the other rows', unless all are reset.
 
         Raises:
-            ValueError: if `rows` is not a boolean mask of shape (batch,).
+            TypeError, ValueError: if `rows` is not a boolean mask of shape (batch,).
         """
+        if rows is not None and not isinstance(rows, Tensor):
+            raise TypeError(f"rows must be a boolean tensor of shape ({self.batch},), got {type(rows).__name__}")
         if rows is not None and (rows.dtype != torch.bool or tuple(rows.shape) != (self.batch,)):
             raise ValueError(
                 f"rows must be a boolean mask of shape ({self.batch},), got {rows.dtype} of shape {tuple(rows.shape)}"

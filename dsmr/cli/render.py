@@ -30,9 +30,10 @@ def render(
 
     path = midi.with_suffix(".wav") if out is None else out
     check_writable(path)
-    font = find_soundfont(soundfont)
-    check_apart([path], {"the MIDI file": midi, "the SoundFont": font})
+    check_apart([path], {"the MIDI file": midi, "the SoundFont": soundfont})
     score = load_midi(midi)
+    font = find_soundfont(soundfont)
+    check_apart([path], {"the SoundFont": font})
     with ProgressLine() as line:
 
         def show(done: float, total: float) -> None:

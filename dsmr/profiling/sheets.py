@@ -148,7 +148,7 @@ def _steps(kind: str, rows: dict[str, Row], short: dict[str, str], title: str) -
                     _both(predicted["seconds"][part], timings[part]["median"])
                     for part in ("forward", "backward", "step", "all")
                 ),
-                _share(timings["all"]["spread"]),
+                _share(timings["all"]["spread"]) if timings["all"]["rounds"] > 1 else _word("1 round"),
                 _rate(tokens_per_second(row)),
                 Cell(f"{100 * expected:.0f} % / {100 * share:.0f} %", share, expected),
                 _bytes(sum(row["kv_bytes"])),
