@@ -346,7 +346,7 @@ def test_another_dtype_is_refused() -> None:
 @pytest.mark.parametrize("rows", [torch.tensor([True]), torch.tensor([1, 0])], ids=["shape", "dtype"])
 def test_rows_must_be_a_mask(rows: torch.Tensor) -> None:
     with pytest.raises(TypeError, match=r"rows must be a boolean tensor of shape \(2,\), got list"):
-        memory.reset([True, False])
+        KVMemory.empty(2, HEADS, 4, DIM).reset([True, False])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"rows must be a boolean mask of shape \(2,\), got"):
         KVMemory.empty(2, HEADS, 4, DIM).reset(rows)
 
