@@ -11,11 +11,8 @@ of the rounds' ratios.
 import argparse
 import contextlib
 import importlib.util
-import random
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from benchmarks.parts.contenders import Shape, check, forward, forward_backward,
 from benchmarks.parts.machine import cores, describe
 from benchmarks.parts.peers import MaskedSDPA
 from dsmr.console.files import atomic_path, write_json, write_text
+from dsmr_kernels.costing.timing import in_turn
 
 CLAIM = Shape(1, 8, 8, 1024, 4096, 64)
 GRID = [
@@ -49,23 +47,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def in_turn(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds of each call in each round, the calls taking turns; two rounds of warm-up go before.
-
-    Each round shuffles them: what a call finds in the caches is left there by the one before it.
-    """
-    order, shuffle = list(range(len(calls))), random.Random(0).shuffle
-    seconds: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds + 2):
-        shuffle(order)
-        for which in order:
-            begin = time.perf_counter()
-            calls[which]()
-            if turn >= 2:
-                seconds[which].append(time.perf_counter() - begin)
-    return seconds
 
 
 def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:

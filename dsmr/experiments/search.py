@@ -249,7 +249,7 @@ def _changes(schedule: MemorySchedule, n_heads: int, segment: int) -> Iterator[t
     for layer, (horizon, own) in enumerate(zip(horizons, heads, strict=True)):
         for shorter in ladder(horizon, segment)[1:]:
             yield layer, HORIZON, shorter, MemorySchedule.explicit(put(horizons, layer, shorter), heads)
-        for fewer in divisors(own)[1:]:
+        for fewer in divisors(own)[1:] if horizon else []:  # heads cost no memory where there is none
             yield layer, KV_HEADS, fewer, MemorySchedule.explicit(horizons, put(heads, layer, fewer))
 
 

@@ -4,6 +4,7 @@
 cold L2 cache, and `wall_seconds` what the caller waits, launches and Python included; on a CPU both read the clock.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -167,3 +168,20 @@ class Yardstick:
             before = after
         assert found is not None
         return found, False
+
+
+def in_turn(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Seconds of each call in each round, the calls taking turns, on a CPU; two rounds of warm-up go before.
+
+    Each round shuffles them: what a call finds in the caches is left there by the one before it.
+    """
+    order, shuffle = list(range(len(calls))), random.Random(0).shuffle
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds + 2):
+        shuffle(order)
+        for which in order:
+            begin = time.perf_counter()
+            calls[which]()
+            if turn >= 2:
+                seconds[which].append(time.perf_counter() - begin)
+    return seconds

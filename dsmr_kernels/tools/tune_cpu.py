@@ -11,9 +11,7 @@ instruction set, version of PyTorch or of the engines.
 import contextlib
 import json
 import math
-import random
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from dsmr_kernels.api import memory_attention
 from dsmr_kernels.backends.sdpa.processor import Choice, Key, Pass, from_table
 from dsmr_kernels.backends.sdpa.tuned import FORMAT, candidates, use
 from dsmr_kernels.cases import Case, random_case
+from dsmr_kernels.costing.timing import in_turn
 from dsmr_kernels.storage import write_text
 from dsmr_kernels.testing import assert_agrees_with_oracle
 
@@ -64,20 +63,6 @@ def trying(entries: dict[Key, Choice]) -> Iterator[None]:
         use(None)
 
 
-def in_turn(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
-    """The median time of each call, in seconds, in rounds that shuffle them; two rounds of warm-up go before."""
-    order, shuffle = list(range(len(calls))), random.Random(0).shuffle
-    seconds: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds + 2):
-        shuffle(order)
-        for which in order:
-            begin = time.perf_counter()
-            calls[which]()
-            if turn >= 2:
-                seconds[which].append(time.perf_counter() - begin)
-    return [statistics.median(x) for x in seconds]
-
-
 def _timed(case: Case, key: Key, choice: Choice) -> Callable[[], Any]:
     """The pass by this choice, to be timed."""
     leaves = [x.detach().requires_grad_(key[1] == "backward") for x in (case.q, case.k, case.v)]
@@ -109,8 +94,8 @@ def measure(key: Key, rounds: int) -> list[dict[str, Any]]:
             rows.append(row | {"left_out": str(error).strip().split("\n")[0]})
     for shape in SHAPES:
         case = shape.case(key[0])
-        for (row, _), seconds in zip(right, in_turn([_timed(case, key, c) for _, c in right], rounds), strict=True):
-            row["seconds"].append(seconds)
+        for (row, _), turns in zip(right, in_turn([_timed(case, key, c) for _, c in right], rounds), strict=True):
+            row["seconds"].append(statistics.median(turns))
     return [row for row, _ in right] + rows
 
 
