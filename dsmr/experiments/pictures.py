@@ -27,7 +27,10 @@ def draw(rows: Sequence[dict[str, Any]], lines: Sequence[Line], folder: Path) ->
 
 
 def _style(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % 10], "marker": MARKERS[number // 10 % len(MARKERS)], "markersize": 4}
+    """A colour, and from the eleventh model on another marker and line."""
+    again = number // len(COLOURS) % len(MARKERS)
+    line = ("-", "--", ":", "-.", "-")[again]
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[again], "markersize": 4, "linestyle": line}
 
 
 def _models(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -79,7 +82,7 @@ def fronts(lines: Sequence[Line], path: Path) -> Path:
     for axis, (name, sign) in zip(axes[0], shown, strict=True):
         points = [(line, line.kv_bytes / 2**20, figure_.mean) for line in lines if (figure_ := line.figures[name])]
         for line, x, y in points:
-            axis.plot([x], [y], linestyle="", **_style(list(lines).index(line)))
+            axis.plot([x], [y], **{**_style(list(lines).index(line)), "linestyle": ""})
             axis.annotate(line.model, (x, y), (5, 3), textcoords="offset points", fontsize=8)
         front = [(x, y) for _, x, y in points if not any(_beats((v, sign * w), (x, sign * y)) for _, v, w in points)]
         axis.plot(*zip(*sorted(front), strict=True), color="0.6", linewidth=0.9, drawstyle="steps-post", zorder=0)
