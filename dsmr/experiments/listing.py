@@ -27,7 +27,6 @@ def _row(preset: Preset, size: Size) -> dict[str, Any]:
         "of_full": size.bytes(schedule) / max(size.bytes(PRESETS["full"].schedule(size)), 1),
         "origin": preset.origin,
         "our_reading": preset.ours,
-        "waits": preset.waits() if preset.missing else "",
         "paper": None if preset.paper is None else vars(preset.paper),
     }
 
@@ -49,17 +48,14 @@ def table(rows: list[dict[str, Any]], size: Size) -> Table:
         theirs = ("", "", "")
         if paper is not None:
             theirs = (f"{paper['perplexity']:.2f}", f"{paper['krcu_auc']:.4f}", f"{paper['peak_gb']:.1f}")
-        name = row["name"] + (" (waits)" if row["waits"] else "")
-        drawn.add_row(name, row["schedule"], human_bytes(row["budget_bytes"]), f"{row['of_full']:.0%}", *theirs)
+        drawn.add_row(row["name"], row["schedule"], human_bytes(row["budget_bytes"]), f"{row['of_full']:.0%}", *theirs)
     return drawn
 
 
 def sentences(rows: list[dict[str, Any]]) -> list[str]:
-    """For each preset a line: its title, where it comes from, what is our reading, what it waits for."""
+    """For each preset a line: its title, where it comes from, what is our reading."""
     lines = []
     for row in rows:
         said = [f"{row['name']} ({row['title']}): {row['origin']}", row["our_reading"]]
-        if row["waits"]:
-            said.append(row["waits"][0].upper() + row["waits"][1:] + ".")
         lines.append(" ".join(filter(None, said)))
     return lines

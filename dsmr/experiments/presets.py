@@ -14,13 +14,6 @@ from dsmr.console.words import nearest
 from dsmr.model.schedule import MOST_LAYERS, MOST_TOKENS, MemorySchedule
 from dsmr.model.transformer import DSMRConfig
 
-RETENTION = "retention"
-"""What a memory needs beyond its horizon to keep another choice of past tokens than the newest."""
-NEEDS = {RETENTION: "a retention policy of KVMemory.append, which this version does not have"}
-"""What a preset may have to wait for, in words."""
-PROVIDED: frozenset[str] = frozenset({RETENTION})
-"""Those of `NEEDS` that this version has."""
-
 
 @dataclass(frozen=True)
 class Size:
@@ -97,7 +90,6 @@ class Preset:
     Attributes:
         origin: a sentence on where it comes from.
         ours: what of it is our reading; empty where the paper says it all.
-        needs: names from `NEEDS` that it has to wait for.
         settings: fields of `TrainConfig` that it changes beside the schedule.
     """
 
@@ -107,17 +99,7 @@ class Preset:
     origin: str
     ours: str = ""
     paper: Paper | None = None
-    needs: tuple[str, ...] = ()
     settings: dict[str, object] = field(default_factory=dict)
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """What it needs and this version does not have."""
-        return tuple(need for need in self.needs if need not in PROVIDED)
-
-    def waits(self) -> str:
-        """The sentence to say where `missing` is not empty."""
-        return f"the preset {self.name} waits for {' and '.join(NEEDS[need] for need in self.missing)}"
 
 
 def _progressive(size: Size) -> tuple[int, int]:
@@ -165,7 +147,6 @@ PRESETS: dict[str, Preset] = {
             "Each layer keeps every n-th past token.",
             f"Our reading: {_BUDGET}, spread evenly; n is a power of two that grows with the piece.",
             Paper(6.52, 0.0017, 7.8),
-            (RETENTION,),
         ),
         Preset(
             "retain_random",
@@ -174,7 +155,6 @@ PRESETS: dict[str, Preset] = {
             "Each layer keeps a random sample of the past.",
             f"Our reading: {_BUDGET}, spread evenly; the sample is a reservoir.",
             Paper(6.53, 0.0014, 8.0),
-            (RETENTION,),
         ),
         Preset(
             "ascending",

@@ -38,7 +38,6 @@ class RunResult:
 
     finished: list[str]
     failed: dict[str, str]
-    waiting: dict[str, str]
     left: list[str]
     signal: int | None
 
@@ -120,15 +119,12 @@ class _Runner:
         self.table, self.folder, self.data, self.jobs, self.line = table, folder, data, jobs, line
         self.context = multiprocessing.get_context("spawn")
         self.failed: dict[str, str] = {}
-        self.waiting: dict[str, str] = {}
         self.todo: list[Cell] = []
         self.running: dict[str, tuple[Cell, BaseProcess]] = {}
         self.finished: list[str] = []
         for cell in table.cells:
             if self.of(cell).row.exists():
                 self.finished.append(cell.key)
-            elif cell.model.waits is not None:
-                self.waiting[cell.key] = cell.model.waits
             else:
                 self.todo.append(cell)
         self.began = time.monotonic()
@@ -138,8 +134,6 @@ class _Runner:
         return CellFolder(self.folder, cell.key)
 
     def run(self) -> RunResult:
-        for sentence in sorted(set(self.waiting.values())):
-            self.line.say(f"{sentence}: its cells are left out")
         if self.finished:
             self.line.say(f"{len(self.finished)} cells were finished before: {', '.join(self.finished)}")
         unfinished = list(self.todo)
@@ -160,7 +154,7 @@ class _Runner:
                     process.join()
             left = [cell.key for cell in unfinished if cell.key not in self.finished and cell.key not in self.failed]
             self._conclude(left, stop.name if stop.signal is not None else None)
-            return RunResult(self.finished, self.failed, self.waiting, left, stop.signal if left else None)
+            return RunResult(self.finished, self.failed, left, stop.signal if left else None)
 
     def _start(self, cell: Cell) -> None:
         process = self.context.Process(target=work, args=(self.table.written, cell.key, self.data, self.folder))
@@ -185,8 +179,6 @@ class _Runner:
         said = [f"{len(self.finished)} of {len(self.table.cells)} cells are finished"]
         if stopped_by is not None:
             said.append(f"stopped by {stopped_by}; the same command goes on")
-        if self.waiting:
-            said.append(f"{len(self.waiting)} wait")
         if self.failed:
             said.append(f"{len(self.failed)} failed")
         self.line.say("; ".join(said))

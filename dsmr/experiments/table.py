@@ -89,11 +89,6 @@ class Model:
     def title(self) -> str:
         return self.name if self.preset is None or self.preset.name != self.name else self.preset.title
 
-    @property
-    def waits(self) -> str | None:
-        """The sentence on what it waits for, if anything."""
-        return self.preset.waits() if self.preset is not None and self.preset.missing else None
-
 
 @dataclass(frozen=True)
 class Cell:

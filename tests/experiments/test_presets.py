@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
-from dsmr.experiments import presets
 from dsmr.experiments.listing import listing
 from dsmr.experiments.presets import CONTROLS, PRESETS, Size, check, preset
 from dsmr.model.schedule import MemorySchedule
@@ -43,16 +42,11 @@ def test_partial_models_share_two_scales_budget(size: Size) -> None:
     assert few * size.n_heads == full * size.few_heads
 
 
-def test_nothing_waits_and_what_would_says_for_what(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not any(found.missing for found in PRESETS.values())
+def test_two_presets_keep_others_than_the_newest_tokens() -> None:
     assert [name for name, found in PRESETS.items() if not found.schedule(Size()).newest] == [
         "retain_uniform",
         "retain_random",
     ]
-    monkeypatch.setattr(presets, "PROVIDED", frozenset())
-    waiting = [name for name, found in PRESETS.items() if found.missing]
-    assert waiting == ["retain_uniform", "retain_random"]
-    assert "waits for a retention policy" in preset("retain_random").waits()
 
 
 def test_bad_names_and_sizes_are_sentences() -> None:
