@@ -36,6 +36,7 @@ TRAIN_DEFAULTS = {
     "batch_size": "4",
     "segments_per_step": "1",
     "augment": "augment",
+    "curriculum": "0.0",
     "returns": "0.0",
     "returns_nearest": "1000",
     "returns_farthest": "16000",
@@ -83,6 +84,12 @@ def train(
     batch_size: Annotated[Whole, setting("Pieces read side by side.", "batch_size")] = None,
     segments_per_step: Annotated[Whole, setting("Segments of each piece in a step.", "segments_per_step")] = None,
     augment: Annotated[bool | None, setting("Transpose and stretch the training pieces on the fly.", "augment")] = None,
+    curriculum: Annotated[
+        Number,
+        setting(
+            "Part of the run in which stretches that are remembered grow, from a segment to the piece.", "curriculum"
+        ),
+    ] = None,
     returns: Annotated[
         Number, setting("Share of tokens in planted returns of earlier passages (tsd only); ours.", "returns")
     ] = None,

@@ -7,7 +7,7 @@ Several processes may read a batch's rows among them: each follows all rows, and
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,11 @@ class Batch:
         """The same batch with its tensors on `device`."""
         tokens, targets, piece_start = (x.to(device) for x in (self.tokens, self.targets, self.piece_start))
         return Batch(tokens, targets, piece_start, self.pieces, self.predicted)
+
+    def cut(self, tokens: int) -> "Batch":
+        """The same tokens and targets, but every piece counts as a new one after each `tokens` of its tokens."""
+        index = torch.arange(self.tokens.shape[1], dtype=torch.int32, device=self.piece_start.device)
+        return replace(self, piece_start=index - (index - self.piece_start) % tokens)
 
 
 @dataclass

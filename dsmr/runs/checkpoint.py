@@ -217,6 +217,7 @@ def check_same_run(run: RunDirectory, then: Mapping[str, Any], now: Mapping[str,
 
 FIXED: dict[str, Any] = {
     **dict.fromkeys(("batch_size", "segments_per_step", "seed", "augment")),
+    "curriculum": 0.0,
     "returns": 0.0,
     "returns_nearest": 1000,
     "returns_farthest": 16000,

@@ -58,6 +58,7 @@ class TrainConfig:
     batch_size: int = 4
     segments_per_step: int = 1
     augment: bool = True
+    curriculum: float = 0.0  # part of the run in which what is heard at a stretch grows, see `excerpt`
     # Planted returns (dsmr.corpus.returns): their share of the tokens (0: none), and how far back, in tokens.
     returns: float = 0.0
     returns_nearest: int = 1000
@@ -104,6 +105,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise UserError(f"{name} must not be negative, but it is {value}")
+        if not 0 <= self.curriculum <= 1:
+            raise UserError(f"curriculum must be at least 0 and at most 1, but it is {self.curriculum}")
         if not 0 <= self.returns <= 0.5:
             raise UserError(f"returns must be at least 0 and at most 0.5, but it is {self.returns}")
         if not 1 <= self.returns_nearest <= self.returns_farthest:
@@ -170,6 +173,18 @@ class TrainConfig:
         rise = (done + 1e-3) / WARM_SHARE if self.warmup is None else (step + 1) / max(self.warmup, 1)
         low = self.lr / 10 if self.min_lr is None else self.min_lr
         return min(rise, 1.0) * (low + (self.lr - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+    def excerpt(self, done: float, longest: int) -> int | None:
+        """Tokens after which a piece counts as a new one, so that nothing before is remembered, when the part `done` of
+        the run lies behind and memories hold up to `longest` tokens; None: a piece is a piece.
+
+        A curriculum of length: from one segment on it doubles, in stages that last equally long, until at the end of
+        the part `curriculum` nothing is cut any more.
+        """
+        if done >= self.curriculum or longest <= 0:
+            return None
+        stages = max(1, math.ceil(math.log2(longest / self.segment_length)) + 1)
+        return self.segment_length << int(done / self.curriculum * stages)
 
 
 def run_settings(

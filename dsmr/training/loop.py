@@ -162,6 +162,7 @@ class _Training:
         self.state = ranks.new_state(
             self.model, config.batch_size, device=self.device, dtype=self.dtype, aligned=True, apart=True
         )
+        self.longest = max(model_config.schedule.horizons)
         self.memory = human_bytes(ranks.world * self.state.nbytes)
         self.validation = validation_pieces(corpus, config.eval_tokens)
         tokens = int(np.diff(np.asarray(corpus.offsets))[self.validation].sum())
@@ -234,6 +235,8 @@ class _Training:
         begun = self.ranks.clock()
         config = self.config
         batch = next(self.loader).to(self.device)
+        if (excerpt := config.excerpt(self.pace.share, self.longest)) is not None:
+            batch = batch.cut(excerpt)
         rate = config.learning_rate(self.pace.step, self.pace.share)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -51,6 +51,23 @@ def test_rows_read_whole_pieces_without_padding(tmp_path: Path, batch_size: int,
     assert all(b.piece_start.dtype == torch.int32 and b.tokens.dtype == torch.int64 for b in batches)
 
 
+@pytest.mark.parametrize(("tokens", "excerpt"), [(6, 16), (50, 16), (7, 1), (40, 10_000)])
+def test_a_piece_cut_into_excerpts_counts_as_a_new_one_after_each(tmp_path: Path, tokens: int, excerpt: int) -> None:
+    corpus = tiny_corpus(tmp_path)
+    whole = take(StreamLoader(corpus, "train", 2, tokens, seed=3), 40)
+    cut = [batch.cut(excerpt) for batch in whole]
+    for now, then in zip(cut, whole, strict=True):
+        assert (now.tokens == then.tokens).all()
+        assert (now.targets == then.targets).all()
+        assert now.piece_start.dtype == torch.int32
+        assert now.pieces == then.pieces
+    starts = torch.cat([batch.piece_start + i * tokens for i, batch in enumerate(whole)], 1)
+    begins = torch.cat([batch.piece_start + i * tokens for i, batch in enumerate(cut)], 1)
+    index = torch.arange(begins.shape[1])
+    assert ((begins - starts) % excerpt == 0).all()
+    assert ((index - begins >= 0) & (index - begins < excerpt) & (begins >= starts)).all()
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_an_epoch_covers_every_piece_once(tmp_path: Path, batch_size: int) -> None:
     corpus = tiny_corpus(tmp_path)

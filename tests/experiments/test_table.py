@@ -112,6 +112,9 @@ def test_the_program_says_it_in_one_line(tmp_path: Path) -> None:
 def test_the_recipes_can_be_read_and_hold_the_papers_table(path: Path) -> None:
     table = Table.load(path)
     assert table.name == path.stem
-    assert {cell.model.name for cell in table.cells} >= {*PRESETS, *CONTROLS}
+    if path.stem == "maestro-speed":  # a sweep over settings, of one model
+        assert {str(cell.model.schedule) for cell in table.cells} == {str(table.cells[0].model.schedule)}
+    else:
+        assert {cell.model.name for cell in table.cells} >= {*PRESETS, *CONTROLS}
     assert set(DECIDED).isdisjoint(table.train)
     assert all(table.config(cell, "", "").steps for cell in table.cells)  # not by the clock: all read the same

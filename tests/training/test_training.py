@@ -27,7 +27,6 @@ from dsmr.console.locks import alone_in
 from dsmr.evaluation.losses import evaluate, evaluate_run
 from dsmr.model.transformer import DSMRModel
 from dsmr.runs.checkpoint import Metrics, load_checkpoint
-from dsmr.runs.settings import validation_pieces
 from dsmr.training.loop import TrainConfig, TrainResult, train
 
 
@@ -324,6 +323,7 @@ def test_bad_settings_are_refused_before_anything_is_written(data: Path, tmp_pat
         ({"lr": -1.0}, "lr must be above 0"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"seed": 2**63}, "seed must be below"),
+        ({"curriculum": 1.5}, "curriculum must be at least 0 and at most 1"),
         ({"rope_base": 0.0}, "rope_base must be above 0"),
         ({"init_std": -1.0}, "init_std must not be negative"),
         ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
@@ -392,34 +392,23 @@ def test_only_matrices_decay(data: Path, tmp_path: Path) -> None:
     }
 
 
-def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
-    config = TrainConfig("data", "out", lr=1.0, min_lr=0.2, warmup=4)
-    assert [config.learning_rate(step, 0.0) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert config.learning_rate(50, 0.5) == pytest.approx(0.6)
-    assert config.learning_rate(99, 1.0) == pytest.approx(0.2)
-    usual = TrainConfig("data", "out", lr=1.0)
-    assert 0 < usual.learning_rate(0, 0.0) < 0.1
-    assert usual.learning_rate(50, 0.03) > 0.99
-    assert usual.learning_rate(99, 1.0) == pytest.approx(0.1)
-
-
 @pytest.mark.slow
 def test_the_run_ends_at_the_first_of_its_limits(data: Path, tmp_path: Path) -> None:
-    assert TrainConfig("d", "o").total_steps(7) == 70
-    assert TrainConfig("d", "o", epochs=0.5).total_steps(7) == 4
-    assert TrainConfig("d", "o", epochs=3, steps=5).total_steps(7) == 5
-    assert TrainConfig("d", "o", minutes=1).total_steps(7) is None
     result = quiet(tiny_config(data, tmp_path / "run", steps=None, minutes=0.02, eval_every=None))
     assert result.finished
     assert 1.2 <= result.seconds < 10
     assert losses(tmp_path / "run", "validation")[-1][0] == result.step
 
 
-def test_validations_take_a_small_part_of_a_run() -> None:
-    config = TrainConfig("data", "out", batch_size=2, segment_length=50)
-    assert config.evaluations(1000, tokens=100) == 20
-    assert config.evaluations(1000, tokens=6_000) == 5  # 30,000 of 100,000 tokens, read three times as fast
-    assert config.evaluations(10, tokens=6_000) == 1
+def test_a_curriculum_begins_without_memory_and_grows_into_it(data: Path, tmp_path: Path) -> None:
+    one = {"batch_size": 1, "segments_per_step": 1, "steps": 6, "dropout": 0.0}  # one row, from its piece's first token
+    quiet(tiny_config(data, tmp_path / "grows", curriculum=1.0, **one))  # cut after 8, 8, 16, 16, 32, 32 tokens
+    quiet(tiny_config(data, tmp_path / "none", schedule="none(layers=2)", **one))
+    quiet(tiny_config(data, tmp_path / "all", **one))
+    grows, none, whole = (losses(tmp_path / name) for name in ("grows", "none", "all"))
+    assert grows[:3] == none[:3]  # the third step begins at token 16
+    assert none[1] != whole[1]
+    assert grows[3] != none[3]
 
 
 @pytest.mark.slow
@@ -431,16 +420,6 @@ def test_a_longer_run_is_validated_on_the_way(data: Path, tmp_path: Path) -> Non
     assert steps[0] == 10
     assert len(steps) >= 3
     assert steps[-1] == 60
-
-
-def test_validation_pieces_are_whole_few_and_always_the_same(tmp_path: Path) -> None:
-    corpus = tiny_corpus(tmp_path, train=2, validation=12)
-    lengths = {int(i): len(corpus.piece(i)) for i in corpus.pieces_of("validation")}
-    chosen = validation_pieces(corpus, 300)
-    assert 0 < sum(lengths[int(i)] for i in chosen) <= 300
-    assert list(chosen) == list(validation_pieces(corpus, 300))
-    assert [lengths[int(i)] for i in validation_pieces(corpus, 1)] == [min(lengths.values())]
-    assert len(validation_pieces(corpus, 10**6)) == 12
 
 
 def test_a_corpus_without_validation_keeps_the_latest_weights(tmp_path: Path) -> None:
