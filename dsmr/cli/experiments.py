@@ -48,6 +48,9 @@ def run(
     table: Annotated[Path, typer.Argument(help="A table of cells, such as experiments/composed.toml.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.", show_default=False)],
     jobs: Annotated[int, typer.Option(min=1, help="Cells at once, a core each.")] = 1,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Train by CUDA graphs, as of dsmr train; needs a GPU.")
+    ] = False,
     data: Annotated[
         Path | None, typer.Option(help="The corpus, where it is not where the table says.", show_default="the table's")
     ] = None,
@@ -56,7 +59,7 @@ def run(
     from dsmr.experiments.runner import run_table
     from dsmr.experiments.table import Table
 
-    result = run_table(Table.load(table), out, jobs=jobs, data=data)
+    result = run_table(Table.load(table), out, jobs=jobs, data=data, graph=graph)
     if result.failed and result.signal is None:
         raise UserError("; ".join(f"{key} failed: {why}" for key, why in result.failed.items()))
     if result.exit_code:

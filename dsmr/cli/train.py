@@ -53,6 +53,7 @@ TRAIN_DEFAULTS = {
     "threads": "all cores",
     "checkpoint_layers": "no",
     "compile": "no",
+    "graph": "no",
     "eval_every": "20 times a run",
     "save_minutes": "5.0",
 }
@@ -116,6 +117,9 @@ def train(
     ] = None,
     compile: Annotated[
         bool | None, setting("Fuse the layers with torch.compile; needs a C++ compiler (on a GPU Triton).", "compile")
+    ] = None,
+    graph: Annotated[
+        bool | None, setting("Replay the step as a CUDA graph: for small models, which Python keeps waiting.", "graph")
     ] = None,
     eval_every: Annotated[Whole, setting("Steps between validations.", "eval_every")] = None,
     save_minutes: Annotated[Number, setting("Minutes between checkpoints.", "save_minutes")] = None,

@@ -11,6 +11,7 @@ import statistics
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,9 @@ def measured_pieces(corpus: Corpus, measure: Measure) -> np.ndarray:
     return np.array(sorted(chosen), dtype=np.int64)
 
 
-def work(written: dict[str, Any], key: str, data: str, out: Path) -> None:
-    """In a process of its own, for the cell `key` of the table `written`: train, measure, write the row. Ends with exit
-    code 0, or says why not in the log."""
+def work(written: dict[str, Any], key: str, data: str, out: Path, graph: bool = False) -> None:
+    """In a process of its own, for the cell `key` of the table `written`: train (with `graph` by a CUDA graph),
+    measure, write the row. Ends with exit code 0, or says why not in the log."""
     from rich.console import Console
 
     table = Table.parse(written)
@@ -87,7 +88,7 @@ def work(written: dict[str, Any], key: str, data: str, out: Path) -> None:
             return
         with open(folder.log, "a", encoding="utf-8") as file:
             try:
-                code = run_cell(table, cell, data, folder, Console(file=file, width=160))
+                code = run_cell(table, cell, data, folder, Console(file=file, width=160), graph=graph)
             except UserError as error:
                 print(error, file=file)
                 code = 1
@@ -95,9 +96,9 @@ def work(written: dict[str, Any], key: str, data: str, out: Path) -> None:
         sys.exit(code)
 
 
-def run_cell(table: Table, cell: Cell, data: str, folder: CellFolder, console: Any) -> int:
+def run_cell(table: Table, cell: Cell, data: str, folder: CellFolder, console: Any, *, graph: bool = False) -> int:
     """Train (or go on), measure what is not measured yet, write the row; returns an exit code."""
-    config = table.config(cell, data, str(folder.run))
+    config = replace(table.config(cell, data, str(folder.run)), graph=graph)
     run = RunDirectory(config.out)
     before = _resident()
     result = train(config, resume=run.holds_run, console=console)
@@ -184,6 +185,7 @@ def _row(table: Table, cell: Cell, config: TrainConfig, folder: CellFolder, foun
             "device": _device(config),
             "dtype": read_json(folder.run / "train.json")["dtype"],
             "threads": config.threads,
+            "graph": config.graph,
             "torch": str(torch.__version__),
         },
     }

@@ -53,9 +53,11 @@ def run_table(
     *,
     jobs: int = 1,
     data: str | Path | None = None,
+    graph: bool = False,
     console: "Console | None" = None,
 ) -> RunResult:
-    """Run all cells of `table` that are not finished into the folder `out`; `data` names the corpus elsewhere.
+    """Run all cells of `table` that are not finished into the folder `out`; `data` names the corpus elsewhere, `graph`
+    trains by CUDA graphs.
 
     Raises `UserError`, before any work, for a folder that another runner works in or that holds another table, and for
     measurements that the corpus cannot serve.
@@ -75,7 +77,7 @@ def run_table(
         if former.exists():
             _check_same(folder, settings, read_json(former))
         write_json(former, settings)
-        return _Runner(table, folder, str(corpus.path), settings, jobs, line).run()
+        return _Runner(table, folder, str(corpus.path), settings, jobs, line, graph=graph).run()
 
 
 def _corpus(table: Table, folder: Path, data: str | Path | None, line: ProgressLine) -> Corpus:
@@ -114,9 +116,18 @@ class _Runner:
     """The cells in progress."""
 
     def __init__(
-        self, table: Table, folder: Path, data: str, settings: dict[str, Any], jobs: int, line: ProgressLine
+        self,
+        table: Table,
+        folder: Path,
+        data: str,
+        settings: dict[str, Any],
+        jobs: int,
+        line: ProgressLine,
+        *,
+        graph: bool = False,
     ) -> None:
         self.table, self.folder, self.data, self.jobs, self.line = table, folder, data, jobs, line
+        self.graph = graph
         self.context = multiprocessing.get_context("spawn")
         self.failed: dict[str, str] = {}
         self.todo: list[Cell] = []
@@ -157,7 +168,9 @@ class _Runner:
             return RunResult(self.finished, self.failed, left, stop.signal if left else None)
 
     def _start(self, cell: Cell) -> None:
-        process = self.context.Process(target=work, args=(self.table.written, cell.key, self.data, self.folder))
+        process = self.context.Process(
+            target=work, args=(self.table.written, cell.key, self.data, self.folder, self.graph)
+        )
         process.start()
         self.running[cell.key] = (cell, process)
 

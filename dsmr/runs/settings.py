@@ -83,6 +83,7 @@ class TrainConfig:
         False  # memory for time: each layer is computed again in the backward, to the same gradients
     )
     compile: bool = False  # fuse what surrounds attention with torch.compile, which needs a compiler
+    graph: bool = False  # record the step as a CUDA graph and replay it
     # Measuring and saving. `eval_every` and `save_every` are in steps (None: up to
     # 20 times a run, taking a tenth of its time at most; only by the clock).
     eval_every: int | None = None

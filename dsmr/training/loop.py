@@ -6,6 +6,7 @@ has bit for bit the losses of one that was never killed. (With `minutes` the lea
 """
 
 import contextlib
+import functools
 import math
 import random
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from dsmr.runs.checkpoint import (
     save_checkpoint,
 )
 from dsmr.runs.settings import TrainConfig, run_settings, validation_pieces
+from dsmr.training.captured import CapturedStep, without_graph
 from dsmr.training.compiling import missing_compiler
 from dsmr.training.figures import loss_figure
 from dsmr.training.pacing import Pace
@@ -140,6 +142,8 @@ class _Training:
             self.dtype = resolve_dtype(config.dtype, self.device)
         if config.compile and (reason := missing_compiler(self.device)) is not None:
             raise UserError(f"cannot compile the model: {reason}; train without --compile")
+        if config.graph and (reason := _no_graph(config, self.device, ranks)) is not None:
+            raise UserError(f"the step cannot be recorded as a CUDA graph {reason}; train without --graph")
         settings = run_settings(config, corpus, model_config, self.dtype)
         if resume:
             check_same_run(run, load_settings(run), settings)
@@ -169,6 +173,7 @@ class _Training:
         self.pace = Pace(config, config.total_steps(self.loader.steps_per_epoch), tokens, ranks.clock)
         ranks.seed(config.seed)
 
+        self.captured: CapturedStep | None = None
         self.tokens = 0
         self.loss: float | None = None
         self.smooth_loss: float | None = None
@@ -181,6 +186,10 @@ class _Training:
         asked = {name: value for name, value in config.to_dict().items() if name not in ("data", "out", "threads")}
         ranks.check_agreement({"the corpus": corpus.digest, "the step": self.pace.step, **asked})
         self.step_model = ranks.over(self.model)
+        if config.graph:
+            clip = config.clip or math.inf
+            context = functools.partial(autocast, self.device, self.dtype)
+            self.captured = CapturedStep(self.model, self.state, self.optimizer, clip, context)
         if ranks.first:
             self._begin_files(settings, resume)
         self.pace.start()
@@ -238,27 +247,8 @@ class _Training:
         if (excerpt := config.excerpt(self.pace.share, self.longest)) is not None:
             batch = batch.cut(excerpt)
         rate = config.learning_rate(self.pace.step, self.pace.share)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         self.model.train()
-        with autocast(self.device, self.dtype):
-            output = self.step_model(
-                batch.tokens,
-                self.state,
-                targets=batch.targets,
-                piece_start=batch.piece_start,
-                reduction=self.ranks.reduction,
-            )
-        share, objective = self.ranks.loss(output, batch)
-        loss = share.item()
-        if not math.isfinite(loss):
-            raise self._not_finite("loss", loss, batch, output.logits)
-        self.optimizer.zero_grad(set_to_none=True)
-        objective.backward()
-        norm = clip_gradients(self.model.parameters(), config.clip or math.inf)
-        if not math.isfinite(norm):
-            raise self._not_finite("norm of the gradient", norm, batch, output.logits)
-        self.optimizer.step()
+        loss, norm = self._updated(batch, rate) if self.captured is None else self._replayed(batch, rate)
         self.loss = loss = self.ranks.meet(loss)
         tokens = batch.tokens.numel() * self.ranks.world
         self.tokens += tokens
@@ -276,6 +266,40 @@ class _Training:
                 "seconds": round(self.pace.seconds, 3),
             }
         )
+
+    def _updated(self, batch: Batch, rate: float) -> tuple[float, float]:
+        """The loss of a batch and the length of its gradient, after the weights have followed it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with autocast(self.device, self.dtype):
+            output = self.step_model(
+                batch.tokens,
+                self.state,
+                targets=batch.targets,
+                piece_start=batch.piece_start,
+                reduction=self.ranks.reduction,
+            )
+        share, objective = self.ranks.loss(output, batch)
+        loss = share.item()
+        if not math.isfinite(loss):
+            raise self._not_finite("loss", loss, batch, output.logits)
+        self.optimizer.zero_grad(set_to_none=True)
+        objective.backward()
+        norm = clip_gradients(self.model.parameters(), self.config.clip or math.inf)
+        if not math.isfinite(norm):
+            raise self._not_finite("norm of the gradient", norm, batch, output.logits)
+        self.optimizer.step()
+        return loss, norm
+
+    def _replayed(self, batch: Batch, rate: float) -> tuple[float, float]:
+        """The same in one go, by a CUDA graph."""
+        assert self.captured is not None
+        loss, norm = self.captured(batch, rate)
+        for what, value in (("loss", loss), ("norm of the gradient", norm)):
+            if not math.isfinite(value):
+                assert self.captured.logits is not None
+                raise self._not_finite(what, value, batch, self.captured.logits)
+        return loss, norm
 
     def _note(self, record: dict[str, Any]) -> None:
         if self.ranks.first:
@@ -333,7 +357,7 @@ class _Training:
                 self.directory.last,
                 {
                     "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
+                    "optimizer": without_graph(self.optimizer.state_dict()),
                     "state": state,
                     "loader": self.loader.state_dict(),
                     **generators,
@@ -413,6 +437,18 @@ class _Training:
 
 _PROGRESS = ("tokens", "loss", "smooth_loss", "best", "best_step")
 """What a checkpoint keeps of `_Training` itself."""
+
+
+def _no_graph(config: TrainConfig, device: torch.device, ranks: Ranks) -> str | None:
+    """Why a step cannot be recorded as a CUDA graph; None where it can."""
+    if device.type != "cuda":
+        return f"on {device}, only on a GPU"
+    if not ranks.alone:
+        return "where several ranks train together"
+    for name, option in (("compile", "--compile"), ("checkpoint_layers", "--checkpoint-layers")):
+        if getattr(config, name):
+            return f"with {option}"
+    return None
 
 
 def _augmenter(config: TrainConfig, corpus: "Corpus") -> Augment | None:

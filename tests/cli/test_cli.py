@@ -196,6 +196,7 @@ def test_the_defaults_shown_for_train_are_those_of_its_settings():
         "eval_every",
         "checkpoint_layers",
         "compile",
+        "graph",
     }
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     assert set(TRAIN_DEFAULTS) <= set(defaults)
