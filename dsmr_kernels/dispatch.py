@@ -217,14 +217,12 @@ class Choice(NamedTuple):
         keeps: whether it is worth remembering: others than the Triton backend are found as quickly as this is checked.
         on_gpu: of a tensor; that it lies there shows that there is a GPU.
         trial: under which the trial that let the kernels serve unasked is found; None if they were asked for.
-        hopper: whether DSMR_HOPPER asked for the forwards with tensor descriptors.
     """
 
     module: ModuleType
     keeps: bool
     on_gpu: bool
     trial: tuple[str, int, str, bool] | None
-    hopper: bool
 
     @classmethod
     def of(cls, module: ModuleType, q: Tensor, asked: str | None, v_head_dim: int, biased: bool) -> "Choice":
@@ -234,14 +232,13 @@ class Choice(NamedTuple):
         if asked is None:
             dtype = str(q.dtype).removeprefix("torch.")
             tried = str(q.device), trial.class_of(_widest(q, v_head_dim)), dtype, biased
-        hopper = _asks_for_hopper()
-        if keeps and hopper and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if keeps and _asks_for_hopper() and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             keeps = False  # they have not been tried out yet, perhaps
-        return cls(module, keeps, q.device.type == "cuda", tried, hopper)
+        return cls(module, keeps, q.device.type == "cuda", tried)
 
     def stands(self) -> bool:
         """Whether `choose` would choose it again; False if that is to be asked."""
-        if not (self.keeps and _tiles_settled) or self.hopper != _asks_for_hopper():
+        if not (self.keeps and _tiles_settled):
             return False
         if self.trial is not None and _disagreements.get(self.trial, "none yet") is not None:
             return False

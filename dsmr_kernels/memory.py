@@ -58,10 +58,10 @@ class MemorySnapshot(Ring):
 
 def _view(ring: Ring, seen: int | Tensor) -> MemorySnapshot:
     """The same tensors; each call that is recorded makes one."""
-    return MemorySnapshot(
-        ring.k, ring.v, ring.length, ring.position, ring.k_scale, ring.v_scale, seen, settled=ring.settled,
-        mark=ring.mark, seeds=ring.seeds, room=ring.room,
-    )  # fmt: skip
+    ring_only = (ring.k, ring.v, ring.length, ring.position, ring.k_scale, ring.v_scale, seen)
+    if ring.mark is None:
+        return MemorySnapshot(*ring_only)
+    return MemorySnapshot(*ring_only, settled=ring.settled, mark=ring.mark, seeds=ring.seeds, room=ring.room)
 
 
 class KVMemory(Ring):

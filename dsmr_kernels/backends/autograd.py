@@ -79,6 +79,8 @@ class _Backward(torch.autograd.Function):
 class _Memory:
     """The memory that a recorded call has read, as it was, and the promise that nobody has written to it since."""
 
+    __slots__ = ("versions", "view")
+
     def __init__(self, memory: KVMemory | MemorySnapshot) -> None:
         self.view = memory.held()
         self.versions = self.view.versions()
@@ -93,76 +95,77 @@ class _Memory:
 
 
 class _Node(torch.autograd.Function):
-    """The node of a recorded call: of (method, q, k, v, bias, inputs), where `inputs` holds what takes no gradient."""
+    """The node of a recorded call: of (method, inputs, q, k, v) and the bias if there is one; of the rest of `inputs`
+    nothing takes a gradient. It gives out, and lse only where the call does: PyTorch takes its time for every argument
+    and result of a node."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        out, lse, plan = _computed(arguments)
-        _keep(ctx, arguments, (out, lse))
-        ctx.plan = plan
-        return out, lse
+    def forward(ctx: Any, method: Method, inputs: Inputs, *learned: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        inputs = _with(inputs, *learned)
+        out, lse, plan = _forward(method, inputs)
+        _keep(ctx, method, inputs, (out, lse), plan)
+        return (out, lse) if inputs.spec.return_lse else out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None = None) -> Any:
+        method, plan, read, spec, kind, has_beside = ctx.kept
         q, k, v, *saved = ctx.saved_tensors
-        has = ctx.has_beside
-        piece_start, alibi, offsets, bias, buckets = saved[:5] if has else (None, None, None, None, None)
-        result = saved[5:] if has else saved
-        memory = None if ctx.memory is None else ctx.memory.unchanged()
-        needs = Needs(*ctx.needs_input_grad[1:5])
+        beside = saved[:5] if has_beside else (None,) * 5
+        result = saved[5:] if has_beside else saved
+        memory = None if read is None else read.unchanged()
+        needed = ctx.needs_input_grad[2:]
         if grad is None:
             if grad_lse is None:
-                return (None,) * 6
+                return (None,) * (2 + len(needed))
             grad = q.new_zeros((*q.shape[:3], v.shape[3]))
-        kind = ctx.alike  # hooks on what is saved may have brought it back in another layout
-        kind = kind if kind is not None and kind.layout == layout(q, k, v) else None
+        if kind is not None and kind.layout != layout(q, k, v):
+            kind = None  # hooks on what is saved may have brought it back in another layout
+        needs = Needs(*needed)
+        inputs = Inputs(q, k, v, memory, *beside, spec, True, False, kind)
         if torch.is_grad_enabled():
-            beside = piece_start, alibi, offsets, None, buckets
-            rest = Inputs(None, None, None, memory, *beside, ctx.spec, True, False, kind)  # type: ignore[arg-type]
-            tensors = (q, k, v, bias, grad, grad_lse, *result)
-            found = iter(_Backward.apply(ctx.method, ctx.plan, rest, needs, len(result), *tensors))
-            grads = tuple(next(found) if need else None for need in needs)
+            rest = inputs._replace(q=None, k=None, v=None, bias=None)  # type: ignore[arg-type]
+            tensors = (q, k, v, inputs.bias, grad, grad_lse, *result)
+            found = iter(_Backward.apply(method, plan, rest, needs, len(result), *tensors))
+            grads = Gradients(*(next(found) if need else None for need in needs))
         else:
-            beside = piece_start, alibi, offsets, bias, buckets
-            inputs = Inputs(q, k, v, memory, *beside, ctx.spec, True, False, kind)
-            grads = _backward(ctx.method, inputs, ctx.plan, result, grad, grad_lse, needs)
-        if ctx.memory is not None:  # it may be overwritten from here on; a second backward would notice
-            ctx.memory.view.let_go()
-        return None, *grads, None
+            grads = _backward(method, inputs, plan, result, grad, grad_lse, needs)
+        if read is not None:  # it may be overwritten from here on; a second backward would notice
+            read.view.let_go()
+        return None, None, *grads[: len(needed)]
 
 
 class _NodeOfTransforms(torch.autograd.Function):
-    """The same, as `torch.func` wants it; PyTorch then takes several times as long to call it."""
+    """The same, as `torch.func` wants it, lse always among the results; PyTorch then takes several times as long to
+    call it."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-        return _computed(arguments)[:2]
+    def forward(method: Method, inputs: Inputs, *learned: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _forward(method, _with(inputs, *learned))[:2]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
-        _keep(ctx, inputs, output)
+        method, given, *learned = inputs
+        _keep(ctx, method, _with(given, *learned), output, None)
 
     backward = _Node.backward
 
 
-def _computed(arguments: Any) -> tuple[Tensor, Tensor | None, Any]:
-    method, q, k, v, bias, inputs = arguments
-    if q is not inputs.q or k is not inputs.k or v is not inputs.v or bias is not inputs.bias:  # unwrapped on the way
-        inputs = inputs._replace(q=q, k=k, v=v, bias=bias)
-    return _forward(method, inputs)
+def _with(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Inputs:
+    """The inputs with the tensors that PyTorch hands over, which it may have unwrapped."""
+    if q is inputs.q and k is inputs.k and v is inputs.v and bias is inputs.bias:
+        return inputs
+    return inputs._replace(q=q, k=k, v=v, bias=bias)
 
 
-def _keep(ctx: Any, arguments: Any, output: tuple[Tensor, Tensor | None]) -> None:
+def _keep(ctx: Any, method: Method, inputs: Inputs, output: tuple[Tensor, Tensor | None], plan: Any) -> None:
     """What a backward needs."""
-    method, q, k, v, bias, inputs = arguments
     ctx.set_materialize_grads(False)
-    _, _, _, memory, piece_start, alibi, offsets, _, buckets, spec, _, _, kind = inputs
+    q, k, v, memory, piece_start, alibi, offsets, bias, buckets, spec, _, _, kind = inputs
     # Saved, all of them: PyTorch sees if they change.
-    ctx.has_beside = not (piece_start is None and alibi is None and offsets is None and bias is None)
-    beside = (piece_start, alibi, offsets, bias, buckets) if ctx.has_beside else ()
+    has_beside = not (piece_start is None and alibi is None and offsets is None and bias is None)
+    beside = (piece_start, alibi, offsets, bias, buckets) if has_beside else ()
     ctx.save_for_backward(q, k, v, *beside, *(output if method.keeps_result(inputs) else ()))
-    ctx.memory = None if memory is None else _Memory(memory)
-    ctx.spec, ctx.alike, ctx.method, ctx.plan = spec, kind, method, None
+    ctx.kept = method, plan, None if memory is None else _Memory(memory), spec, kind, has_beside
 
 
 def _forward(method: Method, inputs: Inputs) -> tuple[Tensor, Tensor | None, Any]:
@@ -191,7 +194,7 @@ def _backward(
 
 # What `_Node.apply` comes to where neither `torch.func` nor what it has left behind is there: finding that out takes it
 # half as long as the rest.
-_apply: Callable[..., tuple[Tensor, Tensor | None]] = super(torch.autograd.Function, _Node).apply
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
 _of_transforms = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -304,13 +307,13 @@ def attention_by(method: Method) -> Callable[[Inputs], tuple[Tensor, Tensor | No
             out, lse, _ = _forward(method, inputs)
         else:
             inputs = inputs if inputs.recorded else inputs._replace(recorded=True)
+            learned = (q, k, v) if bias is None else (q, k, v, bias)
             if torch._C._are_functorch_transforms_active():
-                apply = _NodeOfTransforms.apply
-            elif _of_transforms(q) or _of_transforms(k) or _of_transforms(v) or bias is not None:
-                apply = _Node.apply
+                out, lse = _NodeOfTransforms.apply(method, inputs, *learned)
             else:
-                apply = _apply
-            out, lse = apply(method, q, k, v, bias, inputs)
+                wrapped = _of_transforms(q) or _of_transforms(k) or _of_transforms(v) or bias is not None
+                result = (_Node.apply if wrapped else _apply)(method, inputs, *learned)
+                out, lse = result if inputs.spec.return_lse else (result, None)
         return out, lse if inputs.spec.return_lse else None
 
     return memory_attention

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,15 @@ def test_sources_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in sources:
         monkeypatch.setattr(tuned, "_sources", lambda name=name: sources | {name: sources[name] + "#"})
         assert tuned.kernel_sources() != before
+
+
+def test_no_module_with_a_kernel_is_left_out_of_the_hash() -> None:
+    room = Path(tuned.__file__).parent
+    decorated = {path.stem for path in room.glob("*.py") if re.search(r"^@(triton|gluon)\.jit", path.read_text(), re.M)}
+    hashed = {name.split(".")[-2] for name in tuned._sources() if name != "RUNTIME"}
+    assert {"bias", "forward", "hopper"} <= decorated
+    assert hashed == decorated - set(tuned.APART)
+    assert set(tuned.APART) <= decorated
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

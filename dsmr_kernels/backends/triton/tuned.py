@@ -5,8 +5,10 @@ kernels' sources must be what they were. Whatever does not fit is refused in one
 """
 
 import hashlib
+import importlib
 import inspect
 import os
+import pkgutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +29,19 @@ class Tuned:
     entries: dict[Key, Config]
 
 
-def _sources() -> dict[str, str]:
-    """What is compiled, by name: every function that a module of kernels decorates for Triton."""
-    from dsmr_kernels.backends.triton import arrivals, backward, decode, forward, primitives, splits, step, walk
+# Forwards for Hopper that are asked for: no configuration is measured with them, and Gluon may be missing.
+APART = ("descriptors", "hopper", "stretches")
 
-    found = {"RUNTIME": repr(primitives.RUNTIME)}
-    for module in (primitives, walk, forward, backward, splits, arrivals, decode, step):
+
+def _sources() -> dict[str, str]:
+    """What is compiled, by name: all that a module of this room decorates for Triton, but for those apart."""
+    room = __name__.rpartition(".")[0]
+    names = [module.name for module in pkgutil.iter_modules(importlib.import_module(room).__path__)]
+    found = {"RUNTIME": repr(importlib.import_module(f"{room}.primitives").RUNTIME)}
+    for module in (importlib.import_module(f"{room}.{name}") for name in names if name not in APART):
         for name, value in vars(module).items():
             function = getattr(value, "fn", None)  # where Triton's decorator leaves it
-            if function is not None and function.__module__ == module.__name__:  # not one that was imported
+            if inspect.isfunction(function) and function.__module__ == module.__name__:  # not one that was imported
                 found[f"{module.__name__}.{name}"] = inspect.getsource(function)
     return found
 
