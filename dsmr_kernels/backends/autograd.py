@@ -6,7 +6,7 @@ Eager calls go through the node alone, which saves the operators' dispatch; a gr
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None = None) -> Any:
         method, plan, read, spec, kind, has_beside = ctx.kept
         q, k, v, *saved = ctx.saved_tensors
-        beside = saved[:5] if has_beside else (None,) * 5
+        piece_start, alibi, offsets, bias, buckets = saved[:5] if has_beside else (None,) * 5
         result = saved[5:] if has_beside else saved
         memory = None if read is None else read.unchanged()
         needed = ctx.needs_input_grad[2:]
@@ -121,7 +121,7 @@ class _Node(torch.autograd.Function):
         if kind is not None and kind.layout != layout(q, k, v):
             kind = None  # hooks on what is saved may have brought it back in another layout
         needs = Needs(*needed)
-        inputs = Inputs(q, k, v, memory, *beside, spec, True, False, kind)
+        inputs = Inputs(q, k, v, memory, piece_start, alibi, offsets, bias, buckets, spec, True, False, kind)
         if torch.is_grad_enabled():
             rest = inputs._replace(q=None, k=None, v=None, bias=None)  # type: ignore[arg-type]
             tensors = (q, k, v, inputs.bias, grad, grad_lse, *result)
@@ -165,7 +165,8 @@ def _keep(ctx: Any, method: Method, inputs: Inputs, output: tuple[Tensor, Tensor
     has_beside = not (piece_start is None and alibi is None and offsets is None and bias is None)
     beside = (piece_start, alibi, offsets, bias, buckets) if has_beside else ()
     ctx.save_for_backward(q, k, v, *beside, *(output if method.keeps_result(inputs) else ()))
-    ctx.kept = method, plan, None if memory is None else _Memory(memory), spec, kind, has_beside
+    read = None if memory is None else _Memory(cast("KVMemory | MemorySnapshot", memory))
+    ctx.kept = method, plan, read, spec, kind, has_beside
 
 
 def _forward(method: Method, inputs: Inputs) -> tuple[Tensor, Tensor | None, Any]:
