@@ -4,7 +4,7 @@
     taskset -c 0,1 python -m benchmarks.training_step --contenders "ours, full" "ours, full, checkpointed"
 
 Models that `torch.compile` has been through take part where it finds a compiler, those with `--checkpoint-layers` where
-they are named.
+they are named, and so do those whose step is a CUDA graph (`--graph`; on a GPU: "ours, full, replayed").
 
 Every contender lives in a process of its own, so that peak resident memory is its own, and the processes take turns of
 one step, so that a noisy machine disturbs all alike: ratios are medians over the turns' ratios. Before its first turn a
@@ -46,7 +46,7 @@ CHECKED = Sizes(4, 128, 2, 32, 96, 2, vocabulary=64)
 XL = "x-transformers, XL memory"
 XL_COMPILED = f"{XL}, compiled"
 ALL = CONTENDERS | VARIANTS
-USUAL = [name for name in ALL if not name.endswith("checkpointed")]
+USUAL = [name for name in ALL if not name.endswith(("checkpointed", "replayed"))]
 DTYPES = ("bfloat16", "float32")
 SPEED, MEMORY = "tokens/s", "peak memory beyond Python and packages"
 GOALS = (  # contender, dtype, figure, whether at least or at most, bound

@@ -6,6 +6,7 @@ what makes the comparison fair: the number of parameters, and a finite loss that
 own reference backend, and the concatenating one against ours.
 """
 
+import contextlib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from torch.profiler import record_function
 
 from benchmarks.parts.peers import Missing
 from dsmr.console.devices import autocast
+from dsmr.corpus.streams import Batch
 from dsmr.model.positions import Rotary, token_positions
 from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.training.captured import CapturedStep
 from dsmr.training.compiling import missing_compiler
 from dsmr.training.update import clip_gradients
 from dsmr_kernels.tolerance import allowed_error, error
@@ -93,9 +96,14 @@ class Loss(Protocol):
 class Ours:
     """`DSMRModel` with a schedule; its state holds exactly the schedule's horizons."""
 
-    def __init__(self, sizes: Sizes, schedule: str, compiled: bool = False, checkpoint: bool = False) -> None:
+    def __init__(
+        self, sizes: Sizes, schedule: str, compiled: bool = False, checkpoint: bool = False, replayed: bool = False
+    ) -> None:
         if compiled:
             _needs_compiler(sizes)
+        if replayed and sizes.device.type != "cuda":
+            raise Missing("CUDA graphs need a GPU")
+        self.replayed = replayed
         self.model = DSMRModel(sizes.config(schedule), checkpoint_layers=checkpoint, compile_layers=compiled)
         self.model.to(sizes.device)
         self.state = self.model.new_state(sizes.batch, dtype=sizes.dtype, aligned=True)
@@ -185,6 +193,8 @@ VARIANTS: dict[str, Callable[[Sizes], Loss]] = {  # of the same, by `python -m b
     "x-transformers, XL memory, compiled": lambda sizes: XTransformersXL(sizes, compiled=True),
     "ours, two_scale, checkpointed": lambda sizes: Ours(sizes, "two_scale", checkpoint=True),
     "ours, full, checkpointed": lambda sizes: Ours(sizes, "full", checkpoint=True),
+    "ours, two_scale, replayed": lambda sizes: Ours(sizes, "two_scale", replayed=True),
+    "ours, full, replayed": lambda sizes: Ours(sizes, "full", replayed=True),
 }
 
 
@@ -209,13 +219,22 @@ class Training:
         drawn = torch.randint(sizes.vocabulary, (sizes.batch, sizes.segment + 1), generator=generator).to(sizes.device)
         self.tokens, self.targets = drawn[:, :-1], drawn[:, 1:]
         self.optimizer = torch.optim.AdamW(self.contender.model.parameters(), lr=1e-3, fused=True)
+        self.captured = self._captured() if isinstance(self.contender, Ours) and self.contender.replayed else None
         with torch.no_grad():
             for _ in range(-(-sizes.memory // sizes.segment)):
                 self._loss()
 
-    def _loss(self) -> Tensor:
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
         narrow = self.sizes.dtype if self.sizes.dtype.itemsize < 4 else torch.float32
-        with autocast(self.sizes.device, narrow):
+        return autocast(self.sizes.device, narrow)
+
+    def _captured(self) -> CapturedStep:
+        """The step as `dsmr train --graph` takes it."""
+        assert isinstance(self.contender, Ours)
+        return CapturedStep(self.contender.model, self.contender.state, self.optimizer, 1.0, self._autocast)
+
+    def _loss(self) -> Tensor:
+        with self._autocast():
             return self.contender(self.tokens, self.targets)
 
     def loss_and_gradients(self) -> tuple[Tensor, Tensor]:
@@ -226,6 +245,11 @@ class Training:
 
     def __call__(self) -> Tensor:
         """One step; the loss before it."""
+        if self.captured is not None:
+            within = torch.full_like(self.tokens, -1, dtype=torch.int32)  # the pieces began before
+            return torch.tensor(
+                self.captured(Batch(self.tokens, self.targets, within, (), self.tokens.numel()), 1e-3)[0]
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss()
         loss.backward()
