@@ -53,7 +53,7 @@ def _music(
     for _ in player.play(min(max(SEGMENTS * model.config.segment_length, LEAST), MOST_TOKENS)):
         pass
     for heard in player.tokens:
-        yield torch.tensor(heard)
+        yield torch.from_numpy(np.array(heard, dtype=np.int64))
     for piece in pieces:
         yield torch.from_numpy(read_prompt(piece, vocabulary, None)[0])
 

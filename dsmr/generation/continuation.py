@@ -23,6 +23,7 @@ from dsmr.console.results import Results
 from dsmr.console.stopping import Interruption, graceful_stop, signal_of
 from dsmr.exported.about import FILES
 from dsmr.generation.engines import RUN_FILES, check_memory_dtype, load_run, resolve_precision
+from dsmr.generation.heard import Heard
 from dsmr.generation.player import Limits, Player, Sampling, may_stop
 from dsmr.generation.recorder import Recorder
 from dsmr.generation.saved_stream import load_player, save_player
@@ -77,11 +78,10 @@ class Continuation:
 
 
 class Take:
-    """One variation while it is played: its tokens, how far they came, and the file that grows with it."""
+    """One variation while it is played: how far it came, and the file that grows with it."""
 
     def __init__(self, prompt: np.ndarray, vocabulary: Vocabulary, recorder: Recorder | None) -> None:
         self.prompt, self.vocabulary, self.recorder = prompt, vocabulary, recorder
-        self.made: list[int] = []
         self.played = Played()
         self._sounding = Sounding(vocabulary)
         for token in prompt.tolist():
@@ -95,22 +95,22 @@ class Take:
 
     def push(self, token: int) -> list[Event]:
         """Take the next token; the events that it settles."""
-        self.made.append(token)
         events = self._record(self._sounding.push(token))
         seconds, elapsed = self._sounding.clock.seconds - self._began, time.perf_counter() - self._started
-        if len(self.made) == 1:  # reading the prompt is no part of keeping up
+        if not self.played.tokens:  # reading the prompt is no part of keeping up
             self._latency = elapsed
         behind = max(self.played.behind, elapsed - self._latency - seconds)
         notes = self.played.notes + bool(self.vocabulary.is_note[token])
-        self.played = Played(len(self.made), notes, seconds, elapsed, behind)
+        self.played = Played(self.played.tokens + 1, notes, seconds, elapsed, behind)
         if self.recorder is not None and self.played.notes:
             with contextlib.suppress(UserError):  # a disk that is full now; it tries again, and the whole comes last
                 self.recorder.save()
         return events
 
-    def score(self) -> Pieces:
-        """What is to be written, without a note that is unfinished."""
-        return Pieces(self.prompt, whole_notes(np.array(self.made, dtype=np.int64), self.vocabulary), self.vocabulary)
+    def score(self, heard: Heard) -> Pieces:
+        """What is to be written of the stream's tokens, without a note that is unfinished."""
+        made = np.array(heard, dtype=np.int64)[len(self.prompt) :][: self.played.tokens]
+        return Pieces(self.prompt, whole_notes(made, self.vocabulary), self.vocabulary)
 
 
 def continue_piece(
@@ -210,7 +210,8 @@ def continue_variations(
     trouble = play(player, takes, Limits(seconds, notes), tokens, stop_at_end, on_progress, on_event)
     if trouble is not None and not any(take.played.notes for take in takes):
         raise trouble
-    scores, results = [take.score() for take in takes], Results()
+    scores = [take.score(heard) for take, heard in zip(takes, player.tokens, strict=True)]
+    results = Results()
     for one, score in zip(outs, scores, strict=True):
         score.write_music(one, results)
     if save_state is not None:

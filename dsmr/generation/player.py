@@ -10,8 +10,7 @@ into the next, of a model in PyTorch or of an exported one, for which nothing he
 from __future__ import annotations
 
 import math
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from dsmr.console.errors import UserError
 from dsmr.doors import door
 from dsmr.generation.drawing import Noise, Sampling
 from dsmr.generation.engines import engine_of, new_state, vocab_size
+from dsmr.generation.heard import Heard
 from dsmr.music.progress import Limits, Progress, may_stop
 from dsmr.music.vocabulary import Vocabulary
 
@@ -62,7 +62,7 @@ class Player:
         self,
         model: Model,
         state: State,
-        tokens: list[array[int]],
+        tokens: Sequence[Iterable[int]],
         sampling: Sampling,
         vocabulary: Vocabulary | None = None,
         *,
@@ -72,7 +72,8 @@ class Player:
         check_vocabulary(model, vocabulary)
         if state.batch != len(tokens):
             raise ValueError(f"the state holds {state.batch} streams, but {len(tokens)} are to be played")
-        self.model, self.state, self.tokens, self.sampling, self.vocabulary = model, state, tokens, sampling, vocabulary
+        self.model, self.state, self.sampling, self.vocabulary = model, state, sampling, vocabulary
+        self.tokens = [Heard(heard) for heard in tokens]
         given = generators or [sampling.noise(row) for row in range(len(tokens))]
         self.generators = [one if isinstance(one, Noise) else Noise.of_state(one.get_state().numpy()) for one in given]
         self.engine = engine_of(model, state, dtype)
@@ -115,7 +116,7 @@ class Player:
             )
         if variations < 1:
             raise ValueError(f"variations must be at least 1, got {variations}")
-        heard = [array("i", tokens.tolist()) for _ in range(variations)]
+        heard = [tokens.tolist() for _ in range(variations)]
         if state is None:
             state = new_state(model, variations, memory_dtype)
         elif memory_dtype != "auto":
@@ -178,7 +179,7 @@ class Player:
             return self.drawn
         noise = np.array([generator.draw() for generator in self.generators], dtype=np.float32)
         if self.unseen is None:
-            prompts = np.array([list(heard) for heard in self.tokens], dtype=np.int64)
+            prompts = np.stack([np.array(heard, dtype=np.int64) for heard in self.tokens])
             self.drawn = self.engine.first(prompts, self.sampling, allowed, noise)
         else:
             self.drawn = self.engine.next(self.unseen, self.sampling, allowed, noise)

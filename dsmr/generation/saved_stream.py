@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-from array import array
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,7 +108,7 @@ def load_player(
         raise UserError(f"{path} holds {state.batch} streams, but {streams} were asked for")
     try:
         saved = Sampling(**check_fields(json.loads(about["sampling"]), Sampling, path))
-        heard = [array("i", arrays[f"tokens.{row}"].tolist()) for row in range(state.batch)]
+        heard = [arrays[f"tokens.{row}"].tolist() for row in range(state.batch)]
         generators = [Noise.of_state(arrays[f"generator.{row}"]) for row in range(state.batch)]
         player = Player(
             model,

@@ -1,0 +1,68 @@
+"""The tokens of a stream are a sequence however many they are, and take no memory that grows."""
+
+import tempfile
+
+import numpy as np
+import pytest
+
+from dsmr.generation.heard import CHUNK, Heard
+
+
+@pytest.mark.parametrize("count", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 7])
+def test_all_tokens_are_there_in_their_order(count: int) -> None:
+    tokens = np.random.default_rng(count).integers(0, 2**31 - 1, count).tolist()
+    kept = Heard(tokens[: count // 2])
+    for token in tokens[count // 2 :]:
+        kept.append(token)
+    assert len(kept) == count
+    assert list(kept) == tokens
+    assert np.array(kept).dtype == np.int32
+    assert np.array(kept, dtype=np.int64).tolist() == tokens
+    kept.append(5)  # having been read does not disturb the writing
+    assert list(kept) == [*tokens, 5]
+
+
+def test_what_is_read_while_it_grows_is_what_was_there() -> None:
+    kept = Heard(range(CHUNK + 10))
+    reading = iter(kept)
+    first = [next(reading) for _ in range(5)]
+    for token in range(2 * CHUNK):
+        kept.append(token)
+    assert first == [0, 1, 2, 3, 4]
+    assert list(kept) == [*range(CHUNK + 10), *range(2 * CHUNK)]
+
+
+def test_memory_does_not_grow_with_the_stream() -> None:
+    kept = Heard()
+    for token in range(50 * CHUNK):
+        kept.append(token)
+    assert len(kept._newest) < CHUNK
+    assert len(kept) == 50 * CHUNK
+
+
+def test_where_no_file_can_be_written_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    assert list(Heard(range(3 * CHUNK))) == list(range(3 * CHUNK))
+    monkeypatch.undo()
+    kept = Heard(range(2 * CHUNK + 3))
+
+    class Full:
+        """A disk that fills up, and tears what it writes."""
+
+        def __init__(self, file) -> None:
+            self.file = file
+
+        def write(self, data: bytes) -> int:
+            self.file.write(data[:5])
+            raise OSError(28, "No space left on device")
+
+        def __getattr__(self, name: str):
+            return getattr(self.file, name)
+
+    kept._file = Full(kept._file)
+    for token in range(2 * CHUNK):
+        kept.append(token)
+    assert list(kept) == [*range(2 * CHUNK + 3), *range(2 * CHUNK)]
