@@ -134,7 +134,8 @@ class Job:
 
     def stacked(self, x: Tensor, block: Block) -> Tensor:
         """The same with the queries of a group below one another, (m, g * n, D)."""
-        x = self.of_block(x, block).to(self.call.work)
+        x = self.of_block(x, block)
+        x = x if x.dtype == self.call.work else x.to(self.call.work)
         return x.reshape(-1, self.call.members * x.shape[2], x.shape[3])
 
     def column(self, x: Tensor, block: Block) -> Tensor:
@@ -175,21 +176,23 @@ class Job:
         return held
 
     def scores(self, name: str, x: Tensor, addend: Tensor, y: Tensor, alpha: float) -> Tensor:
-        """alpha * (x @ y.mT) + addend, rounded once, in the room `name`; x and addend as `with_addend` gave them."""
+        """alpha * (x @ y.mT), with the addend, rounded once, in the room `name`; x and addend as `with_addend` gave
+        them: in float32 the addend is added as it is, else multiplied by alpha first."""
         room = self.room(name, x.shape[1], y.shape[1])
         if self.call.exact:
             return torch.baddbmm(addend, x, y.mT, alpha=alpha, out=room)
         return room.baddbmm_(x, F.pad(y, (0, 2), value=1.0).mT, beta=0, alpha=alpha)
 
-    def with_addend(self, x: Tensor, addend: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        """x (m, rows, D) and what is to be added to each row's scores, (m, rows, 1) and wide, as `scores` takes them.
+    def with_addend(self, x: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
+        """x (m, rows, D) and what is to be added to each row's products, (m, rows, 1), as `scores` takes them.
 
         In bfloat16 a product's addend would be rounded: there it is two columns of x, to twice its precision, which
-        meet ones.
+        meet ones and are multiplied as the rest is.
         """
         if self.call.exact:
             return x, addend
-        addend = addend if alpha == 1 else addend / alpha
+        if addend.dtype == x.dtype:
+            return F.pad(torch.cat([x, addend], -1), (0, 1)), addend
         high = addend.to(x.dtype)
         return torch.cat([x, high, (addend - high).to(x.dtype)], -1), addend
 
@@ -229,17 +232,21 @@ class Job:
             pairs.triu_(block.begin - block.run.window - tile.first)
 
     def own_scores(self, q: Tensor, block: Block) -> Tensor:
-        """Of each query with its own key, rounded, in powers of two: any pivot does, if it is one. (m, g * n, 1)"""
-        own = self.stored(False, "k")[:, block.begin : block.end].to(q.dtype).unsqueeze(1)
-        pivot = (q.unflatten(1, (self.call.members, -1)) * own).sum(-1, keepdim=True)
-        pivot = pivot.to(self.call.wide).mul_(self.call.alpha)
+        """Of each query with its own key, not scaled, rounded: any pivot does, if it is one. (m, g * n, 1)"""
+        own = self.stored(False, "k")[:, block.begin : block.end]
+        own = own if own.dtype == q.dtype else own.to(q.dtype)
+        if self.call.members == 1:
+            pivot = (q * own).sum(-1, keepdim=True)
+        else:
+            grouped = q.unflatten(1, (self.call.members, -1))
+            pivot = (grouped * own.unsqueeze(1)).sum(-1, keepdim=True).flatten(1, 2)
         if self.inputs.bias is not None and self.inputs.buckets is not None:
-            nearest = self.inputs.bias[self.query_heads, self.inputs.buckets[0]].to(pivot.dtype) * LOG2E
-            pivot.view(*self.grid, -1).add_(nearest.view(*self.grid[1:], 1))
-        return pivot.flatten(1, 2)
+            nearest = self.inputs.bias[self.query_heads, self.inputs.buckets[0]] / self.call.spec.scale
+            pivot.view(*self.grid, -1).add_(nearest.to(pivot.dtype).view(*self.grid[1:], 1))
+        return pivot
 
     def greatest_scores(self, q: Tensor, block: Block) -> Tensor:
-        """Each query's greatest score, in powers of two. (m, g * n, 1)"""
+        """Each query's greatest score, rounded, as `own_scores`. (m, g * n, 1)"""
         best = q.new_full((*q.shape[:2], 1), -torch.inf, dtype=self.call.wide)
         for tile in self.tiles(block):
             here, above = tile.of(block), tile.seen_from - block.begin
@@ -249,12 +256,13 @@ class Job:
             self.keep_visible(seen, here, tile)
             greatest = scores.masked_fill_(seen == 0, -torch.inf).amax(2, keepdim=True)
             best[:, above:] = torch.maximum(best[:, above:], greatest)
-        return best
+        return best.div_(self.call.alpha).to(q.dtype)
 
     def weighted_sums(self, q: Tensor, block: Block, pivot: Tensor) -> tuple[Tensor, Tensor]:
-        """Values weighed by 2 ** (score - pivot), (m, g * n, Dv), and the weights' sum (m, g * n, 1), both wide."""
+        """Values weighed by 2 ** (alpha * (score - pivot)), (m, g * n, Dv), and the weights' sum (m, g * n, 1), both
+        wide."""
         call = self.call
-        rows = self.with_addend(q, -pivot, call.alpha)
+        rows = self.with_addend(q, pivot * -call.alpha if call.exact else -pivot)
         # A float32 sum of bfloat16 goes through a copy. Rounded tile by tile it is no worse than the totals, which the
         # products round; a caller who asks for the log-sum-exp shall have it exact.
         exact = call.wide if call.spec.return_lse else None
@@ -274,6 +282,7 @@ class Job:
 
     def forward(self, out: Tensor, lse: Tensor | None) -> None:
         """Fill this job's part of the outputs."""
+        call = self.call
         for block in self.blocks():
             q = self.stacked(self.inputs.q, block)
             pivot = self.own_scores(q, block)
@@ -285,7 +294,7 @@ class Job:
             here.copy_(total.div_(sums).view(here.shape))
             if lse is not None:
                 here = self.of_block(lse, block)
-                here.copy_(sums.log2_().add_(pivot).div_(LOG2E).view(here.shape))
+                here.copy_(sums.log2_().add_(pivot, alpha=call.alpha).div_(LOG2E).view(here.shape))
 
     def backward(self, above: "Above") -> None:
         """Fill this job's part of dQ and of the bias's gradient, add to its part of dK and dV."""
@@ -301,8 +310,8 @@ class Job:
         if above.grad_lse is not None:  # a score's weight is its share in the log-sum-exp's gradient
             delta += self.column(above.grad_lse, block)
         # Scores and dP come out of their products with each row's log-sum-exp and delta subtracted.
-        normed = self.with_addend(q, self.column(above.lse, block) * -LOG2E, call.alpha)
-        pulled = self.with_addend(grad, delta, 1.0)
+        normed = self.with_addend(q, self.column(above.lse, block) * (-LOG2E / (1 if call.exact else call.alpha)))
+        pulled = self.with_addend(grad, delta)
         dq: Tensor | None = None
         for tile in self.tiles(block):
             takes_k, takes_v = tile.taking and needs.k, tile.taking and needs.v
