@@ -175,9 +175,10 @@ class Job:
             self.rooms[name, rows, keys] = held
         return held
 
-    def scores(self, name: str, x: Tensor, addend: Tensor, y: Tensor, alpha: float) -> Tensor:
-        """alpha * (x @ y.mT), with the addend, rounded once, in the room `name`; x and addend as `with_addend` gave
-        them: in float32 the addend is added as it is, else multiplied by alpha first."""
+    def scores(self, name: str, rows: tuple[Tensor, ...], y: Tensor, alpha: float) -> Tensor:
+        """alpha * (x @ y.mT), with the addend, rounded once, in the room `name`; rows are x and its addend as
+        `with_addend` gave them: in float32 the addend is added as it is, else multiplied by alpha first."""
+        x, addend = rows
         room = self.room(name, x.shape[1], y.shape[1])
         if self.call.exact:
             return torch.baddbmm(addend, x, y.mT, alpha=alpha, out=room)
@@ -270,7 +271,7 @@ class Job:
         sums: Tensor | None = None
         for tile in self.tiles(block):
             here, above = tile.of(block), tile.seen_from - block.begin
-            weights = self.scores("weights", *_below(above, *rows), self.side(tile, "k"), call.alpha)
+            weights = self.scores("weights", _below(above, *rows), self.side(tile, "k"), call.alpha)
             self.add_bias(weights, here, tile)
             weights.exp2_()
             self.keep_visible(weights, here, tile)
@@ -320,21 +321,21 @@ class Job:
                 continue
             here, rows = tile.of(block), tile.seen_from - block.begin
             keys, part = self.side(tile, "k"), slice(tile.start, tile.stop)
-            weights = self.scores("weights", *_below(rows, *normed), keys, call.alpha)
+            weights = self.scores("weights", _below(rows, *normed), keys, call.alpha)
             self.add_bias(weights, here, tile)
             weights.exp2_()
             self.keep_visible(weights, here, tile)
             if takes_v:
-                dv[:, part].add_(torch.bmm(weights.mT, *_below(rows, grad)))
+                dv[:, part].add_(torch.bmm(weights.mT, _below(rows, grad)[0]))
             if not needs_scores:
                 continue
-            dscores = self.scores("dscores", *_below(rows, *pulled), self.side(tile, "v"), 1.0).mul_(weights)
+            dscores = self.scores("dscores", _below(rows, *pulled), self.side(tile, "v"), 1.0).mul_(weights)
             if needs.bias:
                 self.share(dscores, here, tile, above.dbias)
             if needs.q:
                 dq = _added(dq, torch.bmm(dscores, keys), rows, call.wide)
             if takes_k:
-                dk[:, part].add_(torch.bmm(dscores.mT, *_below(rows, q)), alpha=call.spec.scale)
+                dk[:, part].add_(torch.bmm(dscores.mT, _below(rows, q)[0]), alpha=call.spec.scale)
         if dq is not None:
             written = self.of_block(above.dq, block)
             written.copy_(dq.mul_(call.spec.scale).view(written.shape))
