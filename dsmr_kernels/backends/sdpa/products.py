@@ -1,11 +1,12 @@
 """Own matrix products over tiles: any visibility, any bias, any memory, forward and backward.
 
 A tile takes some heads, a block of queries and a stretch of keys, few enough for its scores to stay in the last cache,
-and at the causal edge only the queries that see some of its keys. Scores are exponentiated against a pivot that is known beforehand, in the forward the query's score with its own key: a
-query always sees itself, so the sum is at least one, and the usual search for each row's maximum is left out; in the
-backward it is the log-sum-exp. A stretch that takes no gradient, such as memory, needs only its share of dQ: three
-products of five. Grouped heads share their keys: the group's queries are stacked in the tile. Keys and values are read
-where they lie, and the jobs that a call is cut into, some heads each, share nothing that they write.
+and at the causal edge only the queries that see some of its keys. Scores are exponentiated against a pivot that is
+known beforehand, in the forward the query's score with its own key: a query always sees itself, so the sum is at least
+one, and the usual search for each row's maximum is left out; in the backward it is the log-sum-exp. A stretch that
+takes no gradient, such as memory, needs only its share of dQ: three products of five. Grouped heads share their keys:
+the group's queries are stacked in the tile. Keys and values are read where they lie, and the jobs that a call is cut
+into, some heads each, share nothing that they write.
 """
 
 import itertools
