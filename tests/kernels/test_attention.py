@@ -4,12 +4,14 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from attention_cases import CASES, pieces
 from attention_strategy import attention_calls
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmr_kernels import KVMemory, append_rotated, available_backends, decode_attention, memory_attention
 from dsmr_kernels.cases import Case, random_case
@@ -32,8 +34,8 @@ def test_backend_agrees_with_oracle(name: str, dtype: torch.dtype, backend: str)
 def _only(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let one of the ways of the sdpa backend serve calls of any size, in tiles of a few tokens and parts of a head."""
     sdpa = "dsmr_kernels.backends.sdpa"
-    for name in ("BLOCK_QUERIES", "BLOCK_KEYS", "TILE_BYTES"):
-        monkeypatch.setattr(f"{sdpa}.products.{name}", 5)
+    for name, least in (("BLOCK_QUERIES", 5), ("BLOCK_KEYS", 5), ("DIAGONAL_KEYS", 3), ("TILE_BYTES", 5)):
+        monkeypatch.setattr(f"{sdpa}.products.{name}", least)
     monkeypatch.setattr(f"{sdpa}.workers.SHARED_PAIRS", 0)
     if way == "products":
         monkeypatch.setattr(f"{sdpa}.flash.AVAILABLE", False)
@@ -122,6 +124,35 @@ def test_scores_far_above_that_of_the_query_itself(dtype: torch.dtype, monkeypat
     # In bfloat16, gradients of scores so large are differences of rounding errors, in flash attention as well.
     for name in ("out", "dq", "dk", "dv") if dtype == torch.float32 else ("out",):
         assert error(found[name], exact[name]) <= allowed_error(name, plain[name], exact[name], dtype), name
+
+
+class _Multiplied(TorchDispatchMode):
+    """How many products of two numbers batched matrix products have taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten.baddbmm_):
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.count += a.numel() * b.shape[2]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_leave_out_most_of_what_lies_above_the_causal_edge(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two products forward and five backward over 64 queries and keys in tiles of 16: 10 of 16 tiles."""
+    monkeypatch.setattr("dsmr_kernels.backends.sdpa.flash.AVAILABLE", False)
+    monkeypatch.setattr("dsmr_kernels.backends.sdpa.products.DIAGONAL_KEYS", 16)
+    monkeypatch.setattr("dsmr_kernels.backends.sdpa._dtype_of_products", lambda inputs: dtype)
+    q, k, v = (torch.randn(1, 2, 64, 32, dtype=dtype, requires_grad=True) for _ in range(3))
+    with _Multiplied() as multiplied:
+        memory_attention(q, k, v, horizon=0, backend="sdpa").sum().backward()
+    columns = 34 / 32 if dtype == torch.bfloat16 else 1  # which hold addends
+    assert multiplied.count == pytest.approx((3 * columns + 4) * 2 * 32 * 64 * 64 * 10 / 16)
 
 
 @pytest.mark.slow

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 # that threads mostly wait for Python's lock: alone on a machine all cores on each operator are faster by a fifth, and
 # beside another program a region would be by far. The choice never depends on the load, since sums would round
 # otherwise. Each thread's work is cut into a share for every so many as the second, but no more than `MOST_SHARES`:
-# more shares are fairer where a core is taken, and each costs operators of its own.
-SHARED_PAIRS, SHARE_PAIRS, MOST_SHARES = 1 << 21, 1 << 21, 4
+# more shares are fairer where a core is taken, and each costs operators of its own, which weigh more in a short call.
+SHARED_PAIRS, SHARE_PAIRS, MOST_SHARES = 1 << 21, 1 << 24, 4
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
