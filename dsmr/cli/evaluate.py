@@ -21,7 +21,7 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(help="'trigram': also count trigrams of the training split.", show_default="none")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pieces read at once.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pieces read at once, by each rank.")] = 4,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto.")] = "float32",
     memory_dtype: Annotated[
         str, typer.Option(help="Of the memory: float32, bfloat16, int8, or auto: as computed in.")
@@ -48,9 +48,11 @@ def evaluate(
     """Stream every piece of a split whole and report nats a note, nats a second, perplexity, loss by position.
 
     --krcu and --retain also tell what the model remembers (memory-SPLIT.json and .png), --returns how far back it finds
-    a passage that comes again (returns-SPLIT.json and .png).
+    a passage that comes again (returns-SPLIT.json and .png). Under torchrun the processes share the pieces, each on a
+    GPU of its own.
     """
     from dsmr.console.progress import ProgressLine, duration
+    from dsmr.console.ranks import LONG, Ranks, together
     from dsmr.evaluation.losses import evaluate_run
 
     if baseline not in (None, "trigram"):
@@ -58,12 +60,13 @@ def evaluate(
     if split not in ("train", "validation", "test"):
         raise UserError(f"unknown split {split!r}: use train, validation or test")
     started = time.monotonic()
-    with ProgressLine() as line:
+    with together(Ranks, device, nccl=False, patience=LONG) as ranks, ProgressLine(ranks.console(None)) as line:
+        whose = "" if ranks.alone else f" of the first of {ranks.world} ranks"
 
         def progress(done: int, total: int) -> None:
             elapsed = max(time.monotonic() - started, 1e-9)
             line.update(
-                f"{done:,} of {total:,} tokens, {done / elapsed:,.0f} tokens/s, "
+                f"{done:,} of {total:,} tokens{whose}, {done / elapsed:,.0f} tokens/s, "
                 f"{duration(elapsed / max(done, 1) * (total - done))} to go"
             )
 
@@ -72,8 +75,9 @@ def evaluate(
             "batch_size": batch_size,
             "dtype": dtype,
             "memory_dtype": memory_dtype,
-            "device": device,
+            "device": ranks.device,
             "progress": progress,
+            "ranks": ranks,
         }
         if krcu or retain is not None:
             from dsmr.evaluation.memory_use import Bins, parse_tokens, run_memory_use
@@ -89,6 +93,8 @@ def evaluate(
             from dsmr.evaluation.returns import run_returns
 
             tables.append(run_returns(run, data, split, **how).table())
+    if not ranks.first:
+        return
     for table in tables:
         console().print(table)
     if baseline:

@@ -47,7 +47,7 @@ def list_presets(
 def run(
     table: Annotated[Path, typer.Argument(help="A table of cells, such as experiments/composed.toml.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results.", show_default=False)],
-    jobs: Annotated[int, typer.Option(min=1, help="Cells at once, a core each.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at once, a core (or GPU) each; of each rank.")] = 1,
     graph: Annotated[
         bool, typer.Option("--graph", help="Train by CUDA graphs, as of dsmr train; needs a GPU.")
     ] = False,
@@ -55,12 +55,18 @@ def run(
         Path | None, typer.Option(help="The corpus, where it is not where the table says.", show_default="the table's")
     ] = None,
 ) -> None:
-    """Train and measure every cell of a table. Stop it, kill it: the same command goes on where it was."""
+    """Train and measure every cell of a table. Stop it, kill it: the same command goes on where it was.
+
+    Several cells at once are spread over the GPUs that there are. Under torchrun whichever process is free takes the
+    next cell, each on a GPU of its own.
+    """
+    from dsmr.console.ranks import LONG, Ranks, together
     from dsmr.experiments.runner import run_table
     from dsmr.experiments.table import Table
 
-    result = run_table(Table.load(table), out, jobs=jobs, data=data, graph=graph)
-    if result.failed and result.signal is None:
+    with together(Ranks, "cpu", nccl=False, patience=LONG) as ranks:
+        result = run_table(Table.load(table), out, jobs=jobs, data=data, graph=graph, ranks=ranks)
+    if result.failed and result.signal is None and ranks.first:
         raise UserError("; ".join(f"{key} failed: {why}" for key, why in result.failed.items()))
     if result.exit_code:
         raise SystemExit(result.exit_code)

@@ -126,7 +126,8 @@ def train(
     parallel: Annotated[
         str | None,
         typer.Option(
-            help="ddp: the processes that torchrun started train together, each on its rows of the batch.",
+            help="ddp or fsdp: the processes that torchrun started train together, each on its rows of the batch, with "
+            "the whole model (ddp) or a part of it.",
             show_default="one process",
         ),
     ] = None,

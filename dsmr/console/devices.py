@@ -1,6 +1,7 @@
 """Where a program computes and in which precision: turns "auto" into what this machine does fast."""
 
 import contextlib
+import os
 
 import torch
 
@@ -25,6 +26,13 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device '{name}' was asked for, but the last GPU here is cuda:{torch.cuda.device_count() - 1}")
     return device
+
+
+def gpu_names() -> list[str]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them, to be given to processes that it starts."""
+    found = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found)))
+    return [name.strip() for name in named.split(",")][:found]
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -55,8 +63,11 @@ def resolve_memory_dtype(name: str, computing: torch.dtype) -> torch.dtype:
     return named[name]
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    """A context in which matrix products run in `dtype`; nothing changes for float32."""
+def autocast(
+    device: torch.device, dtype: torch.dtype, *, cached: bool = True
+) -> contextlib.AbstractContextManager[object]:
+    """A context in which matrix products run in `dtype`; nothing changes for float32. With `cached` it holds each
+    weight in `dtype` until it ends, in case that it is used again."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=cached)

@@ -17,3 +17,8 @@ def human_bytes(count: float) -> str:
     while count >= 1024 and power < 4:
         count, power = count / 1024, power + 1
     return f"{count:.{0 if power == 0 else 1}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message, which PyTorch likes to follow with many more."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

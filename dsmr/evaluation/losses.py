@@ -4,8 +4,10 @@ Every piece is streamed whole, from a segment start with a fresh memory, so a pi
 that it was computed in nor on its neighbours. What is said of the losses follows from them in `dsmr.evaluation.report`.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from dsmr.console.devices import autocast, resolve_device, resolve_dtype, resolv
 from dsmr.console.errors import UserError
 from dsmr.console.figures import available
 from dsmr.console.files import check_apart, check_writable
+from dsmr.console.ranks import Ranks, sum_of_bits
+from dsmr.console.stopping import StoppedError
 from dsmr.corpus.store import Corpus
 from dsmr.corpus.streams import IGNORE
 from dsmr.evaluation.report import EvaluationReport, report_losses
@@ -35,8 +39,9 @@ def evaluate(
     memory_dtype: torch.dtype | None = None,
     name: str = "model",
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> EvaluationReport:
-    """Stream the pieces of `split` (or just `pieces`) through `model` and report its losses.
+    """Stream the pieces of `split` (or just `pieces`) through `model` and report its losses, over `ranks` if given.
 
     `dtype` is computed in, `memory_dtype` remembered in: the same, where it is None. `progress(done, total)` is told
     the predicted tokens after every call. In float32 the result does not depend on
@@ -57,6 +62,7 @@ def evaluate(
         dtype=dtype,
         memory_dtype=memory_dtype,
         progress=progress,
+        ranks=ranks,
     )
     return report_losses(corpus, split, chosen, losses, name=name)
 
@@ -73,18 +79,22 @@ def evaluate_run(
     memory_dtype: str = "auto",
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> EvaluationReport:
     """Evaluate the best weights of a run directory and write `eval-SPLIT.json` and `.png` into `out` (the run itself).
 
     Without Matplotlib there is no picture. `data` is the corpus; by default the one that the run was trained on.
-    `UserError` if it was prepared with a tokeniser other than the run's.
+    `UserError` if it was prepared with a tokeniser other than the run's. Of several `ranks` each reads a part of the
+    pieces, `batch_size` at once, all get the report, and the first writes it.
     """
     run = Path(run)
+    ranks = ranks or Ranks()
     folder = run if out is None else Path(out)
     json_path, png_path = folder / f"eval-{split}.json", folder / f"eval-{split}.png"
-    check_writable(json_path)
-    check_writable(png_path)
-    model, corpus = open_run(run, data, device)
+    if ranks.first:
+        check_writable(json_path)
+        check_writable(png_path)
+    model, corpus = open_run(run, data, device, ranks)
     check_apart([json_path, png_path], {"the corpus": corpus.path})
     computing = resolve_dtype(dtype, next(model.parameters()).device)
     remembering = resolve_memory_dtype(memory_dtype, computing)
@@ -98,15 +108,20 @@ def evaluate_run(
         memory_dtype=remembering,
         name=run.name,
         progress=progress,
+        ranks=ranks,
     )
-    report.write(json_path, png_path if available() else None)
+    if ranks.first:
+        report.write(json_path, png_path if available() else None)
     return report
 
 
-def open_run(run: str | Path, data: str | Path | None = None, device: str = "auto") -> tuple[DSMRModel, Corpus]:
+def open_run(
+    run: str | Path, data: str | Path | None = None, device: str = "auto", ranks: Ranks | None = None
+) -> tuple[DSMRModel, Corpus]:
     """The best weights of a run directory, and the corpus `data` (by default the one that it was trained on).
 
-    `UserError` if either is missing, or if the corpus was prepared with a tokeniser other than the run's.
+    `UserError` if either is missing, if the corpus was prepared with a tokeniser other than the run's, or if the
+    `ranks` find different ones.
     """
     run = Path(run)
     for needed in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -123,7 +138,10 @@ def open_run(run: str | Path, data: str | Path | None = None, device: str = "aut
             f"{run} was trained with tokeniser {own.hash[:16]}, but the corpus {data} was prepared with "
             f"{corpus.vocabulary.hash[:16]}"
         )
-    return DSMRModel.from_pretrained(run).to(resolve_device(device)), corpus
+    model = DSMRModel.from_pretrained(run)
+    if ranks is not None and not ranks.alone:
+        ranks.check_agreement({"the corpus": corpus.digest, "the sum of all weights": sum_of_bits(model.parameters())})
+    return model.to(resolve_device(device)), corpus
 
 
 def corpus_of_run(run: str | Path) -> Path:
@@ -131,8 +149,37 @@ def corpus_of_run(run: str | Path) -> Path:
     return Path(load_settings(RunDirectory(run))["train"]["data"])
 
 
-@torch.no_grad()
 def piece_losses(
+    model: "DSMRModel",
+    corpus: "Corpus",
+    pieces: Sequence[int] | np.ndarray,
+    *,
+    ranks: Ranks | None = None,
+    **how: Any,
+) -> list[np.ndarray]:
+    """As `losses_alone`, which takes the same options. Of several `ranks` each reads a part of the pieces, dealt by
+    length, and all get the losses of all.
+
+    Raises `StoppedError` in every rank where `progress` raised it in one that a signal reached.
+    """
+    if ranks is None or ranks.alone:
+        return losses_alone(model, corpus, pieces, **how)
+    dealt = np.argsort([-len(corpus.piece(int(i))) for i in pieces], kind="stable")
+    own: list[np.ndarray] = []
+    with contextlib.suppress(StoppedError):
+        own = losses_alone(model, corpus, [int(pieces[k]) for k in dealt[ranks.rank :: ranks.world]], **how)
+    ranks.meet()
+    if ranks.signal is not None:
+        raise StoppedError
+    of_all: list[Any] = [None] * len(pieces)
+    for rank, found in enumerate(ranks.everybody(own)):
+        for place, loss in zip(dealt[rank :: ranks.world], found, strict=True):
+            of_all[place] = loss
+    return of_all
+
+
+@torch.no_grad()
+def losses_alone(
     model: "DSMRModel",
     corpus: "Corpus",
     pieces: Sequence[int] | np.ndarray,

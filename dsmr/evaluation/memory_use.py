@@ -22,6 +22,7 @@ from dsmr.console.devices import resolve_dtype, resolve_memory_dtype
 from dsmr.console.errors import UserError
 from dsmr.console.figures import available, finish, new_figure
 from dsmr.console.files import check_writable, write_json
+from dsmr.console.ranks import Ranks
 from dsmr.corpus.store import Corpus
 from dsmr.evaluation.losses import open_run, piece_losses, pieces_of
 from dsmr.evaluation.report import EvaluationReport, report_losses
@@ -161,6 +162,7 @@ def memory_use(
     dtype: torch.dtype = torch.float32,
     memory_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> MemoryUse:
     """KRCU (where `bins` is given) and Retain-k of a model whose ordinary `losses` on `pieces` are known.
 
@@ -176,6 +178,7 @@ def memory_use(
         "dtype": dtype,
         "memory_dtype": memory_dtype,
         "progress": progress,
+        "ranks": ranks,
     }
     krcu = None
     if bins is not None:
@@ -216,17 +219,19 @@ def run_memory_use(
     memory_dtype: str = "auto",
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[EvaluationReport, MemoryUse]:
     """Evaluate a run as `evaluate_run` does and measure what it remembers, over the same losses.
 
     Writes `eval-SPLIT` and `memory-SPLIT`, `.json` and `.png` each, into `out` (by default the run). Errors are those
-    of `evaluate_run` and `memory_use`.
+    of `evaluate_run` and `memory_use`. Several `ranks` share the pieces, and the first writes.
     """
+    ranks = ranks or Ranks()
     folder = Path(run) if out is None else Path(out)
     written = {name: folder / f"{name}-{split}.json" for name in ("eval", "memory")}
-    for path in written.values():
+    for path in written.values() if ranks.first else ():
         check_writable(path)
-    model, corpus = open_run(run, data, device)
+    model, corpus = open_run(run, data, device, ranks)
     computing = resolve_dtype(dtype, next(model.parameters()).device)
     how: dict[str, Any] = {
         "batch_size": batch_size,
@@ -234,6 +239,7 @@ def run_memory_use(
         "dtype": computing,
         "memory_dtype": resolve_memory_dtype(memory_dtype, computing),
         "progress": progress,
+        "ranks": ranks,
     }
     pieces = pieces_of(corpus, split)
     if bins is not None:  # before minutes are spent
@@ -242,9 +248,10 @@ def run_memory_use(
     losses = piece_losses(model, corpus, pieces, **how)
     report = report_losses(corpus, split, pieces, losses, name=Path(run).name)
     use = memory_use(model, corpus, split, pieces, losses, bins=bins, retain=retain, name=Path(run).name, **how)
-    draw = available()
-    report.write(written["eval"], written["eval"].with_suffix(".png") if draw else None)
-    use.write(written["memory"], written["memory"].with_suffix(".png") if draw else None)
+    if ranks.first:
+        draw = available()
+        report.write(written["eval"], written["eval"].with_suffix(".png") if draw else None)
+        use.write(written["memory"], written["memory"].with_suffix(".png") if draw else None)
     return report, use
 
 

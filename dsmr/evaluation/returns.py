@@ -17,6 +17,7 @@ import torch
 from dsmr.console.devices import resolve_dtype, resolve_memory_dtype
 from dsmr.console.figures import available, finish, new_figure
 from dsmr.console.files import check_writable, write_json
+from dsmr.console.ranks import Ranks
 from dsmr.corpus.returns import Planter, Return, planted_corpus
 from dsmr.corpus.store import Corpus
 from dsmr.evaluation.losses import open_run, piece_losses
@@ -99,6 +100,7 @@ def return_losses(
     dtype: torch.dtype = torch.float32,
     memory_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> ReturnsReport:
     """Plant returns into the pieces of `split`, or just `pieces`, and measure the loss there; nothing is written."""
     planted, returns = planted_corpus(corpus, split, planter, seed, pieces)
@@ -112,6 +114,7 @@ def return_losses(
         dtype=dtype,
         memory_dtype=memory_dtype,
         progress=progress,
+        ranks=ranks,
     )
     rows = [
         row
@@ -150,11 +153,17 @@ def run_returns(
     memory_dtype: str = "auto",
     device: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> ReturnsReport:
-    """Measure a run at planted returns and write `returns-SPLIT.json` and `.png` into `out` (by default the run)."""
+    """Measure a run at planted returns and write `returns-SPLIT.json` and `.png` into `out` (by default the run).
+
+    Several `ranks` share the pieces, and the first writes.
+    """
+    ranks = ranks or Ranks()
     path = (Path(run) if out is None else Path(out)) / f"returns-{split}.json"
-    check_writable(path)
-    model, corpus = open_run(run, data, device)
+    if ranks.first:
+        check_writable(path)
+    model, corpus = open_run(run, data, device, ranks)
     computing = resolve_dtype(dtype, next(model.parameters()).device)
     report = return_losses(
         model,
@@ -167,8 +176,10 @@ def run_returns(
         dtype=computing,
         memory_dtype=resolve_memory_dtype(memory_dtype, computing),
         progress=progress,
+        ranks=ranks,
     )
-    report.write(path, path.with_suffix(".png") if available() else None)
+    if ranks.first:
+        report.write(path, path.with_suffix(".png") if available() else None)
     return report
 
 

@@ -1,22 +1,27 @@
 """Runs a table's cells, so that it can be stopped, killed and started again at any moment.
 
-Each cell is a process of its own, niced and on one core; as many run at once as are asked for. What is finished stays
-finished, what was begun goes on from its checkpoint, and two runners cannot work in one folder. A cell that fails does
-not stop the others.
+Each cell is a process of its own, niced and on one core, or on the GPU that fewest cells are on; as many run at once as
+are asked for, on each of the ranks that torchrun started. What is finished stays finished, what was begun goes on from
+its checkpoint, and two runners cannot work in one folder. A cell that fails does not stop the others.
 """
 
+import contextlib
+import itertools
 import multiprocessing
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsmr.console.devices import gpu_names
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, write_json
 from dsmr.console.locks import alone_in
 from dsmr.console.progress import ProgressLine, duration
+from dsmr.console.ranks import GIVEN, Ranks
 from dsmr.console.stopping import graceful_stop
 from dsmr.corpus.etudes import compose_with_etudes
 from dsmr.corpus.layout import MANIFEST
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TABLE = "table.json"
+TURN = 0.5  # seconds between two looks at the cells in progress
 TRAINING_SHARE = 0.8  # of a cell's time, before one has shown what it is
 
 
@@ -55,29 +61,45 @@ def run_table(
     data: str | Path | None = None,
     graph: bool = False,
     console: "Console | None" = None,
+    ranks: Ranks | None = None,
 ) -> RunResult:
     """Run all cells of `table` that are not finished into the folder `out`; `data` names the corpus elsewhere, `graph`
     trains by CUDA graphs.
 
-    Raises `UserError`, before any work, for a folder that another runner works in or that holds another table, and for
-    measurements that the corpus cannot serve.
+    Of several `ranks`, which see the same folder, whichever is free takes the next cell; the first holds the folder's
+    lock, composes the corpus, and speaks. Raises `UserError`, before any work, for a folder that another runner works
+    in or that holds another table, and for measurements that the corpus cannot serve.
     """
     if jobs < 1:
         raise UserError(f"the number of jobs must be at least 1, got {jobs}")
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"cannot write the results to {folder}: it is a file")
-    with alone_in(folder, "another runner works"), ProgressLine(console) as line:
-        former = folder / TABLE
-        if former.exists():
-            _check_same(folder, table.settings(), read_json(former))
-        corpus = _corpus(table, folder, data, line)
-        check_measurable(table, corpus)
-        settings = settings_of(table, corpus)
-        if former.exists():
-            _check_same(folder, settings, read_json(former))
+    ranks = ranks or Ranks()
+    alone = alone_in(folder, "another runner works") if ranks.first else contextlib.nullcontext()
+    with alone, ProgressLine(ranks.console(console)) as line:
+        if not ranks.first:
+            ranks.meet()  # they begin when the folder is the first's, and all is there
+        corpus = _begun(table, folder, data, line, ranks.first)
+        if ranks.first:
+            ranks.meet()
+        ranks.check_agreement({"the cells": [cell.key for cell in table.cells], "the corpus": corpus.digest})
+        return _Runner(table, folder, str(corpus.path), jobs, line, ranks, graph=graph).run()
+
+
+def _begun(table: Table, folder: Path, data: str | Path | None, line: ProgressLine, first: bool) -> Corpus:
+    """The corpus of a folder that the first rank has made that of this table; `UserError` where it is another's."""
+    former = folder / TABLE
+    if former.exists():
+        _check_same(folder, table.settings(), read_json(former))
+    corpus = _corpus(table, folder, data, line)
+    check_measurable(table, corpus)
+    settings = settings_of(table, corpus)
+    if former.exists():
+        _check_same(folder, settings, read_json(former))
+    if first:
         write_json(former, settings)
-        return _Runner(table, folder, str(corpus.path), settings, jobs, line, graph=graph).run()
+    return corpus
 
 
 def _corpus(table: Table, folder: Path, data: str | Path | None, line: ProgressLine) -> Corpus:
@@ -113,30 +135,31 @@ def _check_same(folder: Path, now: Any, then: Any, path: str = "") -> None:
 
 
 class _Runner:
-    """The cells in progress."""
+    """The cells in progress: `running` here, `at_work` on any rank. What is still to do is the same on all ranks."""
 
     def __init__(
         self,
         table: Table,
         folder: Path,
         data: str,
-        settings: dict[str, Any],
         jobs: int,
         line: ProgressLine,
+        ranks: Ranks,
         *,
         graph: bool = False,
     ) -> None:
-        self.table, self.folder, self.data, self.jobs, self.line = table, folder, data, jobs, line
+        self.table, self.folder, self.data, self.jobs, self.line, self.ranks = table, folder, data, jobs, line, ranks
         self.graph = graph
         self.context = multiprocessing.get_context("spawn")
+        self.gpus = _gpus(ranks)
         self.failed: dict[str, str] = {}
         self.todo: list[Cell] = []
-        self.running: dict[str, tuple[Cell, BaseProcess]] = {}
-        self.finished: list[str] = []
+        self.running: dict[str, tuple[BaseProcess, str | None]] = {}
+        self.at_work: dict[str, Cell] = {}
+        self.news: list[tuple[str, str, bool]] = []  # a cell that ended here, what is said of it, whether it failed
+        self.finished: list[str] = ranks.everybody([c.key for c in table.cells if self.of(c).row.exists()])[0]
         for cell in table.cells:
-            if self.of(cell).row.exists():
-                self.finished.append(cell.key)
-            else:
+            if cell.key not in self.finished:
                 self.todo.append(cell)
         self.began = time.monotonic()
         self.work_at_start = sum(self._done(cell) for cell in self.todo)
@@ -149,44 +172,70 @@ class _Runner:
             self.line.say(f"{len(self.finished)} cells were finished before: {', '.join(self.finished)}")
         unfinished = list(self.todo)
         with graceful_stop() as stop:
+            self.ranks.stop = stop
             try:
-                while self.todo or self.running:
-                    if stop.signal is not None:
+                while self.ranks.meet(len(self.running)) or self.todo:
+                    if self.ranks.signal is not None:
                         break
-                    while self.todo and len(self.running) < self.jobs:
-                        self._start(self.todo.pop(0))
-                    time.sleep(0.5)
+                    self._deal()
+                    time.sleep(TURN)
                     self._collect()
+                    self._tell()
                     self.line.update(self._status(unfinished))
             finally:
-                for _, process in self.running.values():
+                for process, _ in self.running.values():
                     process.terminate()  # training saves and ends
-                for _, process in self.running.values():
+                for process, _ in self.running.values():
                     process.join()
             left = [cell.key for cell in unfinished if cell.key not in self.finished and cell.key not in self.failed]
             self._conclude(left, stop.name if stop.signal is not None else None)
             return RunResult(self.finished, self.failed, left, stop.signal if left else None)
 
+    def _deal(self) -> None:
+        """Whoever is free takes the next cells."""
+        for rank, free in enumerate(self.ranks.everybody(self.jobs - len(self.running))):
+            for _ in range(min(free, len(self.todo))):
+                cell = self.todo.pop(0)
+                self.at_work[cell.key] = cell
+                if rank == self.ranks.rank:
+                    self._start(cell)
+
     def _start(self, cell: Cell) -> None:
+        gpu = None
+        if self.gpus and self.table.config(cell, "", "").device in ("auto", "cuda"):
+            taken = [used for _, used in self.running.values()]
+            gpu = min(self.gpus, key=taken.count)
         process = self.context.Process(
             target=work, args=(self.table.written, cell.key, self.data, self.folder, self.graph)
         )
-        process.start()
-        self.running[cell.key] = (cell, process)
+        with _environment(gpu):
+            process.start()
+        self.running[cell.key] = (process, gpu)
 
     def _collect(self) -> None:
-        for key, (cell, process) in list(self.running.items()):
+        """Note which cells ended here."""
+        for key, (process, _) in list(self.running.items()):
             if process.is_alive():
                 continue
             process.join()
             del self.running[key]
-            if self.of(cell).row.exists():
-                row = read_json(self.of(cell).row)
-                self.finished.append(key)
-                self.line.say(f"{key}: {row['nats_per_note']:.4f} nats a note{_remembers(row)}")
+            folder = self.of(self.at_work[key])
+            if folder.row.exists():
+                row = read_json(folder.row)
+                self.news.append((key, f"{row['nats_per_note']:.4f} nats a note{_remembers(row)}", False))
             else:
-                self.failed[key] = _why(self.of(cell), process.exitcode)
-                self.line.say(f"{key} failed: {self.failed[key]}")
+                self.news.append((key, _why(folder, process.exitcode), True))
+
+    def _tell(self) -> None:
+        """Let all ranks know which cells ended."""
+        for key, said, failed in itertools.chain(*self.ranks.everybody(self.news)):
+            del self.at_work[key]
+            if failed:
+                self.failed[key] = said
+            else:
+                self.finished.append(key)
+            self.line.say(f"{key} failed: {said}" if failed else f"{key}: {said}")
+        self.news = []
 
     def _conclude(self, left: Sequence[str], stopped_by: str | None) -> None:
         said = [f"{len(self.finished)} of {len(self.table.cells)} cells are finished"]
@@ -214,8 +263,8 @@ class _Runner:
         done = sum(self._done(cell) for cell in unfinished)
         spent, gained = time.monotonic() - self.began, done - self.work_at_start
         left = duration(spent * (len(unfinished) - done) / gained) if gained > 0.01 else "?"
-        phrases = [self._phrase(cell) for cell, _ in self.running.values()]
-        count = f"{len(self.finished)} of {len(self.finished) + len(self.todo) + len(self.running)} cells"
+        phrases = [self._phrase(cell) for cell in self.at_work.values()]
+        count = f"{len(self.finished)} of {len(self.finished) + len(self.todo) + len(self.at_work)} cells"
         return " · ".join([f"{count}, {left} to go", *phrases])
 
     def _phrase(self, cell: Cell) -> str:
@@ -227,6 +276,31 @@ class _Runner:
             return f"{cell.key}: measuring"
         of_all = f"/{steps:,}" if steps is not None else ""
         return f"{cell.key}: step {record['step']:,}{of_all}, loss {record['loss']:.2f}"
+
+
+def _gpus(ranks: Ranks) -> list[str]:
+    """The GPUs for cells of this rank: all that there are, or under torchrun the one of its place on the machine."""
+    found = gpu_names()
+    return found if ranks.alone or not found else [found[int(os.environ["LOCAL_RANK"]) % len(found)]]
+
+
+@contextlib.contextmanager
+def _environment(gpu: str | None) -> Iterator[None]:
+    """What a process that is started here finds: this GPU alone, and nothing of torchrun's, for it trains by itself."""
+    wanted = {**dict.fromkeys(GIVEN), **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})}
+    former = {name: os.environ.get(name) for name in wanted}
+    try:
+        _set(wanted)
+        yield
+    finally:
+        _set(former)
+
+
+def _set(environment: Mapping[str, str | None]) -> None:
+    for name, value in environment.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 def _remembers(row: dict[str, Any]) -> str:

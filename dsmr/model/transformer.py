@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -420,9 +420,15 @@ class DSMRModel(nn.Module):
 
         return stream(self, prompt, **options)
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors, each whole or not at all."""
-        weights = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write config.json and model.safetensors, each whole or not at all.
+
+        `state_dict`: the weights where the model itself holds but a part of them, such as one rank of several.
+        """
+        held = self.state_dict() if state_dict is None else state_dict
+        weights = {name: tensor.detach().contiguous() for name, tensor in held.items()}
         if self.config.tie_embeddings:
             del weights["head.weight"]
         save_tensors(Path(directory) / "model.safetensors", weights, {"format": "pt"})

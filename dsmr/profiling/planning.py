@@ -2,16 +2,17 @@
 
     python -m dsmr.profiling.planning --hours 1000 --nodes 1 64
 
-A step is the greater of what the GPU and what its host take; DDP's buckets of gradients are sent while the backward
-goes on, one after another, over NVLink within a node and the network between nodes. Nothing is measured by the command:
-the rates are those of `H100`, `HOST` and `Links`, which it prints with their sources.
+A step is the greater of what the GPU and what its host take; DDP's buckets of gradients, or FSDP2's weights and
+gradients of each layer, are sent while it goes on, one after another, over NVLink within a node and the network between
+nodes. Nothing is measured by the command: the rates are those of `H100`, `HOST` and `Links`, which it prints with their
+sources.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from dsmr.console.errors import UserError
 from dsmr.console.progress import duration
 from dsmr.console.terminal import command, console
 from dsmr.model.schedule import MemorySchedule
-from dsmr.profiling.cost import Predicted, held_bytes, least_bytes, parameters_of, predict_step
+from dsmr.profiling.cost import LayerSeconds, Predicted, held_bytes, least_bytes, parameters_of, predict_step
 from dsmr.profiling.job import Sizes
 from dsmr_kernels.costing.cost import human_bytes
 from dsmr_kernels.costing.predict import Ceilings
@@ -80,6 +81,11 @@ class Links:
             seconds += 2 * math.ceil(math.log2(nodes)) * self.begin_between
         return seconds
 
+    def gather(self, size: float, gpus: int, nodes: int) -> float:
+        """Seconds until every GPU has all of `size` bytes, of which each had its part; or until each has its part of
+        their sum. A sum for all is the one after the other."""
+        return self.all_reduce(size, gpus, nodes) / 2
+
     def meeting(self, ranks: int) -> float:
         """Seconds in which the ranks' hosts agree on loss, clock and signals: a few numbers, by TCP, up and down."""
         return 2 * math.ceil(math.log2(ranks)) * self.begin_host
@@ -120,10 +126,40 @@ def gradients(step: Predicted, sizes: Sizes, schedule: MemorySchedule) -> list[t
     return [*found, (embedding, second + step.around["backward"]["embedding"])]
 
 
+def parts(sizes: Sizes, schedule: MemorySchedule) -> tuple[float, float]:
+    """Bytes of the weights of a layer, and of those around the layers, which FSDP2 holds together."""
+    around = 4.0 * (sizes.vocab_size + 1) * sizes.d_model
+    return (4.0 * parameters_of(sizes, schedule) - around) / schedule.layers, around
+
+
+def sharded(step: Predicted, sizes: Sizes, schedule: MemorySchedule, links: Links, gpus: int, nodes: int) -> float:
+    """Seconds of the forward and backward under FSDP2, with what is sent.
+
+    Whole weights come before a layer computes, those of the next one meanwhile; the backward asks for them again, and
+    sends each layer's gradients when it is through. What is around the layers comes first, stays, and is sent last.
+    """
+    layer, around = (links.gather(size, gpus, nodes) for size in parts(sizes, schedule))
+    now, link = around, around  # what computes, and what is sent, are so far
+    for direction, order in (("forward", step.layers), ("backward", step.layers[::-1])):
+        back = direction == "backward"
+        arrived = link = max(link, now) + layer
+        now += step.around[direction]["head" if back else "embedding"]
+        for place, each in enumerate(order):
+            now = max(now, arrived)
+            if place + 1 < len(order):
+                arrived = link = max(link, now) + layer
+            now += sum(getattr(each, direction).values())
+            if back:
+                link = max(link, now) + layer
+        now += step.around[direction]["embedding" if back else "head"]
+    return max(now, link) + around
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A training on so many nodes: `step` seconds, of which `waiting` for gradients that the backward did not hide."""
+    """A training on so many nodes: `step` seconds, of which `waiting` for what is sent and not hidden by computing."""
 
+    parallel: str
     nodes: int
     gpus: int
     batch: int
@@ -151,13 +187,14 @@ def plan(
     batch: int,
     tokens: float,
     epochs: float,
+    parallel: str = "ddp",
     gpus: int = GPUS_A_NODE,
     ceilings: Ceilings = H100,
     host: Ceilings = HOST,
     links: Links | None = None,
 ) -> Plan:
     """The plan for `epochs` passes over `tokens` tokens with `batch` rows over all GPUs (`sizes.batch` is not looked
-    at). `UserError` if the ranks cannot share the batch evenly."""
+    at), in the way of `dsmr train --parallel`. `UserError` if the ranks cannot share the batch evenly."""
     links = links or Links()
     ranks = nodes * gpus
     if batch % ranks:
@@ -169,15 +206,23 @@ def plan(
     started = sum(launching.seconds(part) for part in ("forward", "backward", "step"))
     compute = max(forward + backward + update, started)
     slower = compute / (forward + backward + update)  # a backward that its host holds up hides more
-    ready = [(size, slower * second) for size, second in gradients(device, here, schedule)]
-    waiting = max(sent_by(buckets(ready), links, gpus, nodes) - slower * backward, 0.0) if ranks > 1 else 0.0
+    weights = 4.0 * parameters_of(here, schedule)
+    needed, waiting = float(least_bytes(here, schedule, "train")), 0.0
+    if parallel == "fsdp" and ranks > 1:
+        layer, around = parts(here, schedule)
+        whole = 3 * layer + 2 * around  # weights of two layers and what is around; gradients of one and of that
+        needed += min(whole - 4 * weights * (1 - 1 / ranks), 0.0)
+        waiting = sharded(_slowed(device, slower), here, schedule, links, gpus, nodes) - slower * (forward + backward)
+    elif ranks > 1:
+        ready = [(size, slower * second) for size, second in gradients(device, here, schedule)]
+        waiting = max(sent_by(buckets(ready), links, gpus, nodes) - slower * backward, 0.0)
     meeting = links.meeting(ranks)
     step = compute + waiting + meeting
     a_step = batch * here.segment_length
     held = sum(held_bytes(here, schedule, "train"))
-    needed = float(least_bytes(here, schedule, "train"))
     steps = math.ceil(tokens / a_step)
     return Plan(
+        parallel=parallel,
         nodes=nodes,
         gpus=ranks,
         batch=batch,
@@ -185,7 +230,7 @@ def plan(
         gpu_bytes=needed,
         fits=needed <= GPU_BYTES,
         state_bytes=held * ranks,
-        sent_bytes=2 * (ranks - 1) / ranks * 4.0 * parameters_of(here, schedule),
+        sent_bytes=(3 if parallel == "fsdp" else 2) * (ranks - 1) / ranks * weights,
         compute=compute,
         host=started,
         waiting=waiting,
@@ -196,6 +241,16 @@ def plan(
         steps_an_epoch=steps,
         hours=epochs * steps * step / 3600,
     )
+
+
+def _slowed(step: Predicted, by: float) -> Predicted:
+    """The same step, all of it `by` times as long."""
+
+    def longer(parts: Mapping[str, float]) -> dict[str, float]:
+        return {name: by * seconds for name, seconds in parts.items()}
+
+    layers = tuple(LayerSeconds(longer(layer.forward), longer(layer.backward)) for layer in step.layers)
+    return Predicted(layers, {direction: longer(parts) for direction, parts in step.around.items()})
 
 
 def assumptions(links: Links) -> list[str]:
@@ -211,8 +266,10 @@ def assumptions(links: Links) -> list[str]:
         f"{1e6 * links.begin_within:.0f} µs to begin; between nodes {links.between / 1e9:.0f} GB/s a GPU (0.8 of 400 "
         f"Gbit/s), {1e6 * links.begin_between:.0f} µs for each level of a tree",
         f"the hosts meet once a step: {1e6 * links.begin_host:.0f} µs for each level of a tree, up and down",
-        "DDP sums float32 gradients in buckets of 25 MiB while the backward goes on; all GPUs are equally fast; "
-        "reading the corpus, validation and checkpoints take nothing; memory is the least that a step needs",
+        "ddp sums float32 gradients in buckets of 25 MiB while the backward goes on; fsdp gathers the float32 weights "
+        "of one layer ahead of the one that computes, twice a step, and scatters its gradients, in half the time of a "
+        "sum each; what it does on the host is not counted; all GPUs are equally fast; reading the corpus, validation "
+        "and checkpoints take nothing; memory is the least that a step needs",
         "every row has read enough to fill its memory; whether so large a batch still learns as well is not modelled",
     ]
 
@@ -223,14 +280,25 @@ def table(plans: Sequence[Plan]) -> Any:
 
     shown = Table()
     for title in (
-        *("nodes", "GPUs", "batch", "rows a GPU", "memory a GPU", "state of all rows", "step", "compute", "waiting"),
+        *(
+            "way",
+            "nodes",
+            "GPUs",
+            "batch",
+            "rows a GPU",
+            "memory a GPU",
+            "state of all rows",
+            "step",
+            "compute",
+            "waiting",
+        ),
         *("tokens/s", "of it compute", "steps an epoch", "all epochs"),
     ):
         shown.add_column(title, justify="right")
     for row in plans:
         fits = "" if row.fits else " (too much)"
         shown.add_row(
-            *(f"{row.nodes:,}", f"{row.gpus:,}", f"{row.batch:,}", f"{row.rows_a_gpu:,}"),
+            *(row.parallel, f"{row.nodes:,}", f"{row.gpus:,}", f"{row.batch:,}", f"{row.rows_a_gpu:,}"),
             *(human_bytes(round(row.gpu_bytes)) + fits, human_bytes(row.state_bytes)),
             *(f"{1e3 * seconds:.1f} ms" for seconds in (row.step, row.compute, row.waiting)),
             *(f"{row.tokens_per_second:,.0f}", f"{row.share_of_compute:.0%}", f"{row.steps_an_epoch:,}"),
@@ -251,6 +319,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=746)
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--batch-size", type=int, nargs="+", default=[512, 4096], help="rows over all GPUs")
+    parser.add_argument("--parallel", nargs="+", choices=("ddp", "fsdp"), default=["ddp"], help="as of dsmr train")
     parser.add_argument("--json", type=Path, help="also write the plans as JSON")
     return parser.parse_args(given)
 
@@ -275,9 +344,10 @@ def main(given: Sequence[str] | None = None) -> None:
     sizes.config(schedule)
     tokens = asked.hours * 3600 * asked.tokens_a_second
     plans = [
-        plan(sizes, schedule, nodes=nodes, batch=batch, tokens=tokens, epochs=asked.epochs)
+        plan(sizes, schedule, nodes=nodes, batch=batch, tokens=tokens, epochs=asked.epochs, parallel=way)
         for batch in asked.batch_size
         for nodes in asked.nodes
+        for way in asked.parallel
     ]
     if asked.json is not None:
         from dsmr.console.files import write_json
@@ -290,7 +360,10 @@ def main(given: Sequence[str] | None = None) -> None:
         f"hours of music are {tokens / 1e6:,.0f} M tokens ({asked.tokens_a_second:g} a second); {asked.epochs:g} epochs"
     )
     screen.print(table(plans))
-    screen.print(f"each GPU of the first row sends {human_bytes(round(plans[0].sent_bytes))} of gradients a step")
+    for row in plans[: len(asked.parallel)]:
+        what = "gradients" if row.parallel == "ddp" else "weights and gradients"
+        sent = human_bytes(round(row.sent_bytes))
+        screen.print(f"with {row.parallel} each GPU of {row.gpus:,} sends {sent} of {what} a step")
     for line in assumptions(Links()):
         screen.print(f"- {line}")
 

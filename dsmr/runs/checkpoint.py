@@ -36,11 +36,6 @@ SHAPE = {
 }
 
 
-def one_line(error: Exception) -> str:
-    """The first line of an error's message, which PyTorch likes to follow with many more."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 class RunDirectory:
     """The files of one run, by name."""
 
@@ -142,17 +137,18 @@ def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, onto the CPU, running no code from the file.
 
-    Its seal is checked, or the sums of the archive that it is where an earlier version did not seal it.
+    With `mapped` its tensors lie in the file until they are copied, once for all processes of a machine. Its seal is
+    checked, or the sums of the archive that it is where an earlier version did not seal it.
     """
     try:
         if not check_seal(path) and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise ValueError(f"the sum of {damaged} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UserError as error:
         raise UserError(f"{error}; {_what_is_left(path)}") from error
     except OSError as error:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dsmr.console.errors import UserError
+from dsmr.console.words import one_line
 from dsmr.corpus.streams import Batch
 from dsmr.model.state import DSMRState
 from dsmr.model.transformer import DSMRModel
-from dsmr.runs.checkpoint import one_line
 from dsmr.training.update import clip_on_device
 
 EAGER = 3

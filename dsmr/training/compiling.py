@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from dsmr.runs.checkpoint import one_line
+from dsmr.console.words import one_line
 
 
 def missing_compiler(device: torch.device) -> str | None:

@@ -24,9 +24,11 @@ from dsmr.console.heap import keep_freed_memory
 from dsmr.console.locks import alone_in
 from dsmr.console.progress import ProgressLine, duration
 from dsmr.console.stopping import Stop, StoppedError, graceful_stop
+from dsmr.console.words import one_line
 from dsmr.corpus.returns import Planter
 from dsmr.corpus.store import Corpus
 from dsmr.corpus.streams import Augment, Batch, StreamLoader
+from dsmr.evaluation.losses import evaluate
 from dsmr.model.transformer import DSMRModel
 from dsmr.music.augment import Augmenter
 from dsmr.runs.checkpoint import (
@@ -35,15 +37,15 @@ from dsmr.runs.checkpoint import (
     check_same_run,
     load_checkpoint,
     load_settings,
-    one_line,
     save_checkpoint,
 )
 from dsmr.runs.settings import TrainConfig, run_settings, validation_pieces
 from dsmr.training.captured import CapturedStep, without_graph
 from dsmr.training.compiling import missing_compiler
 from dsmr.training.figures import loss_figure
+from dsmr.training.joining import joined
 from dsmr.training.pacing import Pace
-from dsmr.training.ranks import Ranks, joined
+from dsmr.training.ranks import TrainingRanks
 from dsmr.training.update import clip_gradients, optimizer_of
 from dsmr_kernels.costing.cost import human_bytes
 
@@ -89,8 +91,8 @@ def train(
     save and return (a second one ends the process at once). Raises `UserError` for bad settings, for a run that
     `config` does not continue, for a loss that is not finite, and for files that cannot be written.
 
-    With `parallel` "ddp" the processes that torchrun started train together (`dsmr.training.ranks`), and only the first
-    writes and prints.
+    With `parallel` "ddp" or "fsdp" the processes that torchrun started train together (`dsmr.training.ranks`), and only
+    the first writes and prints.
     """
     if resume and overwrite:
         raise ValueError("a run can be resumed or overwritten, not both")
@@ -100,7 +102,7 @@ def train(
 
 def _train(
     config: TrainConfig,
-    ranks: Ranks,
+    ranks: TrainingRanks,
     resume: bool,
     overwrite: bool,
     corpus: "Corpus | None",
@@ -129,7 +131,9 @@ def _train(
 class _Training:
     """A run in progress: the model, its optimiser, its stream, and how far they are."""
 
-    def __init__(self, config: TrainConfig, run: RunDirectory, corpus: "Corpus", resume: bool, ranks: Ranks) -> None:
+    def __init__(
+        self, config: TrainConfig, run: RunDirectory, corpus: "Corpus", resume: bool, ranks: TrainingRanks
+    ) -> None:
         self.config, self.directory, self.corpus, self.ranks = config, run, corpus, ranks
         self.metrics = Metrics(run.metrics)
         self.device = resolve_device(ranks.device)
@@ -161,7 +165,7 @@ class _Training:
             ranks.rows(config.batch_size),
         )
         saving = {"checkpoint_layers": config.checkpoint_layers, "compile_layers": config.compile}
-        self.model = DSMRModel(model_config, **saving).to(self.device)
+        self.model = ranks.placed(DSMRModel(model_config, **saving), self.device)
         self.optimizer = optimizer_of(self.model, config)
         self.state = ranks.new_state(
             self.model, config.batch_size, device=self.device, dtype=self.dtype, aligned=True, apart=True
@@ -182,7 +186,7 @@ class _Training:
         self.saved_step = -1
 
         if resume and run.last.exists():
-            self._restore(load_checkpoint(run.last))
+            self._restore(load_checkpoint(run.last, mapped=not ranks.alone))
         asked = {name: value for name, value in config.to_dict().items() if name not in ("data", "out", "threads")}
         ranks.check_agreement({"the corpus": corpus.digest, "the step": self.pace.step, **asked})
         self.step_model = ranks.over(self.model)
@@ -271,7 +275,7 @@ class _Training:
         """The loss of a batch and the length of its gradient, after the weights have followed it."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with autocast(self.device, self.dtype):
+        with autocast(self.device, self.dtype, cached=self.ranks.hold_weights):
             output = self.step_model(
                 batch.tokens,
                 self.state,
@@ -315,16 +319,17 @@ class _Training:
 
         better, begun = False, self.pace.seconds
         if len(self.validation):
-            report = self.ranks.evaluate(
-                self.model,
+            report = evaluate(
+                self.ranks.to_measure(self.model),
                 self.corpus,
                 "validation",
-                self.validation,
-                batch_size=self.config.batch_size,
+                pieces=self.validation,
+                batch_size=len(self.ranks.rows(self.config.batch_size)),
                 segments_per_call=self.config.segments_per_step,
                 dtype=self.dtype,
                 name=f"the model at step {self.pace.step}",
                 progress=show,
+                ranks=self.ranks,
             )
             better = self.best is None or report.nats_per_note < self.best
             self._note(
@@ -351,20 +356,17 @@ class _Training:
     def _save(self) -> None:
         """Write the checkpoint, from which the run goes on as if it had never stopped."""
         self.ranks.check_weights(self.model)
-        state, generators = self.ranks.gathered(self.state.state_dict()), self.ranks.rng_states()
+        of_all = {
+            "model": self.ranks.weights(self.model),
+            "optimizer": without_graph(self.ranks.moments(self.model, self.optimizer)),
+            "state": self.ranks.gathered(self.state.state_dict()),
+            "loader": self.loader.state_dict(),
+            **self.ranks.rng_states(),
+            "pace": self.pace.state_dict(),
+            "progress": {name: getattr(self, name) for name in _PROGRESS},
+        }
         if self.ranks.first:
-            save_checkpoint(
-                self.directory.last,
-                {
-                    "model": self.model.state_dict(),
-                    "optimizer": without_graph(self.optimizer.state_dict()),
-                    "state": state,
-                    "loader": self.loader.state_dict(),
-                    **generators,
-                    "pace": self.pace.state_dict(),
-                    "progress": {name: getattr(self, name) for name in _PROGRESS},
-                },
-            )
+            save_checkpoint(self.directory.last, of_all)
         self.ranks.meet()  # so that the clock has seen the writing
         self.saved_step = self.pace.step
         self.pace.saved()
@@ -373,13 +375,13 @@ class _Training:
 
     def _keep_weights(self) -> None:
         """Make the present weights the ones that the run directory is loaded with."""
+        weights = self.ranks.weights(self.model)
         if self.ranks.first:
-            self.model.save_pretrained(self.directory.path)
+            self.model.save_pretrained(self.directory.path, state_dict=weights)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
         try:
-            self.model.load_state_dict(checkpoint["model"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.ranks.restore(self.model, self.optimizer, checkpoint)
             self.state.load_state_dict(self.ranks.own(checkpoint["state"], self.config.batch_size))
             self.loader.load_state_dict(checkpoint["loader"])
             for name in _PROGRESS:
@@ -387,7 +389,7 @@ class _Training:
             self.pace.load_state_dict(checkpoint["pace"])
             self.saved_step = self.pace.step
             self.ranks.restore_rng(checkpoint, self.config.seed, self.pace.step)
-        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(f"the checkpoint {self.directory.last} does not fit its run: {one_line(error)}") from error
 
     def _draw(self, line: ProgressLine) -> None:
@@ -439,7 +441,7 @@ _PROGRESS = ("tokens", "loss", "smooth_loss", "best", "best_step")
 """What a checkpoint keeps of `_Training` itself."""
 
 
-def _no_graph(config: TrainConfig, device: torch.device, ranks: Ranks) -> str | None:
+def _no_graph(config: TrainConfig, device: torch.device, ranks: TrainingRanks) -> str | None:
     """Why a step cannot be recorded as a CUDA graph; None where it can."""
     if device.type != "cuda":
         return f"on {device}, only on a GPU"

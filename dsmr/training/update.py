@@ -23,10 +23,12 @@ def clip_gradients(parameters: Iterable[Tensor], longest: float) -> float:
     """Shorten the gradients to the length `longest` together, where they are longer; their length before.
 
     As `torch.nn.utils.clip_grad_norm_`, bit for bit, which multiplies them by 1 where they are short enough: a pass
-    over all gradients. A length that is not finite changes nothing.
+    over all gradients. A length that is not finite changes nothing. Of gradients that lie in several ranks the length
+    is that of the whole.
     """
     parameters = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    norm = getattr(norm, "full_tensor", lambda: norm)()
     length = norm.item()
     if math.isfinite(length) and longest / (length + 1e-6) < 1:
         torch.nn.utils.clip_grads_with_norm_(parameters, longest, norm, foreach=True)

@@ -2,16 +2,22 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_corpus import TOKENS, tiny_corpus
+from several_ranks import in_threads, start_ranks
+from tiny_corpus import TOKENS, tiny_corpus, tiny_piece, tiny_vocabulary
+from typer.testing import CliRunner
 
+from dsmr.cli.app import app
 from dsmr.console.errors import UserError
-from dsmr.corpus.store import Corpus
+from dsmr.console.ranks import Ranks
+from dsmr.corpus.store import Corpus, PieceRecord, write_corpus
 from dsmr.evaluation.losses import evaluate, evaluate_run, piece_losses
 from dsmr.evaluation.report import report_losses
 from dsmr.model.transformer import DSMRConfig, DSMRModel
@@ -199,3 +205,70 @@ def test_a_run_and_a_corpus_of_another_tokeniser_do_not_meet(tmp_path: Path) -> 
         evaluate_run(tmp_path / "corpus", tmp_path / "corpus")
     with pytest.raises(UserError, match="holds no training run"):  # nor does it say which corpus it was trained on
         evaluate_run(run)
+
+
+@pytest.mark.parametrize("world", [2, 3, 12])
+def test_ranks_share_the_pieces_and_all_know_every_loss(tmp_path: Path, world: int) -> None:
+    """Also where some have none."""
+    corpus, model = tiny_corpus(tmp_path), real_model().eval()
+    expected = piece_losses(model, corpus, range(10), batch_size=2)
+    told: list[int] = []
+
+    def work(ranks: Ranks) -> list[np.ndarray]:
+        how = {"batch_size": 2, "progress": lambda done, total: told.append(total), "ranks": ranks}
+        return piece_losses(model, corpus, range(10), **how)
+
+    for found in in_threads(world, work):
+        for mine, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+    lengths = sorted((len(loss) for loss in expected), reverse=True)
+    assert set(told) == {sum(lengths[rank::world]) for rank in range(world)} - {0}
+
+
+def test_ranks_that_find_different_runs_say_so(tmp_path: Path) -> None:
+    corpus = tiny_corpus(tmp_path / "corpus")
+    runs = [saved_run(tmp_path / f"run-{rank}", corpus) for rank in range(2)]
+    other = DSMRModel.from_pretrained(runs[1])
+    other.norm.weight.data[0] += 1e-6
+    other.save_pretrained(runs[1])
+
+    def work(ranks: Ranks) -> str:
+        with pytest.raises(UserError) as error:
+            evaluate_run(runs[ranks.rank], tmp_path / "corpus", device="cpu", ranks=ranks)
+        return str(error.value)
+
+    for said in in_threads(2, work):
+        assert "the ranks were not asked for the same: the sum of all weights is" in said
+
+
+@pytest.mark.slow  # PyTorch starts twice
+def test_processes_find_what_one_finds(tmp_path: Path) -> None:
+    """The whole program, every measurement; only the first one speaks and writes."""
+    lengths = (40, 26, 33, 19, 21, 30)
+    records = [PieceRecord(tiny_piece(n, n), "validation", f"{n}.mid", n, n / 4) for n in lengths]
+    records += [PieceRecord(tiny_piece(20, 1), "train", "1.mid", 20, 5.0)]
+    corpus = write_corpus(tmp_path / "corpus", records, tiny_vocabulary(), "uneven")
+    run, alone, together = saved_run(tmp_path / "run", corpus), tmp_path / "alone", tmp_path / "together"
+    options = ["--data", str(tmp_path / "corpus"), "--device", "cpu", "--batch-size", "2", "--baseline", "trigram"]
+    options += ["--krcu", "--reset", "48", "--bin", "16", "--bins", "3", "--retain", "16"]
+    command = ["eval", str(run), *options]
+    said = CliRunner().invoke(app, [*command, "--out", str(alone)])
+    assert said.exit_code == 0, said.output
+    processes = start_ranks(["-m", "dsmr", *command, "--out", str(together)])
+    printed = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert printed[0][0] == said.stdout
+    assert printed[1] == ("", "")
+    assert {file.name for file in together.iterdir()} == {file.name for file in alone.iterdir()}
+    for file in ("eval-validation.json", "memory-validation.json"):
+        ours, theirs = (dict(numbers(json.loads((out / file).read_text()))) for out in (together, alone))
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-7)
+
+
+def numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of a JSON value, with where it stands."""
+    if isinstance(value, dict | list):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers(entry, f"{name}/{key}")
+    elif isinstance(value, int | float):
+        yield name, value

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from several_ranks import BY_HAND, in_threads, start_ranks
 from small_table import small_corpus, small_table, toml
 from tiny_corpus import tiny_corpus
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
 from dsmr.console.locks import locked
+from dsmr.console.ranks import Ranks
 from dsmr.experiments import runner
 from dsmr.experiments.cell import CellFolder, measured_pieces, run_cell
 from dsmr.experiments.runner import run_table
@@ -232,3 +234,105 @@ def test_a_cell_that_fails_does_not_stop_the_others(data: Path, tmp_path: Path) 
     assert list(result.failed) == ["wild-s0"]
     assert "at step" in result.failed["wild-s0"]
     assert result.exit_code == 1
+
+
+class Done:
+    """A process that ends at once, and leaves the row of its cell, or none."""
+
+    exitcode = 1
+
+    def __init__(self, target: Any, args: tuple[Any, ...]) -> None:
+        self.key, self.out = args[1], args[3]
+
+    def start(self) -> None:
+        began.append((self.key, os.environ.get("CUDA_VISIBLE_DEVICES"), "RANK" in os.environ))
+        folder = CellFolder(self.out, self.key)
+        folder.path.mkdir(parents=True)
+        if not self.key.startswith("wild"):
+            folder.row.write_text('{"nats_per_note": 1.0}')
+
+    def is_alive(self) -> bool:
+        return False
+
+    def join(self) -> None: ...
+
+    terminate = join
+
+
+began: list[tuple[str, str | None, bool]] = []
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells that take no time, on a machine of three GPUs of which two may be seen."""
+    began.clear()
+    monkeypatch.setattr("multiprocessing.context.SpawnContext.Process", Done)
+    monkeypatch.setattr("dsmr.experiments.runner.TURN", 0.0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    monkeypatch.setenv("RANK", "0")
+
+
+def eight_cells(data: Path, device: str = "auto") -> Table:
+    train = {**small_table()["train"], "device": device}
+    models = {"wild": {"preset": "none"}}
+    return Table.parse(small_table(data, train=train, models=models, cells={"wild": [0], "none": list(range(7))}))
+
+
+def test_cells_at_once_are_spread_over_the_gpus(data: Path, tmp_path: Path, no_work: None) -> None:
+    result = run_table(eight_cells(data), tmp_path / "out", jobs=4, console=quiet())
+    assert [gpu for _, gpu, _ in began] == ["2", "0", "2", "0"] * 2
+    assert not any(torchrun for _, _, torchrun in began)  # each trains by itself
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["RANK"]) == ("2,0", "0")
+    assert (len(result.finished), list(result.failed), result.left) == (7, ["wild-s0"], [])
+    began.clear()
+    run_table(eight_cells(data, "cpu"), tmp_path / "cpu", jobs=8, console=quiet())
+    assert {gpu for _, gpu, _ in began} == {"2,0"}
+
+
+def test_ranks_deal_the_cells_and_all_know_how_they_ended(
+    data: Path, tmp_path: Path, no_work: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One lock, of the first rank; what was finished stays so, and no cell is begun twice."""
+    table, out = eight_cells(data, "cpu"), tmp_path / "out"
+    folder = CellFolder(out, "none-s3")
+    folder.path.mkdir(parents=True)
+    folder.row.write_text("{}")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+    def work(ranks: Ranks) -> runner.RunResult:
+        return run_table(table, out, console=quiet(), ranks=ranks)
+
+    results = in_threads(3, work)
+    assert results[0] == results[1] == results[2]
+    assert sorted(results[0].finished) == [f"none-s{seed}" for seed in range(7)]
+    assert (list(results[0].failed), results[0].left, results[0].exit_code) == (["wild-s0"], [], 1)
+    assert sorted(key for key, _, _ in began) == sorted({cell.key for cell in table.cells} - {"none-s3"})
+    assert not (out / ".lock").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=BY_HAND)])
+def test_ranks_end_with_the_rows_of_one_process(data: Path, tmp_path: Path, killed: bool) -> None:
+    """Two processes, each with a cell, which is a process too. If the second is killed, the same command goes on."""
+    longer = {**small_table()["train"], "steps": 60}
+    written = small_table(data, cells={"two_scale": [0], "none": [3]}, train=longer)
+    (tmp_path / "small.toml").write_text(toml(written))
+    table = Table.parse(written)
+    expected = [same(row_of(table, tmp_path / "whole", place)) for place in range(2)]
+    out = tmp_path / "out"
+    command = ["-m", "dsmr", "experiments", "run", str(tmp_path / "small.toml"), "--out", str(out)]
+    if killed:
+        first, second = start_ranks(command)
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not CellFolder(out, "none-s3").run.exists():
+            time.sleep(0.1)
+        second.kill()
+        said = first.communicate(timeout=240)[1]
+        assert first.returncode == 1
+        assert "rank 0 of 2 ends because another one did" in said
+    printed = [process.communicate(timeout=240) for process in start_ranks(command)]
+    assert "2 of 2 cells are finished" in printed[0][1]
+    assert printed[1] == ("", "")
+    for cell, row in zip(table.cells, expected, strict=True):
+        assert same(json.loads(CellFolder(out, cell.key).row.read_text())) == row

@@ -15,7 +15,7 @@ from dsmr.model.schedule import MemorySchedule
 from dsmr.model.transformer import DSMRConfig, DSMRModel
 from dsmr.profiling.cost import least_bytes, parameters_of, predict_step
 from dsmr.profiling.job import Sizes
-from dsmr.profiling.planning import H100, HOST, Links, buckets, gradients, main, plan, sent_by
+from dsmr.profiling.planning import H100, HOST, Links, buckets, gradients, main, parts, plan, sent_by
 from dsmr_kernels.costing.cost import Call
 from dsmr_kernels.costing.predict import attention_seconds
 
@@ -71,6 +71,27 @@ def test_without_communication_a_step_takes_what_the_cost_model_says():
     assert found.steps_an_epoch == math.ceil(1e6 / (32 * 32))
     assert found.hours == pytest.approx(2 * found.steps_an_epoch * found.step / 3600)
     assert planned(4, 64, FREE).tokens_per_second == pytest.approx(2 * found.tokens_per_second)
+
+
+def test_shards_wait_for_weights_that_computing_does_not_hide():
+    """Free links cost nothing; at links that take far longer than computing, nothing but sending is left: the weights
+    of each layer twice and its gradients once, what is around the layers there and back."""
+    assert planned(2, 16, FREE, parallel="fsdp").step == pytest.approx(planned(2, 16, FREE).step)
+    slow = replace(PLAIN, within=math.inf, between=1.0)
+    found = planned(2, 16, slow, parallel="fsdp", gpus=1)
+    layer, around = parts(SIZES, SCHEDULE)
+    assert 4 * layer + around == pytest.approx(4 * parameters_of(SIZES, SCHEDULE))
+    assert found.waiting == pytest.approx(slow.gather(3 * 4 * layer + 2 * around, 1, 2), rel=1e-3)
+    assert found.sent_bytes == pytest.approx(1.5 * planned(2, 16, slow, gpus=1).sent_bytes)
+
+
+def test_shards_save_weights_and_no_memories():
+    whole, parted = (planned(64, 512, FREE, parallel=way) for way in ("ddp", "fsdp"))
+    layer, around = parts(SIZES, SCHEDULE)
+    saved = 16 * parameters_of(SIZES, SCHEDULE) * 511 / 512 - 3 * layer - 2 * around
+    assert whole.gpu_bytes - parted.gpu_bytes == pytest.approx(saved)
+    assert whole.state_bytes == parted.state_bytes
+    assert planned(1, 8, FREE, gpus=1, parallel="fsdp").gpu_bytes == planned(1, 8, FREE, gpus=1).gpu_bytes
 
 
 def test_memory_is_the_models_own_and_the_state_is_that_of_all_rows():

@@ -2,8 +2,8 @@
 
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from several_ranks import BY_HAND, ends, free_port, start_ranks
 from test_training import losses, quiet, tiny_config
 from tiny_corpus import tiny_corpus, tiny_piece, tiny_vocabulary
 
@@ -20,17 +21,19 @@ from dsmr.corpus.store import PieceRecord, write_corpus
 from dsmr.corpus.streams import StreamLoader
 from dsmr.model.transformer import DSMRConfig, DSMRModel
 from dsmr.runs.checkpoint import load_checkpoint
+from dsmr.training.joining import joined
 from dsmr.training.loop import TrainConfig
-from dsmr.training.ranks import Ranks, joined
+from dsmr.training.ranks import TrainingRanks
 
 CHILD = """
 import json, os, signal, sys, torch
 from dsmr.console.errors import UserError
 from dsmr.model.transformer import DSMRModel
+from dsmr.training import loop
 from dsmr.training.loop import TrainConfig, train
 
 torch.set_num_threads(1)
-config, resume, break_at = json.loads(sys.argv[1]), sys.argv[2] == "resume", int(sys.argv[3])
+config, resume, break_at, way = json.loads(sys.argv[1]), sys.argv[2] == "resume", int(sys.argv[3]), sys.argv[4]
 if break_at and os.environ["RANK"] == "1":
     forward, calls = DSMRModel.forward, []
     def broken(self, *args, **kwargs):
@@ -41,8 +44,17 @@ if break_at and os.environ["RANK"] == "1":
             output.loss = output.loss * float("nan")
         return output
     DSMRModel.forward = broken
+if way == "fsdp":
+    step, world = loop._Training._train_step, int(os.environ["WORLD_SIZE"])
+    def checked(self):
+        step(self)
+        moments = [held[name] for held in self.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        for kind in (list(self.model.parameters()), moments):
+            here, whole = sum(x.to_local().numel() for x in kind), sum(x.numel() for x in kind)
+            assert here * world == whole, (here, whole)
+    loop._Training._train_step = checked
 try:
-    sys.exit(train(TrainConfig.from_dict(config), resume=resume, parallel="ddp").exit_code)
+    sys.exit(train(TrainConfig.from_dict(config), resume=resume, parallel=way).exit_code)
 except UserError as error:
     sys.exit(f"said: {error}")
 """
@@ -59,32 +71,11 @@ def config_of(data: Path, out: Path, **more) -> TrainConfig:
     return tiny_config(data, out, **{"batch_size": 4, "dropout": 0.0, "steps": 20, "threads": None, **more})
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(config: TrainConfig, ranks: int = 2, resume: bool = False, break_at: int = 0) -> list[subprocess.Popen]:
-    """The processes that torchrun would start, without it."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, "-c", CHILD, json.dumps(config.to_dict()), "resume" if resume else "new", str(break_at)]
-    return [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-
-
-def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """Exit code and stderr of each."""
-    said = [process.communicate(timeout=90)[1] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+def start(
+    config: TrainConfig, ranks: int = 2, resume: bool = False, break_at: int = 0, way: str = "ddp"
+) -> list[subprocess.Popen]:
+    asked = [json.dumps(config.to_dict()), "resume" if resume else "new", str(break_at), way]
+    return start_ranks(["-c", CHILD, *asked], ranks)
 
 
 def wait_for(out: Path, step: int) -> None:
@@ -94,8 +85,8 @@ def wait_for(out: Path, step: int) -> None:
         time.sleep(0.002)
 
 
-def run(config: TrainConfig, ranks: int = 2, resume: bool = False) -> None:
-    found = ends(start(config, ranks, resume))
+def run(config: TrainConfig, ranks: int = 2, resume: bool = False, way: str = "ddp") -> None:
+    found = ends(start(config, ranks, resume, way=way))
     assert [code for code, _ in found] == [0] * ranks, found
     assert all(text == "" for _, text in found[1:]), found  # only the first rank speaks
 
@@ -109,23 +100,35 @@ def assert_like(out: Path, expected: Path, rel: float = 1e-5) -> None:
     assert ours["loader"] == theirs["loader"]
     for name, tensor in theirs["state"]["layers"][0].items():
         assert ours["state"]["layers"][0][name].shape == tensor.shape
+    assert list(ours["model"]) == list(theirs["model"])
+    assert ours["optimizer"]["param_groups"] == theirs["optimizer"]["param_groups"]
+    for number, moments in theirs["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            torch.testing.assert_close(ours["optimizer"]["state"][number][name], tensor, rtol=1e-2, atol=1e-5)
+
+
+AUGMENTED = {"augment": True, "recall": 1, "segments_per_step": 1, "checkpoint_layers": True, "clip": 0.1}
+RANDOM = {"schedule": "uniform(layers=2, horizon=24, retention=random)"}
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
 @pytest.mark.slow  # PyTorch starts twice
 @pytest.mark.parametrize(
-    "more",
+    ("more", "way"),
     [
-        {"augment": False, "clip": 0.1},
-        {"augment": True, "recall": 1, "segments_per_step": 1, "checkpoint_layers": True},
-        {"schedule": "uniform(layers=2, horizon=24, retention=random)"},
+        ({"augment": False, "clip": 0.1}, "ddp"),
+        (AUGMENTED, "ddp"),
+        (RANDOM, "ddp"),
+        ({**AUGMENTED, **RANDOM, "segments_per_step": 2}, "fsdp"),
+        pytest.param({"compile": True, "steps": 6, "eval_every": 3}, "fsdp", marks=[BY_HAND, COMPILER]),
     ],
-    ids=["plain", "augmented", "random"],
+    ids=["plain", "augmented", "random", "augmented-random-fsdp", "compiled-fsdp"],
 )
-def test_two_ranks_have_the_losses_of_one_process(data: Path, tmp_path: Path, more: dict) -> None:
+def test_two_ranks_have_the_losses_of_one_process(data: Path, tmp_path: Path, more: dict, way: str) -> None:
     whole, out = tmp_path / "whole", tmp_path / "ranks"
     quiet(config_of(data, whole, **more))
-    run(config_of(data, out, **more))
-    assert len(losses(out)) == 20
+    run(config_of(data, out, **more), way=way)
+    assert len(losses(out)) == more.get("steps", 20)
     assert_like(out, whole)
     assert {file.name for file in out.iterdir()} == {file.name for file in whole.iterdir()}
 
@@ -145,13 +148,14 @@ def test_pieces_of_different_lengths_keep_nobody_waiting(tmp_path: Path) -> None
     assert_like(out, whole)
 
 
-@pytest.mark.slow  # PyTorch starts four times
-def test_a_run_goes_on_with_another_number_of_ranks(data: Path, tmp_path: Path) -> None:
+@pytest.mark.slow  # PyTorch starts six times
+def test_a_run_goes_on_with_another_number_of_ranks_and_the_other_way(data: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "ranks"
     steps = {"warmup": 3, "min_lr": 1e-2, "eval_every": 5}  # the rate does not depend on the length of the run
     quiet(config_of(data, whole, **steps))
-    run(config_of(data, out, **{**steps, "steps": 7}))
-    quiet(config_of(data, out, **{**steps, "steps": 13}), resume=True)
+    run(config_of(data, out, **{**steps, "steps": 6}))
+    run(config_of(data, out, **{**steps, "steps": 11}), resume=True, way="fsdp")
+    quiet(config_of(data, out, **{**steps, "steps": 15}), resume=True)
     assert "rngs" not in load_checkpoint(out / "last.pt")
     run(config_of(data, out, **steps), resume=True)
     ours, theirs = dict(losses(out)), dict(losses(whole))
@@ -160,31 +164,33 @@ def test_a_run_goes_on_with_another_number_of_ranks(data: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow  # PyTorch starts eight times
-def test_as_many_ranks_go_on_bit_for_bit_also_with_dropout(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=BY_HAND)])
+def test_as_many_ranks_go_on_bit_for_bit_also_with_dropout(data: Path, tmp_path: Path, way: str) -> None:
     """After a signal in one of them, which ends both after the same step; and after both are killed."""
     whole, out = tmp_path / "whole", tmp_path / "ranks"
     more = {"dropout": 0.2, "save_every": 9, "steps": 60}
-    run(config_of(data, whole, **more))
-    processes = start(config_of(data, out, **more))
+    run(config_of(data, whole, **more), way=way)
+    processes = start(config_of(data, out, **more), way=way)
     wait_for(out, 3)
     processes[1].terminate()
     assert [code for code, _ in ends(processes)] == [143, 143]
     stopped = losses(out)[-1][0]
     assert load_checkpoint(out / "last.pt")["pace"]["step"] == stopped < 60
-    processes = start(config_of(data, out, **more), resume=True)
+    processes = start(config_of(data, out, **more), resume=True, way=way)
     wait_for(out, stopped + 1)
     for process in processes:
         process.kill()
     ends(processes)
-    run(config_of(data, out, **more), resume=True)
+    run(config_of(data, out, **more), resume=True, way=way)
     assert losses(out) == losses(whole)
     assert losses(out, "validation") == losses(whole, "validation")
 
 
 @pytest.mark.slow  # PyTorch starts twice
-def test_trouble_in_one_rank_is_named_and_the_checkpoint_stands(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_trouble_in_one_rank_is_named_and_the_checkpoint_stands(data: Path, tmp_path: Path, way: str) -> None:
     out = tmp_path / "ranks"
-    (code, lost), (other, reason) = ends(start(config_of(data, out), break_at=8))
+    (code, lost), (other, reason) = ends(start(config_of(data, out), break_at=8, way=way))
     assert code == other == 1
     assert "said: rank 1 of 2: the loss is nan at step 8, in 'train piece" in reason
     assert "the checkpoint of step 5 is kept" in reason
@@ -193,13 +199,14 @@ def test_trouble_in_one_rank_is_named_and_the_checkpoint_stands(data: Path, tmp_
 
 
 @pytest.mark.soak  # torchrun, and two ranks, on up to two cores: PyTorch starts three times
-def test_a_killed_rank_ends_the_job_and_the_checkpoint_stands(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=BY_HAND)])
+def test_a_killed_rank_ends_the_job_and_the_checkpoint_stands(data: Path, tmp_path: Path, way: str) -> None:
     """Killed by the system, as where memory runs out; torchrun then ends the others."""
     out = tmp_path / "ranks"
     options = ["--segment-length", "8", "--d-model", "16", "--n-heads", "2", "--batch-size", "2", "--steps", "100000"]
     schedule = ["--schedule", "uniform(layers=1, horizon=8)", "--save-minutes", "0.001", "--device", "cpu"]
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    command += ["-m", "dsmr", "train", "--data", str(data), "--out", str(out), "--parallel", "ddp"]
+    command += ["-m", "dsmr", "train", "--data", str(data), "--out", str(out), "--parallel", way]
     job = subprocess.Popen(
         [sys.executable, *command, *options, *schedule], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -225,7 +232,7 @@ def test_what_cannot_train_together_is_refused_in_a_sentence(
         quiet(config, parallel="ddp")
     with pytest.raises(UserError, match="unknown way to train together 'mpi'"):
         quiet(config, parallel="mpi")
-    with pytest.raises(UserError, match="fsdp is not there yet: use --parallel ddp"):
+    with pytest.raises(UserError, match="needs processes that torchrun started: torchrun --nproc"):
         quiet(config, parallel="fsdp")
     place = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in place.items():
@@ -259,7 +266,7 @@ def test_ranks_share_a_batch_and_every_piece_once(tmp_path: Path) -> None:
 
     for augment in (None, shorten):
         whole = StreamLoader(corpus, "train", 6, 17, seed=1, augment=augment)
-        parts = [StreamLoader(corpus, "train", 6, 17, 1, augment, Ranks(rank, 3).rows(6)) for rank in range(3)]
+        parts = [StreamLoader(corpus, "train", 6, 17, 1, augment, TrainingRanks(rank, 3).rows(6)) for rank in range(3)]
         for _ in range(40):
             expected, found = next(whole), [next(part) for part in parts]
             for name in ("tokens", "targets", "piece_start"):
@@ -273,8 +280,8 @@ def test_random_samples_are_those_of_the_rows_in_one_process() -> None:
     model = DSMRModel(
         DSMRConfig(28, "uniform(layers=2, horizon=8, retention=random)", d_model=8, n_heads=1, segment_length=4)
     )
-    whole = Ranks().new_state(model, 6, aligned=True, apart=True)
-    parts = [Ranks(rank, 3).new_state(model, 6, aligned=True, apart=True) for rank in range(3)]
+    whole = TrainingRanks().new_state(model, 6, aligned=True, apart=True)
+    parts = [TrainingRanks(rank, 3).new_state(model, 6, aligned=True, apart=True) for rank in range(3)]
     for layer, memory in enumerate(whole.memories):
         assert torch.equal(torch.cat([part.memories[layer].seeds for part in parts]), memory.seeds)
 
