@@ -22,6 +22,7 @@ from dsmr.corpus.etudes import compose_with_etudes
 from dsmr.corpus.layout import MANIFEST
 from dsmr.corpus.store import Corpus
 from dsmr.experiments.cell import CellFolder, check_measurable, settings_of, work
+from dsmr.experiments.rows import read_row
 from dsmr.experiments.table import Cell, Table
 from dsmr.training.side_by_side import last_record
 
@@ -75,7 +76,7 @@ def run_table(
         settings = settings_of(table, corpus)
         if former.exists():
             _check_same(folder, settings, read_json(former))
-        write_json(former, settings)
+        write_json(former, settings, sealed=True)
         return _Runner(table, folder, str(corpus.path), settings, jobs, line).run()
 
 
@@ -174,7 +175,7 @@ class _Runner:
             process.join()
             del self.running[key]
             if self.of(cell).row.exists():
-                row = read_json(self.of(cell).row)
+                row = read_row(self.of(cell).row)
                 self.finished.append(key)
                 self.line.say(f"{key}: {row['nats_per_note']:.4f} nats a note{_remembers(row)}")
             else:
