@@ -7,13 +7,30 @@ drawn comes from a seed or from hypothesis, so that every case can be made again
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
 
+from dsmr.console.errors import UserError
+
 WRONG: tuple[Any, ...] = (None, True, -1, 1.5, 1e400, 10**30, "", "x", [], [[]], {}, {"a": 1})
 """What may stand inside a JSON file where something else is expected."""
-HOSTILE: tuple[Any, ...] = (*WRONG, 0, 1, 2**31, 2**63, -(2**63), 1e-300, float("nan"), "\x1b[2J", "../x", "\ud800", [0])
+HOSTILE: tuple[Any, ...] = (
+    *WRONG,
+    0,
+    1,
+    2**31,
+    2**63,
+    -(2**63),
+    1e-300,
+    float("nan"),
+    "\x1b[2J",
+    "../x",
+    "\ud800",
+    [0],
+)
 
 Edit = Callable[[bytes], bytes]
 
@@ -77,6 +94,50 @@ def edited(whole: bytes, asked: list[tuple[str, int, int, bytes]]) -> bytes:
         elif kind == "repeat":
             data[at:at] = data[at : at + number] * 3
     return bytes(data)
+
+
+def places_to_flip(whole: bytes, flips: int, rng: random.Random) -> Iterator[tuple[int, int]]:
+    """So many places and bits anywhere, and a bit of every byte of the seal and of what stands around it."""
+    for _ in range(flips):
+        yield rng.randrange(len(whole)), rng.randrange(8)
+    for sign in (b'"seal"', b'"sum"', b'"crc"'):
+        if (seal := whole.rfind(sign)) >= 0:
+            for place in range(max(0, seal - 4), min(seal + 90, len(whole))):
+                yield place, rng.randrange(8)
+
+
+@dataclass
+class Flips:
+    """How many bits of a file were flipped, how many of the flips were found, and how often the file was named."""
+
+    flips: int = 0
+    found: int = 0
+    named: int = 0
+    first_missed: str = ""
+
+
+def flip(path: Path, door: Callable[[], Any], name: str, flips: int, rng: random.Random) -> Flips:
+    """Flip bits of the file at `path`, one at a time, and open it by `door`; it is whole again afterwards.
+
+    A flip is found where a `UserError` or `ValueError` of one line says so; `name` must stand in it."""
+    whole, counts = path.read_bytes(), Flips()
+    door()
+    try:
+        for place, bit in places_to_flip(whole, flips, rng):
+            path.write_bytes(flipped(whole, place, bit))
+            counts.flips += 1
+            try:
+                door()
+            except (UserError, ValueError) as error:
+                counts.found += 1
+                counts.named += name in str(error) and "\n" not in str(error)
+            except Exception as error:
+                counts.first_missed = counts.first_missed or f"byte {place}, bit {bit}: {type(error).__name__} {error}"
+            else:
+                counts.first_missed = counts.first_missed or f"byte {place}, bit {bit}: in silence"
+    finally:
+        path.write_bytes(whole)
+    return counts
 
 
 # Values inside JSON.

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from small_table import small_corpus, small_table, toml
-from tiny_corpus import tiny_corpus, tiny_vocabulary
+from tiny_corpus import tiny_corpus
 
 from dsmr.console.files import read_json
 from dsmr.corpus.archive import unpack
@@ -60,6 +60,7 @@ class Format:
         open: opens and uses it, of a copy of that folder, and returns what it means.
         form: what it is made of: "json", "lines" of it, "safetensors", "zip" (of `torch.save`, too), "toml" or "bytes".
         sealed: not one bit of it changes unnoticed. What is not is written by others, or in their formats.
+        same: what it means does not change unnoticed; so it is of archives, which have sums, but not of every byte.
         needs: the parts of the folder that the door opens, which it may also change.
     """
 
@@ -69,6 +70,7 @@ class Format:
     form: str
     needs: tuple[str, ...]
     sealed: bool = True
+    same: bool = True
 
 
 def quiet() -> Console:
@@ -265,7 +267,7 @@ FORMATS: dict[str, Format] = {
             for name, form in {"export.json": "json", "model.onnx": "bytes", "tokenizer.json": "json"}.items()
             if EXPORTS
         ),
-        Format("table", "table.toml", report, "toml", CELL, sealed=False),
+        Format("table", "table.toml", report, "toml", CELL, sealed=False, same=False),
         Format("results", "results/table.json", report, "json", CELL),
         Format("row", "results/cells/two_scale-s0/row.json", report, "json", CELL),
         *(
@@ -276,12 +278,18 @@ FORMATS: dict[str, Format] = {
         *(
             one
             for one in (
-                Format("midi", "piece.mid", open_midi, "bytes", ("piece.mid",), sealed=False),
-                Format("listing", "maestro/maestro-v3.0.0.csv", open_listing, "bytes", ("maestro",), sealed=False),
+                Format("midi", "piece.mid", open_midi, "bytes", ("piece.mid",), sealed=False, same=False),
+                Format(
+                    "listing",
+                    "maestro/maestro-v3.0.0.csv",
+                    open_listing,
+                    "bytes",
+                    ("maestro",),
+                    sealed=False,
+                    same=False,
+                ),
                 *(
-                    Format(
-                        name, name, lambda path, name=name: open_archive(path, name), "bytes", (name,), sealed=False
-                    )
+                    Format(name, name, lambda path, name=name: open_archive(path, name), "bytes", (name,), sealed=False)
                     for name in ("archive.zip", "archive.tar.gz")
                 ),
             )
@@ -302,7 +310,9 @@ def _feed(digest: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         value = value.detach().contiguous()
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() and value.dim() else repr(value).encode())
+        digest.update(
+            value.view(torch.uint8).numpy().tobytes() if value.numel() and value.dim() else repr(value).encode()
+        )
     elif isinstance(value, np.ndarray):
         digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
     elif isinstance(value, dict):

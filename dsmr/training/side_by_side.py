@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 from dsmr.console.errors import UserError
 from dsmr.console.progress import ProgressLine, duration
 from dsmr.console.schema import Real, check
-from dsmr.runs.checkpoint import LINE
 from dsmr.corpus.pool import cores
 from dsmr.corpus.store import Corpus
 from dsmr.corpus.streams import StreamLoader
 from dsmr.model.transformer import DSMRModel
+from dsmr.runs.checkpoint import LINE
 from dsmr.runs.settings import TrainConfig
 from dsmr.training.loop import train
 

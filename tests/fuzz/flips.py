@@ -21,9 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what the tests share
 
 import verbs
-from damaging import flipped
+from damaging import Flips, flip
 
-from dsmr.console.errors import UserError
 from dsmr.console.files import read_json
 
 Door = Callable[[Path], Any]
@@ -105,7 +104,13 @@ class Kind:
 
 
 KINDS = (
-    Kind("corpus", r"(manifest|sources|tokenizer)\.json|index\.npz|(tokens|labels)\.bin", _corpus, "", _beside("manifest.json")),
+    Kind(
+        "corpus",
+        r"(manifest|sources|tokenizer)\.json|index\.npz|(tokens|labels)\.bin",
+        _corpus,
+        "",
+        _beside("manifest.json"),
+    ),
     Kind("packed corpus", r".*\.dsmr", _corpus),
     Kind("export", r"export\.json|model\.onnx|tokenizer\.json", _export, "", _beside("export.json")),
     Kind("model", r"config\.json|model\.safetensors", _model),
@@ -137,50 +142,6 @@ def unknown(folder: Path) -> list[str]:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def places_to_flip(whole: bytes, flips: int, rng: random.Random) -> Iterator[tuple[int, int]]:
-    """So many places and bits anywhere, and a bit of every byte of the seal and of what stands around it."""
-    for _ in range(flips):
-        yield rng.randrange(len(whole)), rng.randrange(8)
-    for sign in (b'"seal"', b'"sum"', b'"crc"'):
-        if (seal := whole.rfind(sign)) >= 0:
-            for place in range(max(0, seal - 4), min(seal + 90, len(whole))):
-                yield place, rng.randrange(8)
-
-
-@dataclass
-class Flips:
-    """How many bits of a file were flipped, how many of the flips were found, and how often the file was named."""
-
-    flips: int = 0
-    found: int = 0
-    named: int = 0
-    first_missed: str = ""
-
-
-def flip(path: Path, door: Callable[[], Any], name: str, flips: int, rng: random.Random) -> Flips:
-    """Flip bits of the file at `path`, one at a time, and open it by `door`; it is whole again afterwards.
-
-    A flip is found where a `UserError` or `ValueError` of one line says so; `name` must stand in it."""
-    whole, counts = path.read_bytes(), Flips()
-    door()
-    try:
-        for place, bit in places_to_flip(whole, flips, rng):
-            path.write_bytes(flipped(whole, place, bit))
-            counts.flips += 1
-            try:
-                door()
-            except (UserError, ValueError) as error:
-                counts.found += 1
-                counts.named += name in str(error) and "\n" not in str(error)
-            except Exception as error:
-                counts.first_missed = counts.first_missed or f"byte {place}, bit {bit}: {type(error).__name__} {error}"
-            else:
-                counts.first_missed = counts.first_missed or f"byte {place}, bit {bit}: in silence"
-    finally:
-        path.write_bytes(whole)
-    return counts
 
 
 def write_by_verbs(folder: Path, wanted: list[str]) -> Path:

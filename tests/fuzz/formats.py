@@ -131,7 +131,7 @@ class Bench:
                 return Fault(form.name, kind, what, content, traceback.format_exc())
         if found == means:
             return SAME
-        if kind == "blind" and form.sealed:
+        if kind == "blind" and form.same:
             return Fault(form.name, kind, "means something else, unnoticed", content)
         return OTHER
 

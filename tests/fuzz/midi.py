@@ -130,7 +130,9 @@ def main() -> int:
         if made.files % 1000 < BATCH:
             print(f"{made.files:,} files, {time.monotonic() - began:.0f} s", flush=True)
     print(f"{made.files:,} damaged files: {made.kept:,} kept, {made.refused['files']:,} refused and named")
-    print(f"{made.begun:,} note-ons in those kept: {made.in_corpus:,} in the corpus, {sum(made.left_out.values()):,} left")
+    print(
+        f"{made.begun:,} note-ons in those kept: {made.in_corpus:,} in the corpus, {sum(made.left_out.values()):,} left"
+    )
     for reason, count in made.left_out.most_common():
         print(f"  {count:,} {reason}")
     for line in made.wrong:

@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("miditok")
 pytest.importorskip("onnxruntime")
 import verbs
-from flips import KINDS, flip, kind_of, unknown, write_by_verbs
+from damaging import flip
+from flips import KINDS, kind_of, unknown, write_by_verbs
 
 
 def test_every_verb_is_known() -> None:

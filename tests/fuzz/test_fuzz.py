@@ -15,7 +15,14 @@ from formats import Bench, Fault, kinds_of, turn
 from our_files import FORMATS
 
 CASES = 30
-SLOW = ("settings", "metrics", "checkpoint", "cell evaluation", "cell memory", "cell peak")  # doors that train or measure
+SLOW = (
+    "settings",
+    "metrics",
+    "checkpoint",
+    "cell evaluation",
+    "cell memory",
+    "cell peak",
+)  # doors that train or measure
 
 
 @pytest.fixture(scope="module")
@@ -63,4 +70,3 @@ def test_rows_that_were_not_measured_alike_have_no_mean(bench: Bench) -> None:
     path.write_text(json.dumps([row, {**row, "seed": 1, "retain": row["retain"][:1]}]).replace('"seal"', '"other"'))
     with pytest.raises(UserError, match=r"rows\.json has rows of two_scale that were not measured alike"):
         read_rows(path)
-

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from damaging import damaged
 from raw_midi import melody, midi, off, on, tempo, track
 from small_scores import random_score
 
@@ -175,23 +176,6 @@ def test_whatever_a_library_raises_is_a_sentence(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr("dsmr.music.tokenizer.rewrite", fail)
         with pytest.raises(UserError, match=said):
             encode_midi(tmp_path / "a.mid", vocabulary_of())
-
-
-def damaged(rng: random.Random, whole: bytes) -> bytes:
-    """`whole` with bits flipped, bytes inserted, deleted or replaced, or cut short."""
-    data = bytearray(whole)
-    for _ in range(rng.choice((1, 1, 2, 5))):
-        at = rng.randrange(len(data))
-        kind = rng.random()
-        if kind < 0.7:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind < 0.8:
-            del data[at : at + rng.randrange(1, 9)]
-        elif kind < 0.9:
-            data[at:at] = rng.randbytes(rng.randrange(1, 9))
-        else:
-            del data[max(at, 20) :]
-    return bytes(data)
 
 
 @pytest.mark.slow
