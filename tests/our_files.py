@@ -25,8 +25,7 @@ from small_table import small_corpus, small_table, toml
 from tiny_corpus import tiny_corpus
 
 from dsmr.console.files import read_json
-from dsmr.corpus.archive import unpack
-from dsmr.corpus.maestro import LISTING, WANTED, locate, read_listing
+from dsmr.corpus.maestro import locate, read_listing
 from dsmr.corpus.pack import pack
 from dsmr.corpus.store import Corpus
 from dsmr.corpus.streams import StreamLoader
@@ -174,8 +173,7 @@ def resume(folder: Path) -> Any:
     config = dataclasses.replace(TrainConfig.of_run(folder / "run"), data=str(folder / "corpus"))
     loop.available = lambda: False  # the loss curve, which takes longer to draw than all else
     result = train(config, resume=True, console=quiet())
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return result.step, result.loss, result.best, result.tokens, len(lines), config.schedule
+    return result.step, result.loss, result.best, result.tokens, config.schedule
 
 
 def open_stream(folder: Path) -> Any:
@@ -205,7 +203,7 @@ def report(folder: Path) -> Any:
     """What `experiments run` and `experiments report` read of cells that are finished."""
     with _within(folder):
         table = Table.load(Path("table.toml"))
-        result = run_table(table, "results", console=quiet())
+        result = run_table(table, folder / "results", console=quiet())
     rows = read_rows(folder / "results")
     return result, rows, markdown(rows, lines_of(rows), [])
 
@@ -214,7 +212,7 @@ def finish_cell(folder: Path) -> Any:
     """Go on with a cell that was killed before its row was written."""
     with _within(folder):
         table = Table.load(Path("table.toml"))
-        cell = CellFolder(Path("results"), table.cells[0].key)
+        cell = CellFolder(folder / "results", table.cells[0].key)
         cell.row.unlink(missing_ok=True)
         loop.available = lambda: False
         run_cell(table, table.cells[0], "long", cell, quiet())
@@ -230,8 +228,8 @@ def open_midi(folder: Path) -> Any:
 
 def open_archive(folder: Path, name: str) -> Any:
     out = folder / "unpacked"
-    unpack(folder / name, out, WANTED, LISTING, "MAESTRO")
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    root = locate(folder / name, out)
+    return read_listing(root), {path.name: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def open_listing(folder: Path) -> Any:

@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,9 @@ def stand_in() -> None:
     demo.DemoSize.__init__.__defaults__ = tuple(named.values())
 
 
-def run(verb: str, folder: Path, again: bool = False) -> int:
+def run(verb: str, folder: Path, again: bool = False, more: Sequence[str] = ()) -> int:
     """Run a verb in `folder`, in this process, as the console script does; returns its exit code."""
-    told = RESUMED.get(verb, VERBS[verb]) if again else VERBS[verb]
+    told = [*(RESUMED.get(verb, VERBS[verb]) if again else VERBS[verb]), *more]
     before, arguments = os.getcwd(), sys.argv
     os.chdir(folder)
     sys.argv = ["dsmr", *verb.split(), *told]

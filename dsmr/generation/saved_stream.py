@@ -145,6 +145,13 @@ def _waiting(tokens: Any, streams: int, size: int, path: object) -> np.ndarray |
     return tokens
 
 
+def _check_fits(state: DSMRState, model: DSMRModel, path: object) -> None:
+    """`UserError` unless the state's memories and recent tokens have the shapes of this model's."""
+    found, own = ([tuple(x.shape[1:]) for m in one.memories for x in (m.k, m.v)] for one in (state, model.new_state(1)))
+    if found != own or state.recent.shape[1] != model.config.recall:
+        raise UserError(f"{path} does not fit this model: its memories have the shapes {found}, this one's {own}")
+
+
 def _contents(path: str | os.PathLike[str], model: Model) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The state for `model` that a file holds, its texts, and its arrays beside the memories."""
     from safetensors import SafetensorError, safe_open
@@ -155,6 +162,7 @@ def _contents(path: str | os.PathLike[str], model: Model) -> tuple[Any, dict[str
         from dsmr.model.state import DSMRState
 
         state = DSMRState.load(path, device=model.embedding.weight.device)
+        _check_fits(state, model, path)
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
             names = list(file.keys())

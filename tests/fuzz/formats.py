@@ -42,7 +42,7 @@ from our_files import FORMATS, Format, meaning, write_all
 from dsmr.console.errors import UserError
 
 ROOM = 1 << 30  # bytes that opening a file of some kilobytes may take beyond what the process has
-LONG = 20  # seconds
+LONG = 20  # seconds of computing
 A_TURN = 40  # cases of a seed
 SAME, OTHER, REFUSED = "same", "other", "refused"
 
@@ -71,14 +71,14 @@ def bounded() -> Iterator[None]:
     """No more memory than `ROOM`, no longer than `LONG`."""
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    former = signal.signal(signal.SIGALRM, _alarm)
+    former = signal.signal(signal.SIGPROF, _alarm)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (held + ROOM, limits[1]))
-        signal.setitimer(signal.ITIMER_REAL, LONG)
+        signal.setitimer(signal.ITIMER_PROF, LONG)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, former)
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
