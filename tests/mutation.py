@@ -26,12 +26,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = (
-    *("memory", "memory_value", "visibility", "arrivals", "attention", "decode", "retention", "quantised", "step"),
-    *("not_finite", "holding"),
-)
+KERNELS = ("visibility", "memory", "memory_value", "arrivals", "retention", "quantised", "decode", "attention")
 _OF_KERNELS = tuple(f"tests/kernels/test_{name}.py" for name in KERNELS)
 MODULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
@@ -48,7 +46,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "dsmr/corpus/streams.py": ("tests/corpus/test_streams.py",),
     **dict.fromkeys(
         ("dsmr/music/midi_bytes.py", "dsmr/music/midi_file.py"),
-        ("tests/music/test_every_note.py", "tests/music/test_tokenizer.py", "tests/corpus/test_trust.py"),
+        ("tests/music/test_every_note.py", "tests/corpus/test_trust.py"),
     ),
 }
 """Each module, and the tests that concern it, in the order in which they are run."""
@@ -95,7 +93,7 @@ def _at(place: Place) -> ast.expr:
 
 # What is planted.
 
-OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
+OPERATORS: dict[type[ast.AST], Any] = {
     **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},
     **{ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And},
     **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Div: ast.Mult},
@@ -124,7 +122,13 @@ def _not_run(tree: ast.AST) -> set[ast.AST]:
     for node in ast.walk(tree):
         parts: list[ast.AST | None] = []
         if isinstance(node, ast.FunctionDef):
-            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+            arguments = [
+                *node.args.posonlyargs,
+                *node.args.args,
+                *node.args.kwonlyargs,
+                node.args.vararg,
+                node.args.kwarg,
+            ]
             parts += [node.returns, *(one.annotation for one in arguments if one is not None), *node.decorator_list]
         if isinstance(node, ast.AnnAssign):
             parts.append(node.annotation)
@@ -214,7 +218,7 @@ def passes(tree: Path, tests: tuple[str, ...], seconds: float) -> bool:
             os.dup2(nowhere, 2)
             os.chdir(tree)
             os.environ["PYTHONPATH"], sys.dont_write_bytecode = str(tree), True
-            sys.path[:] = [str(tree), *(one for one in sys.path if Path(one).resolve() not in (ROOT, ROOT / "tests"))]
+            sys.path[:] = [str(tree), *(one for one in sys.path if not Path(one).resolve().is_relative_to(ROOT))]
             import pytest
 
             quick = ["-m", "not slow and not soak and not gpu"]
@@ -239,6 +243,7 @@ def main() -> int:
     parser.add_argument("--module", choices=sorted(MODULES), action="append", help="default: all")
     parser.add_argument("--sample", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=1e9, help="plant no more after so long")
     parser.add_argument("--list", action="store_true", help="print the sample and leave")
     asked = parser.parse_args()
     sources = {module: (ROOT / module).read_text() for module in asked.module or MODULES}
@@ -248,10 +253,12 @@ def main() -> int:
         print("\n".join(fault.name for fault in chosen))
         return 0
     warm()
-    survivors, equivalent, found = [], 0, 0
+    survivors, equivalent, found, until = [], 0, 0, time.monotonic() + 60 * asked.minutes
     with tempfile.TemporaryDirectory() as name:
         tree, took = copy_of_the_tree(Path(name)), {}
         for fault in chosen:
+            if time.monotonic() > until:
+                break
             tests = MODULES[fault.module]
             if tests not in took:
                 began = time.monotonic()
@@ -266,11 +273,14 @@ def main() -> int:
             survived = passes(tree, tests, LONG * took[tests] + 10)
             (tree / fault.module).write_text(fault.source)
             found += not survived
+            print(f"{'survived' if survived else 'found'}: {fault.name}", flush=True)
             if survived:
                 survivors.append(fault)
-                print(f"survived: {fault.name}\n{fault.diff}\n", flush=True)
+                print(f"{fault.diff}\n", flush=True)
     counted = found + len(survivors)
-    print(f"{len(every):,} faults can be planted in {len(sources)} modules; {len(chosen)} were (seed {asked.seed})")
+    print(
+        f"{len(every):,} faults can be planted in {len(sources)} modules; {counted + equivalent} were (seed {asked.seed})"
+    )
     print(f"{found} of {counted} found, {found / max(counted, 1):.1%}; {equivalent} more mean the same program")
     return int(found < 0.95 * counted)
 

@@ -226,7 +226,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verb", choices=sorted(verbs.VERBS), help="one of them; default: all in turn")
-    parser.add_argument("--rarely", type=int, default=8, help="kill verbs that start processes only every so many turns")
+    parser.add_argument(
+        "--rarely", type=int, default=8, help="kill verbs that start processes only every so many turns"
+    )
     asked = parser.parse_args()
     warm()
     rng, tallies = random.Random(asked.seed), collections.defaultdict(Tally)
@@ -245,7 +247,9 @@ def main() -> int:
                 tally.replacing += replacing
                 tally.wrong += found
                 for one in found:
-                    print(f"{verb}, killed at {share:.0%}{', replacing' * replacing}: {one}", file=sys.stderr, flush=True)
+                    print(
+                        f"{verb}, killed at {share:.0%}{', replacing' * replacing}: {one}", file=sys.stderr, flush=True
+                    )
                 if sum(tally.kills for tally in tallies.values()) >= asked.kills:
                     break
             number += 1
