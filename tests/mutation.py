@@ -7,8 +7,9 @@
 A fault is one node of the syntax tree changed: a comparison, an operator, a constant, a condition turned round, a
 statement left out. It is planted in a copy of the tree, and the quick tests of its module are run there until the first
 fails. What survives is printed as a diff, to be looked at: either a test is missing, or the program means the same
-(`EQUIVALENT` says which and why; those are not counted). mutmut and cosmic-ray do the same for a whole package, a process
-and an import of PyTorch for each fault; here one process has imported it and is forked, which is three times as fast.
+(`EQUIVALENT` says which and why; those are not counted). mutmut and cosmic-ray do the same for a whole package, a
+process and an import of PyTorch for each fault; here one process has imported it and is forked, which is three times as
+fast.
 """
 
 import argparse
@@ -279,7 +280,8 @@ def main() -> int:
                 print(f"{fault.diff}\n", flush=True)
     counted = found + len(survivors)
     print(
-        f"{len(every):,} faults can be planted in {len(sources)} modules; {counted + equivalent} were (seed {asked.seed})"
+        f"{len(every):,} faults can be planted in {len(sources)} modules; "
+        f"{counted + equivalent} were (seed {asked.seed})"
     )
     print(f"{found} of {counted} found, {found / max(counted, 1):.1%}; {equivalent} more mean the same program")
     return int(found < 0.95 * counted)

@@ -1,4 +1,5 @@
-"""What is imported is declared, what is declared is used and pinned, and nothing asks its users for a licence of its kind.
+"""What is imported is declared, what is declared is used and pinned, and nothing asks its users for a licence of its
+kind.
 
 Known weaknesses of the pinned versions: `pip-audit` (docs/development.md), which asks a service that tests cannot.
 """

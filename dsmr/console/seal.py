@@ -1,8 +1,9 @@
 """Files that carry the sum of their own bytes, so that not one bit of them can change unnoticed.
 
 The seal is a text inside the file, `"seal":"sha256:…"`: a member of a JSON object (of the first, in a list of them), of
-the header of a safetensors file, or the comment of a zip archive (which a file of `torch.save` is). Its digits are those of the SHA-256 of the file with
-zeros in their place. Files without a seal, which earlier versions and other programs write, are read as before.
+the header of a safetensors file, or the comment of a zip archive (which a file of `torch.save` is). Its digits are
+those of the SHA-256 of the file with zeros in their place. Files without a seal, which earlier versions and other
+programs write, are read as before.
 """
 
 import hashlib

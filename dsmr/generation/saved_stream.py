@@ -30,6 +30,8 @@ from dsmr.music.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from dsmr.generation.engines import Model
+    from dsmr.model.state import DSMRState
+    from dsmr.model.transformer import DSMRModel
 
 FORMAT = "dsmr stream 1"
 NO_TOKENISER = "none"
@@ -159,9 +161,9 @@ def _contents(path: str | os.PathLike[str], model: Model) -> tuple[Any, dict[str
     about_export = model.about if isinstance(model, ExportedModel) else None
     state: Any = None
     if not isinstance(model, ExportedModel):
-        from dsmr.model.state import DSMRState
+        from dsmr.model.state import DSMRState as State
 
-        state = DSMRState.load(path, device=model.embedding.weight.device)
+        state = State.load(path, device=model.embedding.weight.device)
         _check_fits(state, model, path)
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:

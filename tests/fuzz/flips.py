@@ -3,9 +3,9 @@
     python tests/fuzz/flips.py                # runs every verb, small; 60 flips a file, a table; three minutes
     python tests/fuzz/flips.py --flips 500
 
-Which files there are is not written down anywhere: the verbs are run and what appears is looked at. `KINDS` says of each
-how it is read again, or whose format it is, in which there is no place for a sum; a file of no kind is an error, so that
-a new one cannot be forgotten.
+Which files there are is not written down anywhere: the verbs are run and what appears is looked at. `KINDS` says of
+each how it is read again, or whose format it is, in which there is no place for a sum; a file of no kind is an error,
+so that a new one cannot be forgotten.
 """
 
 import argparse

@@ -3,12 +3,12 @@
     python tests/fuzz/formats.py --minutes 60                        # all formats in turn
     python tests/fuzz/formats.py --minutes 10 --format checkpoint    # one of them; --list names them
 
-Two kinds of damage. *Blind*: bits flipped, bytes cut, deleted, inserted, spliced, repeated, in the file as it lies there;
-it then means what it meant, or is refused. *Forged*: what whoever wants to would write, with the seal taken out or the
-sums made right again: wrong types inside JSON, other headers, other trees in a checkpoint; it then means anything, or is
-refused. Refused is a `UserError` or `ValueError` of one line that names the file. Everything else is a fault: another
-exception, more than `ROOM` of memory, more than `LONG` seconds. A minute of it runs in continuous integration
-(`test_fuzz.py`).
+Two kinds of damage. *Blind*: bits flipped, bytes cut, deleted, inserted, spliced, repeated, in the file as it lies
+there; it then means what it meant, or is refused. *Forged*: what whoever wants to would write, with the seal taken out
+or the sums made right again: wrong types inside JSON, other headers, other trees in a checkpoint; it then means
+anything, or is refused. Refused is a `UserError` or `ValueError` of one line that names the file. Everything else is a
+fault: another exception, more than `ROOM` of memory, more than `LONG` seconds. A minute of it runs in continuous
+integration (`test_fuzz.py`).
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python tests/fuzz/midi.py --files 10000 --seed 0
 
-Small pieces of our own composer are damaged at random (bits flipped, bytes inserted, deleted, cut short) and prepared by
-`prepare_midi`. What is kept is held against a count of its own, which reads the bytes by the standard and shares nothing
-with the reader: the note-ons in the kept files are the notes that the report says began, and the notes in the corpus and
-those left out with a reason, together.
+Small pieces of our own composer are damaged at random (bits flipped, bytes inserted, deleted, cut short) and prepared
+by `prepare_midi`. What is kept is held against a count of its own, which reads the bytes by the standard and shares
+nothing with the reader: the note-ons in the kept files are the notes that the report says began, and the notes in the
+corpus and those left out with a reason, together.
 """
 
 import argparse

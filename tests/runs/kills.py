@@ -5,9 +5,10 @@
 
 A verb runs in a process group of its own, forked from this process so that it need not import PyTorch first, and its
 group is killed (SIGKILL) after a random part of the time that it takes. Then: every file that is there is whole, or the
-verb's own sentence says that it is unfinished; the same command again ends well (a training is resumed); what it makes is
-byte for byte what an undisturbed one makes, wherever two undisturbed ones make the same; and nothing is left over: no
-temporary file, no lock, no process. In every other kill the results of a former run lie there already and are replaced.
+verb's own sentence says that it is unfinished; the same command again ends well (a training is resumed); what it makes
+is byte for byte what an undisturbed one makes, wherever two undisturbed ones make the same; and nothing is left over:
+no temporary file, no lock, no process. In every other kill the results of a former run lie there already and are
+replaced.
 """
 
 import argparse
@@ -23,8 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-for shared in ("fuzz", "."):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / shared))  # what the tests share
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / shared) for shared in (".", "fuzz")]  # what the tests share
 
 import torch
 import verbs
@@ -124,11 +124,11 @@ class Tally:
 class Bench:
     """Every verb's place before it runs, and what it makes there; a verb's place is made when it is first asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, wanted: list[str]) -> None:
         self.folder = folder
         self._place = verbs.place(folder / "place")
         self._known: dict[str, Known] = {}
-        self._left = list(verbs.VERBS)
+        self._left = wanted
 
     def known(self, verb: str) -> Known:
         while verb not in self._known:
@@ -229,13 +229,16 @@ def main() -> int:
     parser.add_argument(
         "--rarely", type=int, default=8, help="kill verbs that start processes only every so many turns"
     )
+    parser.add_argument("--quick", action="store_true", help="without the verbs that start processes of their own")
     asked = parser.parse_args()
     warm()
+    alone = [verb for verb in verbs.VERBS if verb not in (*verbs.SPAWNING, "experiments report")]
+    wanted = alone if asked.quick else list(verbs.VERBS)
     rng, tallies = random.Random(asked.seed), collections.defaultdict(Tally)
     with tempfile.TemporaryDirectory() as folder:
-        bench, number, said = Bench(Path(folder)), 0, time.monotonic()
+        bench, number, said = Bench(Path(folder), list(wanted)), 0, time.monotonic()
         while sum(tally.kills for tally in tallies.values()) < asked.kills:
-            for verb in [asked.verb] if asked.verb else verbs.VERBS:
+            for verb in [asked.verb] if asked.verb else wanted:
                 if asked.verb is None and verb in verbs.SPAWNING and number % asked.rarely:
                     continue
                 replacing, share = rng.random() < 0.5 and verb not in verbs.SPAWNING, rng.random()
