@@ -24,7 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / shared) for shared in (".", "fuzz")]  # what the tests share
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuzz"))  # what the tests share
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import verbs
