@@ -123,6 +123,8 @@ def load_player(
             dtype=dtype or about["dtype"],
         )
         player.on_one_instant = check(json.loads(about["on_one_instant"]), [Natural], path)
+        if len(player.on_one_instant) != state.batch:
+            raise ValueError(f"it tells of {len(player.on_one_instant)} streams, and there are {state.batch}")
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is not a saved stream: {error}") from error
     size = vocab_size(model)

@@ -28,6 +28,7 @@ from dsmr.console.schema import Each, Maybe, Natural, Number, Real, check
 from dsmr.console.seal import check_seal
 from dsmr.corpus.pack import pack
 from dsmr.corpus.store import Corpus
+from dsmr.experiments.rows import lines_of, read_rows
 from dsmr.exported.about import About
 from dsmr.model.transformer import DSMRModel
 from dsmr.music.vocabulary import Vocabulary
@@ -56,7 +57,8 @@ def test_every_flipped_bit_is_found_and_the_file_named(tmp_path: Path, folder: P
     """Of 60 flips in last.pt 60 were resumed from in silence. Every file that a verb writes: tests/fuzz/flips.py."""
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     form = next(form for form in SEALED if form.file == name)
-    found = flip(copy / name, lambda: form.open(copy), str(copy), 60, random.Random(name))
+    door = read_json if form.name.startswith("cell") else lambda _: form.open(copy)  # else it would be measured anew
+    found = flip(copy / name, lambda: door(copy / name), str(copy), 60, random.Random(name))
     assert found.flips == found.named, found
 
 
@@ -134,7 +136,7 @@ QUICK: dict[str, Callable[[Path], Any]] = {
     **({"export/export.json": lambda copy: About.load(copy / "export")} if EXPORTS else {}),
     "corpus/manifest.json": lambda copy: Corpus.open(copy / "corpus"),
     "corpus/sources.json": lambda copy: Corpus.open(copy / "corpus"),
-    "results/cells/two_scale-s0/row.json": FORMATS["row"].open,
+    "results/cells/two_scale-s0/row.json": lambda copy: lines_of(read_rows(copy / "results")),
 }
 
 
