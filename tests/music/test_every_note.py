@@ -78,6 +78,13 @@ def test_running_status_goes_on_behind_system_exclusive_messages(tmp_path: Path)
         assert notes_of(tmp_path / "a.mid", data) == [(0, 1, 60), (0.5, 0.5, 62)]
 
 
+def test_system_messages_that_have_no_business_in_a_file_are_passed_over_whole(tmp_path: Path) -> None:
+    """A quarter frame, a song position, a song select, a tune request: of one, two, one and no bytes (MIDI 1.0)."""
+    for between in (b"\xf1\x05", b"\xf2\x3c\x40", b"\xf3\x3c", b"\xf6"):
+        data = midi(track((0, on(60)), (480, between), (0, on(62)), (480, off(60)), (0, off(62))))
+        assert notes_of(tmp_path / "a.mid", data) == [(0, 1, 60), (0.5, 0.5, 62)]
+
+
 def test_all_tracks_are_read_whatever_the_header_counts(tmp_path: Path) -> None:
     tracks = [track((0, tempo(1_000_000))), track(*melody(60)), track(*melody(64)), track(*melody(67))]
     for kind, count in ((1, 2), (1, 1), (0, 1), (1, 0)):
