@@ -113,6 +113,7 @@ far = [(2**28 - 1, b"\xff\x01\0")] * 9
 REFUSED: dict[str, tuple[bytes, str]] = {
     "later than 2^31": (midi(track(*melody(60), *far, *melody(62))), "runs to tick 2,41"),
     "type 2": (midi(track(*melody(60)), track(*melody(62)), kind=2), "not one piece: it is of type 2, 2 sequences"),
+    "a header too long": (b"MThd\1" + midi(track(*melody(60)))[5:], "its header claims 16,777,222 bytes"),
     "type 3": (midi(track(*melody(60)), kind=3), "of type 3"),
     "no division": (midi(track(*melody(60)), division=0), "0 ticks to a quarter note"),
     "no frames": (midi(track(*melody(60)), division=0xE700), "25 frames a second of 0 ticks"),
