@@ -34,5 +34,5 @@ def budget(
         segment_length=segment_length,
     )
     if json is not None:
-        write_json(json, found.to_json())
+        write_json(json, found.to_json(), sealed=True)
     console().print(found.table())

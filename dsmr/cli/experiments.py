@@ -36,7 +36,7 @@ def list_presets(
     size = Size(layers, heads, head_dim, length, short, n_long)
     rows = listing(size)
     if json is not None:
-        write_json(json, rows)
+        write_json(json, rows, sealed=True)
     console().print(table(rows, size))
     for line in sentences(rows):
         console().print(line, highlight=False, markup=False, soft_wrap=True)

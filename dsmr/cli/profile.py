@@ -177,7 +177,7 @@ def _run(
         if most is not None:
             found.proposals = propose(most, depth, sizes, ceilings)
         line.update("writing")
-        write_json(out / "profile.json", found.to_json())
+        write_json(out / "profile.json", found.to_json(), sealed=True)
         written = _drawn(found, out, line)
     for sentence in found.warnings:
         screen.print(f"Warning: {sentence}.", style="yellow", soft_wrap=True)

@@ -150,9 +150,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any, *, sealed: bool = False) -> None:
     """Write `value` to `path` as indented JSON, whole or not at all.
 
-    A `sealed` object carries the sum of the file, which `read_json` checks: for what a program must not misread.
+    A `sealed` object, or the first of a list of them, carries the sum of the file, which `read_json` checks.
     """
-    value = {seal.NAME: seal.BLANK, **value} if sealed else value
+    if sealed and isinstance(value, list):
+        value = [{seal.NAME: seal.BLANK, **one} if place == 0 else one for place, one in enumerate(value)]
+        sealed = bool(value)
+    elif sealed:
+        value = {seal.NAME: seal.BLANK, **value}
     text = json.dumps(value, indent=2, ensure_ascii=False)
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         text = json.dumps(value, indent=2)  # a file name that is not UTF-8: it comes back from its escapes
@@ -168,8 +172,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         if Path(path).stat().st_size > LARGEST_JSON:
             raise UserError(f"{path} is too large: more than {LARGEST_JSON >> 20} MiB of JSON")
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-        if seal.check_seal(path) and isinstance(value, dict):
-            value.pop(seal.NAME, None)
+        if seal.check_seal(path):
+            holder = value[0] if isinstance(value, list) and value else value
+            if isinstance(holder, dict):
+                holder.pop(seal.NAME, None)
         return value
     except OSError as error:
         raise UserError(f"cannot read {path}: {describe(error)}") from error

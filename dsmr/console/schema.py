@@ -17,6 +17,7 @@ from dsmr.console.shown import shown
 
 Natural = "a whole number of at least 0"
 Real = "a finite number"
+Number = "a number"  # or one that is not: what was not measured
 _NAMES = {str: "text", dict: "a record", list: "a list", bool: "true or false", int: "a whole number"}
 
 
@@ -27,11 +28,21 @@ class Each:
     shape: Any
 
 
+@dataclass(frozen=True)
+class Maybe:
+    """Something of one shape, or nothing (null)."""
+
+    shape: Any
+
+
 def check(value: Any, shape: Any, where: object, field: str = "") -> Any:
     """`value`, if it has this shape; else `UserError`: "`where` is damaged: its `field` is …, expected …"."""
     if isinstance(shape, Each):
         for name, part in check(value, dict, where, field).items():
             check(part, shape.shape, where, _joined(field, name))
+    elif isinstance(shape, Maybe):
+        if value is not None:
+            check(value, shape.shape, where, field)
     elif isinstance(shape, Mapping):
         check(value, dict, where, field)
         for name, part in shape.items():
@@ -68,7 +79,9 @@ def _is(value: Any, shape: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if shape is Natural:
         return number and isinstance(value, int) and 0 <= value < 2**63
-    if shape is Real:
+    if shape is Number and isinstance(value, float):
+        return True
+    if shape in (Real, Number):
         return number and abs(value) < 2**1000 and math.isfinite(value)
     return shape is Any or (isinstance(value, shape) and (shape is bool or not isinstance(value, bool)))
 

@@ -1,8 +1,9 @@
 """Files that carry the sum of their own bytes, so that not one bit of them can change unnoticed.
 
-The seal is a text inside the file, `"seal":"sha256:…"`: a member of a JSON object, of the header of a safetensors file,
-or the comment of a zip archive (which a file of `torch.save` is). Its digits are those of the SHA-256 of the file with
-zeros in their place. Files without a seal, which earlier versions and other programs write, are read as before.
+The seal is a text inside the file, `"seal":"sha256:…"`: a member of a JSON object (of the first, in a list of them), of
+the header of a safetensors file, or the comment of a zip archive (which a file of `torch.save` is). Its digits are
+those of the SHA-256 of the file with zeros in their place. Files without a seal, which earlier versions and other
+programs write, are read as before.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ BLANK = "sha256:" + "0" * 64
 _SEAL = re.compile(rb'"seal": ?"sha256:([0-9a-f]{64})"')
 _TRACES = (b'"seal"', b'"sha256:')  # one of them outlives any single damage to the seal's own name
 _HEAD, _TAIL = 1 << 16, 1 << 8  # where a seal is looked for, in bytes from either end
+_BEGIN = b"PK\3\4"  # how a zip archive begins
 _END = b"PK\5\6"  # how the last record of a zip archive begins, which is 22 bytes long where there is no comment
 
 
@@ -68,7 +70,9 @@ def _find(file: IO[bytes]) -> int | None:
     """The place of the seal's digits; None if the file has none, -1 if what is there has been damaged."""
     size = file.seek(0, os.SEEK_END)
     traces = False
-    for start, length in ((0, _HEAD), (max(0, size - _TAIL), _TAIL)):
+    file.seek(0)
+    ends = [(0, _HEAD), (max(0, size - _TAIL), _TAIL)]
+    for start, length in ends[file.read(4) == _BEGIN :]:  # what a zip archive begins with may be a file with a seal
         file.seek(start)
         text = file.read(length)
         if found := _SEAL.search(text):

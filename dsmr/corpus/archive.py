@@ -6,6 +6,7 @@ holds; without it a changed bit would go unnoticed.
 """
 
 import bz2
+import errno
 import gzip
 import lzma
 import re
@@ -59,7 +60,7 @@ def unpack(archive: Path, folder: Path, wanted: tuple[str, ...], needed: str, wh
     except UserError:
         raise
     except OSError as error:
-        if error.errno is not None:
+        if error.errno not in (None, errno.EINVAL):  # a place in the archive that cannot be is damage as well
             raise
         raise UserError(f"{archive} is damaged: {error}") from error
     except Exception as error:  # the archive modules raise many kinds: zlib.error, LZMAError, EOFError, BadZipFile, …

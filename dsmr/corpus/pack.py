@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import atomic_path, check_apart
+from dsmr.console.seal import seal_zip
 from dsmr.corpus.layout import ARRAYS, FILES, MANIFEST
 from dsmr.corpus.pool import cores
 from dsmr.corpus.store import Corpus
@@ -48,6 +49,8 @@ def pack(corpus_dir: str | os.PathLike[str], out_file: str | os.PathLike[str]) -
                 with ThreadPoolExecutor(cores()) as threads:
                     for stream in threads.map(partial(_compress, source / name), starts):
                         member.write(stream)
+        archive.close()
+        seal_zip(temporary)
     return out
 
 

@@ -32,6 +32,7 @@ def unpack(path: Path) -> dict[str, Any]:
                 raise UserError(f"{path} is a zip archive, but not a packed corpus: it holds no {MANIFEST}")
             claimed = sum(info.file_size for info in archive.infolist())
             _bound(path, size, claimed)
+            check_seal(path)
             content = archive.read(MANIFEST)
             check_seal(io.BytesIO(content), f"{path} ({MANIFEST})")
             manifest = check(json.loads(content), SHAPE, f"{path} ({MANIFEST})")

@@ -372,6 +372,8 @@ def _read(path: Path) -> Result | None:
     """The result of an earlier run; None where there is none, or where it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as archive:
+            if archive.zip.testzip() is not None:
+                raise ValueError
             return Result(**json.loads(str(archive["result"])))
     except Exception:
         path.unlink(missing_ok=True)

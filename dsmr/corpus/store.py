@@ -172,7 +172,7 @@ class Corpus:
             sources = check(json.loads(members[SOURCES]), [str], f"{where} ({SOURCES})")
             index = _read_index(members[INDEX])
         except UserError as error:
-            raise error if "is damaged" in str(error) else UserError(f"{where} is damaged: {error}") from error
+            raise error if str(where) in str(error) else UserError(f"{where} is damaged: {error}") from error
         except Exception as error:  # whatever the readers of JSON and of arrays raise of bytes that are neither
             raise UserError(f"{where} is damaged: {type(error).__name__} {error}") from error
         tokens, labels = members[TOKENS], members.get(LABELS)

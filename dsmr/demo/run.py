@@ -140,7 +140,8 @@ def run_demo(
     timer.done("continue and draw")
     models = {name: model_result(folder, name, size, reports[name]) for name in size.schedules}
     result = DemoResult(models, timer.seconds, {name: str(path) for name, path in files.items()})
-    write_json(folder / "results.json", {**asdict(result), "advantage": result.advantage, "size": asdict(size)})
+    found = {**asdict(result), "advantage": result.advantage, "size": asdict(size)}
+    write_json(folder / "results.json", found, sealed=True)
     write_text(folder / "summary.md", summary(result))
     console.print(table(result))
     console.print(conclusion(result))

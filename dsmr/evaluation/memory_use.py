@@ -118,7 +118,7 @@ class MemoryUse:
 
     def write(self, json_path: str | Path, png_path: str | Path | None = None) -> None:
         """Write it as JSON and, if `png_path` is given and the curve was measured, the curve as a picture."""
-        write_json(json_path, self.to_json())
+        write_json(json_path, self.to_json(), sealed=True)
         if png_path is not None and self.krcu is not None:
             krcu_figure({self.model: self.krcu}, png_path, self.model)
 

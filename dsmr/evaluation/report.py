@@ -86,7 +86,7 @@ class EvaluationReport:
 
     def write(self, json_path: str | Path, png_path: str | Path | None = None) -> None:
         """Write the report as JSON and, if `png_path` is given, the loss against the position as a picture."""
-        write_json(json_path, self.to_json())
+        write_json(json_path, self.to_json(), sealed=True)
         if png_path is not None:
             position_figure({self.model: self}, png_path)
 

@@ -68,7 +68,7 @@ class ReturnsReport:
 
     def write(self, json_path: str | Path, png_path: str | Path | None = None) -> None:
         """Write it as JSON and, if `png_path` is given, what is saved against the distance as a picture."""
-        write_json(json_path, self.to_json())
+        write_json(json_path, self.to_json(), sealed=True)
         if png_path is not None:
             returns_figure({self.model: self.by_distance}, png_path, self.model)
 

@@ -22,19 +22,21 @@ from dsmr.console.devices import resolve_device, resolve_dtype
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, write_json
 from dsmr.console.locks import locked
+from dsmr.console.schema import Natural, Real, check
 from dsmr.corpus.returns import Planter
 from dsmr.corpus.store import Corpus
 from dsmr.evaluation.losses import open_run, piece_losses, pieces_of
 from dsmr.evaluation.memory_use import check_reset, memory_use
 from dsmr.evaluation.report import report_losses
 from dsmr.evaluation.returns import return_losses
-from dsmr.experiments.rows import FORMAT
+from dsmr.experiments.rows import FORMAT, checked_row
 from dsmr.experiments.table import Cell, Measure, Table
-from dsmr.runs.checkpoint import Metrics, RunDirectory
+from dsmr.runs.checkpoint import Metrics, RunDirectory, load_settings
 from dsmr.runs.settings import TrainConfig
 from dsmr.training.loop import train
 from dsmr.training.side_by_side import stop_with_parent
 
+STEP = {"tokens": Natural, "tokens_per_second": Real, "seconds": Real}
 NICE = 10  # cells give way to whatever else the machine is used for
 
 
@@ -107,15 +109,15 @@ def run_cell(table: Table, cell: Cell, data: str, folder: CellFolder, console: A
         return result.exit_code or 1
     torch.set_num_threads(config.threads or torch.get_num_threads())
     found = {what: _once(folder.measured(what), measure) for what, measure in _measurements(table, folder, config)}
-    write_json(folder.row, _row(table, cell, config, folder, found))
+    write_json(folder.row, _row(table, cell, config, folder, found), sealed=True)
     return 0
 
 
 def _once(path: Path, measure: Callable[[], Any]) -> Any:
     """What `measure` gives, from the file where it was written before."""
     if not path.exists():
-        write_json(path, measure())
-    return read_json(path)
+        write_json(path, measure(), sealed=True)
+    return check(read_json(path), dict, path)
 
 
 def _measurements(table: Table, folder: CellFolder, config: TrainConfig) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -158,9 +160,13 @@ def _row(table: Table, cell: Cell, config: TrainConfig, folder: CellFolder, foun
     """Everything that is said of a cell; what differs from machine to machine stands under "measured"."""
     records = Metrics(folder.run / "metrics.jsonl").read()
     steps = [record for record in records if record["kind"] == "train"]
+    for record in steps:
+        check(record, STEP, folder.run / "metrics.jsonl")
+    if not steps:
+        raise UserError(f"{folder.run / 'metrics.jsonl'} is damaged: it holds no step")
     a_step = config.batch_size * config.segments_per_step * config.segment_length
     evaluation, memory = dict(found["evaluation"]), found.get("memory") or {}
-    return {
+    row = {
         "format": FORMAT,
         "table": table.name,
         "model": cell.model.name,
@@ -177,18 +183,19 @@ def _row(table: Table, cell: Cell, config: TrainConfig, folder: CellFolder, foun
         "krcu": memory.get("krcu"),
         "retain": memory.get("retain", []),
         "returns": found.get("returns"),
-        "learning": [[r["step"] * a_step, r["nats_per_note"]] for r in records if r["kind"] == "validation"],
+        "learning": [[r["step"] * a_step, r.get("nats_per_note")] for r in records if r["kind"] == "validation"],
         "measured": {
             "tokens_per_second": statistics.median(r["tokens_per_second"] for r in steps[len(steps) // 2 :]),
             "training_seconds": steps[-1]["seconds"],
-            "peak_bytes": read_json(folder.peak)["bytes"],
+            "peak_bytes": _peak(folder.peak),
             "device": _device(config),
-            "dtype": read_json(folder.run / "train.json")["dtype"],
+            "dtype": load_settings(RunDirectory(folder.run))["dtype"],
             "threads": config.threads,
             "graph": config.graph,
             "torch": str(torch.__version__),
         },
     }
+    return checked_row(row, f"what was measured in {folder.path}")
 
 
 def _device(config: TrainConfig) -> str:
@@ -220,8 +227,12 @@ def _keep_peak(path: Path, before: int, config: TrainConfig) -> None:
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
-    former = read_json(path)["bytes"] if path.exists() else 0
-    write_json(path, {"bytes": max(peak, former)})
+    former = _peak(path) if path.exists() else 0
+    write_json(path, {"bytes": max(peak, former)}, sealed=True)
+
+
+def _peak(path: Path) -> int:
+    return int(check(read_json(path), {"bytes": Natural}, path)["bytes"])
 
 
 def settings_of(table: Table, corpus: Corpus) -> dict[str, Any]:

@@ -19,9 +19,9 @@ def write_report(rows: Sequence[dict[str, Any]], out: str | Path, *, rows_path: 
     written, line by line."""
     folder = Path(out)
     lines = lines_of(rows)
-    write_json(folder / "report.json", [asdict(line) for line in lines])
+    write_json(folder / "report.json", [asdict(line) for line in lines], sealed=True)
     if rows_path is not None:
-        write_json(rows_path, list(rows))
+        write_json(rows_path, list(rows), sealed=True)
     pictures: list[Path] = []
     if available():
         pictures = draw(rows, lines, folder)

@@ -8,9 +8,31 @@ from typing import Any
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json
+from dsmr.console.schema import Maybe, Natural, Number, check
 from dsmr.experiments.presets import CONTROLS, PRESETS
 
 FORMAT = 1
+MEAN = {"mean": Number}
+SHAPE = {
+    **dict.fromkeys(("table", "model", "title", "our_reading", "schedule", "corpus", "split", "tokenizer_hash"), str),
+    **dict.fromkeys(("seed", "kv_bytes", "trained_tokens", "parameters", "pieces", "tokens"), Natural),
+    **dict.fromkeys(("nats_per_note", "perplexity"), Number),
+    "krcu": Maybe(
+        {
+            **dict.fromkeys(("auc", "reset_bin", "tail"), MEAN),
+            "reset": Natural,
+            "bins": [{**dict.fromkeys(("start", "end", "tokens"), Natural), "delta": MEAN}],
+        }
+    ),
+    "retain": [{"k": Natural, "delta": MEAN}],
+    "returns": Maybe(
+        {"by_distance": [{**dict.fromkeys(("start", "end", "returns"), Natural), "saved": Maybe(Number)}]}
+    ),
+    "by_label?": Maybe([{"label": str, "nats_per_token": Number}]),
+    "learning": [[Number]],
+    "measured": {"tokens_per_second": Number, "peak_bytes": Natural, "device": str, "dtype": str},
+}
+"""What a row holds (see `dsmr.console.schema`), besides what is there for a reader."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +79,50 @@ def read_rows(results: str | Path) -> list[dict[str, Any]]:
     """The rows of finished cells, of a folder that `run` wrote or of a file of rows; in the order of the presets."""
     path = Path(results)
     if path.is_dir():
-        rows = [read_json(row) for row in sorted(path.glob("cells/*/row.json"))]
+        rows = [read_row(row) for row in sorted(path.glob("cells/*/row.json"))]
         if not rows:
             raise UserError(f"{path} has no finished cell to report")
     elif path.exists():
-        rows = read_json(path)
-        if not isinstance(rows, list):
+        found = read_json(path)
+        if not isinstance(found, list) or not found:
             raise UserError(f"{path} is not a file of rows")
+        rows = [checked_row(row, f"{path}, row {place},") for place, row in enumerate(found, 1)]
     else:
         raise UserError(f"there are no results at {path}")
-    for row in rows:
-        if not isinstance(row, dict) or row.get("format") != FORMAT:
-            raise UserError(f"{path} has a row of another version of dsmr")
+    _check_alike(rows, path)
     known = [*PRESETS, *CONTROLS]
     order = {name: place for place, name in enumerate(known)}
     return sorted(rows, key=lambda row: (order.get(row["model"], len(known)), row["model"], row["seed"]))
+
+
+def read_row(path: Path) -> dict[str, Any]:
+    """One row; `UserError` naming the file and the field for one that is damaged."""
+    return checked_row(read_json(path), path)
+
+
+def checked_row(row: Any, where: object) -> dict[str, Any]:
+    """`row`; `UserError` naming `where` and the field if it is none, or damaged."""
+    if not isinstance(row, dict) or row.get("format") != FORMAT:
+        raise UserError(f"{where} is a row of another version of dsmr")
+    check(row, SHAPE, where)
+    if not all(len(pair) == 2 for pair in row["learning"]):
+        raise UserError(f"{where} is damaged: its learning is not made of pairs")
+    return row
+
+
+def _check_alike(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """`UserError` where two rows of a model were not measured alike, so that they have no mean."""
+    first: dict[str, Any] = {}
+    for row in rows:
+        bins = row["returns"]["by_distance"] if row["returns"] else []
+        measured = (
+            [kept["k"] for kept in row["retain"]],
+            [(one["start"], one["end"], one["returns"] > 0) for one in bins],
+            [one["label"] for one in row.get("by_label") or ()],
+            len(row["krcu"]["bins"]) if row["krcu"] else None,
+        )
+        if first.setdefault(row["model"], measured) != measured:
+            raise UserError(f"{path} has rows of {row['model']} that were not measured alike")
 
 
 def lines_of(rows: Sequence[dict[str, Any]]) -> list[Line]:

@@ -27,6 +27,7 @@ from dsmr.corpus.etudes import compose_with_etudes
 from dsmr.corpus.layout import MANIFEST
 from dsmr.corpus.store import Corpus
 from dsmr.experiments.cell import CellFolder, check_measurable, settings_of, work
+from dsmr.experiments.rows import read_row
 from dsmr.experiments.table import Cell, Table
 from dsmr.training.side_by_side import last_record
 
@@ -98,7 +99,7 @@ def _begun(table: Table, folder: Path, data: str | Path | None, line: ProgressLi
     if former.exists():
         _check_same(folder, settings, read_json(former))
     if first:
-        write_json(former, settings)
+        write_json(former, settings, sealed=True)
     return corpus
 
 
@@ -221,7 +222,7 @@ class _Runner:
             del self.running[key]
             folder = self.of(self.at_work[key])
             if folder.row.exists():
-                row = read_json(folder.row)
+                row = read_row(folder.row)
                 self.news.append((key, f"{row['nats_per_note']:.4f} nats a note{_remembers(row)}", False))
             else:
                 self.news.append((key, _why(folder, process.exitcode), True))

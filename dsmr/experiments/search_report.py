@@ -14,7 +14,7 @@ def write_search(found: Search, out: str | Path) -> list[str]:
     was written, line by line."""
     folder = Path(out)
     picture = folder / "search.png"
-    write_json(folder / "search.json", found.to_json())
+    write_json(folder / "search.json", found.to_json(), sealed=True)
     write_text(folder / "found.toml", lines_of_table(found))
     if available():
         draw(found, picture)

@@ -124,6 +124,8 @@ class Table:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot read the table {path}: {describe(error)}") from error
+        except ValueError as error:
+            raise UserError(f"{path} is not a TOML file: {error}") from error
         try:
             return cls.parse(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dsmr.console.errors import UserError
-from dsmr.console.files import atomic_path, check_apart, check_writable, write_json
+from dsmr.console.files import atomic_path, check_apart, check_writable, write_json, write_text
 from dsmr.exported.about import FILES, GRAPH, MANIFEST, MEMORIES, TOKENIZER, WEIGHTS, About, is_export, sum_of
 from dsmr.exported.model import ExportedModel
 from dsmr.exported.reading import read_all
@@ -28,6 +28,7 @@ from dsmr.music.vocabulary import Vocabulary
 TRIAL, TRIAL_LOGITS = 7, 32  # tokens that a machine tries before it plays, and the logits that they are held against
 CHECKED = 6  # tokens one at a time behind a segment's end
 LARGEST = 2**31  # bytes of one protocol buffer
+UNFINISHED = ".unfinished"  # there from the first file that is written until the last one is
 HEAD_STEP = 8  # GroupQueryAttention takes heads of multiples of it
 
 
@@ -72,6 +73,7 @@ def export_run(
     if is_export(run_dir):
         raise UserError(f"{run_dir} is an exported model already: name the run that it was made of")
     check_apart([folder / name for name in FILES], inputs_of(run_dir, None, None))
+    overwrite = overwrite or (folder / UNFINISHED).is_file()  # what is there, a killed export of ours began
     if is_export(folder) and not overwrite:
         raise UserError(f"{folder} already holds an exported model: give --overwrite to replace it")
     for name in FILES:
@@ -95,6 +97,7 @@ def export_run(
         raise UserError(f"the graph takes {size / 2**30:.1f} GiB, and one file holds less than 2: use --weights int8")
     about = about_of(model, vocabulary, weights, memory_dtype, portable)
     say("writing")
+    write_text(folder / UNFINISHED, "An export was begun here.\n")
     (folder / MANIFEST).unlink(missing_ok=True)  # written last: without it there is no export
     with atomic_path(folder / GRAPH) as temporary:
         temporary.write_bytes(made.SerializeToString(deterministic=True))
@@ -102,6 +105,7 @@ def export_run(
         shutil.copyfile(Path(run_dir) / TOKENIZER, temporary)
     beside = {"model": model.config.to_dict(), "sampling": {"temperature": 1.0, "top_p": 0.98}}
     write_json(folder / MANIFEST, about.to_json(sum_of(folder / GRAPH), **beside), sealed=True)
+    (folder / UNFINISHED).unlink(missing_ok=True)
     say("comparing with PyTorch")
     return Exported(
         folder,

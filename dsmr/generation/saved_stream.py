@@ -29,6 +29,8 @@ from dsmr.music.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from dsmr.generation.engines import Model
+    from dsmr.model.state import DSMRState
+    from dsmr.model.transformer import DSMRModel
 
 FORMAT = "dsmr stream 1"
 NO_TOKENISER = "none"
@@ -120,6 +122,8 @@ def load_player(
             dtype=dtype or about["dtype"],
         )
         player.on_one_instant = check(json.loads(about["on_one_instant"]), [Natural], path)
+        if len(player.on_one_instant) != state.batch:
+            raise ValueError(f"it tells of {len(player.on_one_instant)} streams, and there are {state.batch}")
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is not a saved stream: {error}") from error
     size = vocab_size(model)
@@ -144,6 +148,13 @@ def _waiting(tokens: Any, streams: int, size: int, path: object) -> np.ndarray |
     return tokens
 
 
+def _check_fits(state: DSMRState, model: DSMRModel, path: object) -> None:
+    """`UserError` unless the state's memories and recent tokens have the shapes of this model's."""
+    found, own = ([tuple(x.shape[1:]) for m in one.memories for x in (m.k, m.v)] for one in (state, model.new_state(1)))
+    if found != own or state.recent.shape[1] != model.config.recall:
+        raise UserError(f"{path} does not fit this model: its memories have the shapes {found}, this one's {own}")
+
+
 def _contents(path: str | os.PathLike[str], model: Model) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The state for `model` that a file holds, its texts, and its arrays beside the memories."""
     from safetensors import SafetensorError, safe_open
@@ -151,9 +162,10 @@ def _contents(path: str | os.PathLike[str], model: Model) -> tuple[Any, dict[str
     about_export = model.about if isinstance(model, ExportedModel) else None
     state: Any = None
     if not isinstance(model, ExportedModel):
-        from dsmr.model.state import DSMRState
+        from dsmr.model.state import DSMRState as State
 
-        state = DSMRState.load(path, device=model.embedding.weight.device)
+        state = State.load(path, device=model.embedding.weight.device)
+        _check_fits(state, model, path)
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:
             names = list(file.keys())

@@ -352,7 +352,8 @@ def main(given: Sequence[str] | None = None) -> None:
     if asked.json is not None:
         from dsmr.console.files import write_json
 
-        write_json(asked.json, {"assumptions": assumptions(Links()), "plans": [asdict(row) for row in plans]})
+        content = {"assumptions": assumptions(Links()), "plans": [asdict(row) for row in plans]}
+        write_json(asked.json, content, sealed=True)
     screen = console()
     screen.width = max(screen.width, 180)
     screen.print(

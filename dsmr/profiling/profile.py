@@ -145,7 +145,7 @@ def profile(
         found.rows.setdefault(str(schedule), {})[kind] = row
         found.load_after = load_average()
         if json_path is not None and kind == kinds[-1]:
-            write_json(json_path, found.to_json())
+            write_json(json_path, found.to_json(), sealed=True)
     found.curves = length_curves(schedules, sizes, ceilings)
     return found
 

@@ -8,7 +8,9 @@ metrics is replaced atomically; the metrics are cut back to the checkpoint when 
 
 import json
 import random
+import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ SETTINGS = ("train", "model", "dtype", "corpus", "tokenizer_hash")
 
 
 LINE = {"kind": str, "step": Natural, "loss?": Real}
+"""What every line of `metrics.jsonl` holds."""
 SHAPE = {
     "train": {"data": str, "out": str},
     "model": dict,
@@ -83,8 +86,16 @@ class RunDirectory:
             raise UserError(f"cannot delete a former run's files in {self.path}: {describe(error)}") from error
 
 
+_SUM = re.compile(r', "crc": "([0-9a-f]{8})"}')
+_SUM_TRACES = re.compile(r'"crc"|"[0-9a-f]{8}"}')  # one of them outlives any single damage to the sum
+
+
 class Metrics:
-    """`metrics.jsonl`: one JSON object a line, each with its `kind` ("train" or "validation") and `step`."""
+    """`metrics.jsonl`: one JSON object a line, each with its `kind` ("train" or "validation") and `step`.
+
+    The last member of each is `crc`, the CRC-32 of the line without it, so that not one bit of it changes unnoticed;
+    lines without one, which earlier versions wrote, are read as before.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -93,7 +104,7 @@ class Metrics:
         """Add one line; it is on its way to the disk when this returns."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(_line(record))
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {describe(error)}") from error
 
@@ -101,28 +112,54 @@ class Metrics:
         """All whole lines, without a last one that a killed process left unfinished; `UserError` for other damage."""
         records = []
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_bytes().decode("utf-8").split("\n")
         except FileNotFoundError:
             return []
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {describe(error)}") from error
         except ValueError as error:
             raise UserError(f"{self.path} is damaged: {error}") from error
+        unfinished = lines.pop()  # nothing, unless a process was killed while it wrote: then the beginning of a record
+        if unfinished and _whole(unfinished):
+            raise UserError(f"{self.path} is damaged: its last line is not ended")
         for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
+                records.append(check(_record(line), LINE, f"line {number} of {self.path}"))
             except (ValueError, RecursionError) as error:
-                if number == len(lines):
-                    break
                 raise UserError(f"{self.path} is damaged: line {number} is not JSON ({error})") from error
-            records.append(check(record, LINE, f"line {number} of {self.path}"))
         return records
 
     def cut(self, step: int, validated: int) -> None:
         """Keep what a checkpoint knows: training up to `step` and validations up to step `validated`."""
         limits = {"train": step, "validation": validated}
         kept = [record for record in self.read() if record["step"] <= limits.get(record["kind"], step)]
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(self.path, "".join(map(_line, kept)))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record)
+    return f'{text[:-1]}, "crc": "{zlib.crc32(text.encode()):08x}"}}\n'
+
+
+def _record(line: str) -> Any:
+    """What a line holds, its sum checked and taken away."""
+    record = json.loads(line)
+    if not _SUM_TRACES.search(line):
+        return record
+    found = _SUM.fullmatch(line, max(0, len(line) - 20))
+    if found is None or int(found[1], 16) != zlib.crc32(f"{line[: found.start()]}}}".encode()):
+        raise ValueError("its sum is wrong")
+    del record["crc"]
+    return record
+
+
+def _whole(line: str) -> bool:
+    """Whether a line holds a whole record, with or without something behind it; the beginning of one does not."""
+    try:
+        json.JSONDecoder().raw_decode(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def save_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:

@@ -138,7 +138,12 @@ class TrainConfig:
     @classmethod
     def of_run(cls, out: str | Path) -> "TrainConfig":
         """The settings of the run in `out`: resume it with `train(dataclasses.replace(TrainConfig.of_run(out), …))`."""
-        config = cls.from_dict(load_settings(RunDirectory(out))["train"])
+        run = RunDirectory(out)
+        try:
+            config = cls.from_dict(load_settings(run)["train"])
+            config.model_config(vocab_size=1)
+        except UserError as error:
+            raise error if str(run.path) in str(error) else UserError(f"{run.settings}: {error}") from error
         return cls.from_dict({**config.to_dict(), "out": str(out)})
 
     def model_config(self, vocab_size: int) -> "DSMRConfig":

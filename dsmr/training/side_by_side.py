@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from dsmr.console.errors import UserError
 from dsmr.console.progress import ProgressLine, duration
+from dsmr.console.schema import Real, check
 from dsmr.corpus.pool import cores
 from dsmr.corpus.store import Corpus
 from dsmr.corpus.streams import StreamLoader
 from dsmr.model.transformer import DSMRModel
+from dsmr.runs.checkpoint import LINE
 from dsmr.runs.settings import TrainConfig
 from dsmr.training.loop import train
 
@@ -142,9 +144,9 @@ def last_record(metrics: Path, kind: str) -> Any:
         return None
     for line in reversed(lines):
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = check(json.loads(line), {**LINE, "loss": Real}, metrics)
+        except (UserError, ValueError, RecursionError):
             continue
-        if record.get("kind") == kind:
+        if record["kind"] == kind:
             return record
     return None

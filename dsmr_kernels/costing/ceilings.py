@@ -31,6 +31,7 @@ from dsmr_kernels.costing.predict import PARTS, Ceilings, bound_seconds, with_ed
 from dsmr_kernels.costing.prediction_check import check, check_table
 from dsmr_kernels.costing.timed_attention import DTYPES, timed_attention
 from dsmr_kernels.costing.timing import Yardstick, seconds_of
+from dsmr_kernels.measured import SUM, is_whole, sealed
 from dsmr_kernels.storage import write_text
 
 ROUNDS = 7
@@ -93,9 +94,11 @@ def _read() -> dict[str, Any]:
     """All that is cached; nothing if the file is missing or damaged."""
     try:
         values = json.loads(cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory, or nested too deeply
         return {}
-    return values if isinstance(values, dict) else {}
+    if not is_whole(values):
+        return {}
+    return {key: value for key, value in values.items() if key != SUM}
 
 
 def load(device: torch.device) -> Ceilings | None:
@@ -108,7 +111,7 @@ def load(device: torch.device) -> Ceilings | None:
 
 def save(ceilings: Ceilings, device: torch.device) -> None:
     """Keep the figures, in one step, beside those of other devices; `OSError` or `RuntimeError` if that cannot be."""
-    write_text(cache_file(), json.dumps(_read() | {_key(device): ceilings.to_json()}, indent=1))
+    write_text(cache_file(), json.dumps(sealed(_read() | {_key(device): ceilings.to_json()}), indent=1))
 
 
 def ceilings_of(

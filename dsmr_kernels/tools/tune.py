@@ -30,6 +30,7 @@ from dsmr_kernels.cases import Case as Inputs
 from dsmr_kernels.cases import random_case
 from dsmr_kernels.costing.timing import kernel_seconds
 from dsmr_kernels.dispatch import use_tuned
+from dsmr_kernels.measured import sealed
 from dsmr_kernels.storage import write_text
 from dsmr_kernels.testing import assert_agrees_with_oracle
 from dsmr_kernels.tools import tune_cpu
@@ -280,7 +281,7 @@ def write(
         for (kernel, dim, dtype), config in sorted(entries.items())
     ]
     content = {"format": 1, **machine, "architecture": architecture, "entries": listed, "measured": measured}
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(sealed(content), indent=1) + "\n")
 
 
 def _main_on_cpu(asked: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from dsmr_kernels.backends.sdpa.processor import Choice, Key, Pass, from_table
 from dsmr_kernels.backends.sdpa.tuned import FORMAT, candidates, use
 from dsmr_kernels.cases import Case, random_case
 from dsmr_kernels.costing.timing import in_turn
+from dsmr_kernels.measured import sealed
 from dsmr_kernels.storage import write_text
 from dsmr_kernels.testing import assert_agrees_with_oracle
 
@@ -146,4 +147,4 @@ def write(path: Path, machine: dict[str, str], found: dict[str, Any]) -> None:
         machine: what must be the same where it is used.
         found: of `tune`; what was measured is kept for readers of the file and never read back.
     """
-    write_text(path, json.dumps({"format": FORMAT, **machine, **found}, indent=1) + "\n")
+    write_text(path, json.dumps(sealed({"format": FORMAT, **machine, **found}), indent=1) + "\n")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from damaging import damaged
 from raw_midi import melody, midi, off, on, tempo, track
 from small_scores import random_score
 
@@ -77,6 +78,13 @@ def test_running_status_goes_on_behind_system_exclusive_messages(tmp_path: Path)
         assert notes_of(tmp_path / "a.mid", data) == [(0, 1, 60), (0.5, 0.5, 62)]
 
 
+def test_system_messages_that_have_no_business_in_a_file_are_passed_over_whole(tmp_path: Path) -> None:
+    """A quarter frame, a song position, a song select, a tune request: of one, two, one and no bytes (MIDI 1.0)."""
+    for between in (b"\xf1\x05", b"\xf2\x3c\x40", b"\xf3\x3c", b"\xf6"):
+        data = midi(track((0, on(60)), (480, between), (0, on(62)), (480, off(60)), (0, off(62))))
+        assert notes_of(tmp_path / "a.mid", data) == [(0, 1, 60), (0.5, 0.5, 62)]
+
+
 def test_all_tracks_are_read_whatever_the_header_counts(tmp_path: Path) -> None:
     tracks = [track((0, tempo(1_000_000))), track(*melody(60)), track(*melody(64)), track(*melody(67))]
     for kind, count in ((1, 2), (1, 1), (0, 1), (1, 0)):
@@ -105,6 +113,7 @@ far = [(2**28 - 1, b"\xff\x01\0")] * 9
 REFUSED: dict[str, tuple[bytes, str]] = {
     "later than 2^31": (midi(track(*melody(60), *far, *melody(62))), "runs to tick 2,41"),
     "type 2": (midi(track(*melody(60)), track(*melody(62)), kind=2), "not one piece: it is of type 2, 2 sequences"),
+    "a header too long": (b"MThd\1" + midi(track(*melody(60)))[5:], "its header claims 16,777,222 bytes"),
     "type 3": (midi(track(*melody(60)), kind=3), "of type 3"),
     "no division": (midi(track(*melody(60)), division=0), "0 ticks to a quarter note"),
     "no frames": (midi(track(*melody(60)), division=0xE700), "25 frames a second of 0 ticks"),
@@ -175,23 +184,6 @@ def test_whatever_a_library_raises_is_a_sentence(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr("dsmr.music.tokenizer.rewrite", fail)
         with pytest.raises(UserError, match=said):
             encode_midi(tmp_path / "a.mid", vocabulary_of())
-
-
-def damaged(rng: random.Random, whole: bytes) -> bytes:
-    """`whole` with bits flipped, bytes inserted, deleted or replaced, or cut short."""
-    data = bytearray(whole)
-    for _ in range(rng.choice((1, 1, 2, 5))):
-        at = rng.randrange(len(data))
-        kind = rng.random()
-        if kind < 0.7:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind < 0.8:
-            del data[at : at + rng.randrange(1, 9)]
-        elif kind < 0.9:
-            data[at:at] = rng.randbytes(rng.randrange(1, 9))
-        else:
-            del data[max(at, 20) :]
-    return bytes(data)
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Not one bit of what we write changes unnoticed, and no content of any file of ours ends in a traceback."""
 
 import hashlib
-import importlib.util
 import io
 import json
 import lzma
@@ -17,97 +16,50 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damaging import WRONG, changed, flip, places
+from our_files import EXPORTS, FORMATS, write_all
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_corpus import tiny_corpus, tiny_vocabulary
+from tiny_corpus import tiny_corpus
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, save_tensors, write_json
-from dsmr.console.schema import Each, Natural, Real, check
+from dsmr.console.schema import Each, Maybe, Natural, Number, Real, check
 from dsmr.console.seal import check_seal
 from dsmr.corpus.pack import pack
 from dsmr.corpus.store import Corpus
-from dsmr.export.write import export_run
+from dsmr.experiments.rows import lines_of, read_rows
 from dsmr.exported.about import About
-from dsmr.exported.model import ExportedModel
-from dsmr.generation.player import Player
-from dsmr.generation.sampling import Sampling
-from dsmr.generation.saved_stream import load_player, save_player
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 from dsmr.music.vocabulary import Vocabulary
-from dsmr.runs.checkpoint import Metrics, RunDirectory, load_checkpoint, load_settings, save_checkpoint
-from dsmr.runs.settings import TrainConfig, run_settings
-
-
-def model() -> DSMRModel:
-    torch.manual_seed(0)
-    size = tiny_vocabulary().size
-    return DSMRModel(DSMRConfig(size, "uniform(layers=2, horizon=8)", d_model=16, n_heads=2, segment_length=8))
+from dsmr.runs.checkpoint import Metrics, load_checkpoint, save_checkpoint
+from dsmr.runs.settings import TrainConfig
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every kind of file that we write and read again."""
-    out = tmp_path_factory.mktemp("run")
-    net = model()
-    net.save_pretrained(out)
-    tiny_vocabulary().save(out / "tokenizer.json")
-    optimizer = torch.optim.AdamW(net.parameters())
-    save_checkpoint(out / "last.pt", {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "step": 3})
-    corpus = tiny_corpus(out / "corpus", labels=True)
-    config = TrainConfig(data="corpus", out=str(out))
-    write_json(out / "train.json", run_settings(config, corpus, net.config, torch.float32), sealed=True)
-    pack(out / "corpus", out / "corpus.dsmr")
-    player = Player.begin(net, [1, 4, 5], Sampling(seed=1))
-    list(player.play(10))
-    save_player(out / "stream", player)
-    net.new_state(1, aligned=False).save(out / "state.safetensors")
-    if EXPORTS:
-        export_run(out, out / "export")
-    return out
+    return write_all(tmp_path_factory.mktemp("run"))
 
 
-READERS: dict[str, Callable[[Path], Any]] = {
-    "last.pt": lambda path: load_checkpoint(path / "last.pt"),
-    "model.safetensors": DSMRModel.from_pretrained,
-    "config.json": DSMRModel.from_pretrained,
-    "tokenizer.json": lambda path: Vocabulary.load(path / "tokenizer.json"),
-    "train.json": lambda path: load_settings(RunDirectory(path)),
-    "state.safetensors": lambda path: type(model().new_state(1)).load(path / "state.safetensors"),
-    "stream": lambda path: load_player(path / "stream", model()),
-    "corpus/manifest.json": lambda path: Corpus.open(path / "corpus"),
-    "corpus/index.npz": lambda path: Corpus.open(path / "corpus"),
-    "corpus/tokens.bin": lambda path: Corpus.open(path / "corpus"),
-    "corpus/sources.json": lambda path: Corpus.open(path / "corpus"),
-}
+@pytest.fixture(autouse=True)
+def _no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmr.training.loop.available", lambda: False)  # to be drawn, which takes longest
 
 
-EXPORTS = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))  # the extra `onnx`
-if EXPORTS:
-    READERS["export/export.json"] = lambda path: About.load(path / "export")
-    for part in ("model.onnx", "tokenizer.json"):
-        READERS[f"export/{part}"] = lambda path: ExportedModel.load(path / "export")
+SEALED = [form for form in FORMATS.values() if form.sealed]
+READERS = {form.file: form.open for form in SEALED if form.name != "metrics" and not form.name.startswith("cell")}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(READERS))
+@pytest.mark.soak
+@pytest.mark.parametrize("name", [form.file for form in SEALED])
 def test_every_flipped_bit_is_found_and_the_file_named(tmp_path: Path, folder: Path, name: str) -> None:
-    """Of 60 flips in last.pt 60 were resumed from in silence."""
+    """Of 60 flips in last.pt 60 were resumed from in silence. Every file that a verb writes: tests/fuzz/flips.py."""
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    READERS[name](copy)
-    whole = (copy / name).read_bytes()
-    rng = random.Random(name)
-    places = [rng.randrange(len(whole)) for _ in range(60)]
-    if (seal := whole.find(b'"seal"')) >= 0:
-        places += range(seal, min(seal + 90, len(whole)))  # the seal itself, its name and what stands around it
-    for place in places:
-        data = bytearray(whole)
-        data[place] ^= 1 << rng.randrange(8)
-        (copy / name).write_bytes(data)
-        with pytest.raises(UserError) as caught:
-            READERS[name](copy)
-        assert str(copy) in str(caught.value), place
-        assert "\n" not in str(caught.value)
+    form = next(form for form in SEALED if form.file == name)
+    door = read_json if form.name.startswith("cell") else lambda _: form.open(copy)  # else it would be measured anew
+    found = flip(copy / name, lambda: door(copy / name), str(copy), 60, random.Random(name))
+    assert found.flips == found.named, found
 
 
 @pytest.mark.parametrize("name", list(READERS))
@@ -115,45 +67,45 @@ def test_a_file_cut_short_or_emptied_is_named(tmp_path: Path, folder: Path, name
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     whole = (copy / name).read_bytes()
     for length in (0, 1, 30, len(whole) // 2, len(whole) - 1):
-        if name.endswith(".json") and length == len(whole) - 1 and name.endswith("tokenizer.json"):
+        if length == len(whole) - 1 and name.endswith(("tokenizer.json", "engines.json")):
             continue  # no more than the last line's end
         (copy / name).write_bytes(whole[:length])
-        with pytest.raises(UserError, match=str(copy)):
+        with pytest.raises((UserError, ValueError), match=str(copy)):
             READERS[name](copy)
 
 
 def test_a_damaged_checkpoint_says_what_is_left(tmp_path: Path, folder: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    data = bytearray((copy / "last.pt").read_bytes())
+    data = bytearray((copy / "run" / "last.pt").read_bytes())
     data[len(data) // 2] ^= 4
-    (copy / "last.pt").write_bytes(data)
+    (copy / "run" / "last.pt").write_bytes(data)
     with pytest.raises(UserError, match=r"last\.pt is damaged: .* the best weights until then, .*model\.safetensors"):
-        load_checkpoint(copy / "last.pt")
-    (copy / "model.safetensors").unlink()
+        load_checkpoint(copy / "run" / "last.pt")
+    (copy / "run" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"last\.pt is damaged: .*; begin anew with --overwrite"):
-        load_checkpoint(copy / "last.pt")
+        load_checkpoint(copy / "run" / "last.pt")
 
 
 def test_files_without_a_seal_still_open(tmp_path: Path, folder: Path) -> None:
     """What earlier versions wrote. A checkpoint of theirs has the archive's own sums."""
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    for name in ("config.json", "train.json", "corpus/manifest.json"):
+    for name in ("run/config.json", "run/train.json", "corpus/manifest.json"):
         (copy / name).write_text(json.dumps(read_json(copy / name), indent=2))
         assert not check_seal(copy / name)
-    for name in ("model.safetensors", "state.safetensors"):
+    for name in ("run/model.safetensors", "state.safetensors"):
         with safe_open(copy / name, "pt") as file:
             about = {key: value for key, value in file.metadata().items() if key != "seal"}
         save_file(load_file(copy / name), copy / name, about)
         assert not check_seal(copy / name)
-    torch.save(torch.load(copy / "last.pt", weights_only=True), copy / "last.pt")
-    assert not check_seal(copy / "last.pt")
+    torch.save(torch.load(copy / "run" / "last.pt", weights_only=True), copy / "run" / "last.pt")
+    assert not check_seal(copy / "run" / "last.pt")
     for read in READERS.values():
         read(copy)
-    data = bytearray((copy / "last.pt").read_bytes())
+    data = bytearray((copy / "run" / "last.pt").read_bytes())
     data[len(data) // 2] ^= 4
-    (copy / "last.pt").write_bytes(data)
+    (copy / "run" / "last.pt").write_bytes(data)
     with pytest.raises(UserError, match="damaged"):
-        load_checkpoint(copy / "last.pt")
+        load_checkpoint(copy / "run" / "last.pt")
 
 
 def test_sealed_files_are_ordinary_ones(tmp_path: Path) -> None:
@@ -177,39 +129,18 @@ def test_sealed_files_are_ordinary_ones(tmp_path: Path) -> None:
 
 # Wrong types.
 
-WRONG: tuple[Any, ...] = (None, True, -1, 1.5, 1e400, 10**30, "", "x", [], [[]], {}, {"a": 1})
+QUICK: dict[str, Callable[[Path], Any]] = {
+    "run/config.json": lambda copy: DSMRModel.from_pretrained(copy / "run"),
+    "run/tokenizer.json": lambda copy: Vocabulary.load(copy / "run" / "tokenizer.json"),
+    "run/train.json": lambda copy: TrainConfig.of_run(copy / "run"),
+    **({"export/export.json": lambda copy: About.load(copy / "export")} if EXPORTS else {}),
+    "corpus/manifest.json": lambda copy: Corpus.open(copy / "corpus"),
+    "corpus/sources.json": lambda copy: Corpus.open(copy / "corpus"),
+    "results/cells/two_scale-s0/row.json": lambda copy: lines_of(read_rows(copy / "results")),
+}
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Any:
-    """Every place in a nested value, but no more than a few elements of a long list."""
-    yield path
-    if isinstance(value, dict):
-        for key in value:
-            yield from places(value[key], (*path, key))
-    elif isinstance(value, list):
-        for i in range(min(len(value), 2)):
-            yield from places(value[i], (*path, i))
-
-
-def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
-    if not path:
-        return new
-    out = dict(value) if isinstance(value, dict) else list(value)
-    out[path[0]] = changed(value[path[0]], path[1:], new)
-    return out
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "config.json",
-        "tokenizer.json",
-        "train.json",
-        *["export/export.json"] * EXPORTS,
-        "corpus/manifest.json",
-        "corpus/sources.json",
-    ],
-)
+@pytest.mark.parametrize("name", list(QUICK))
 def test_wrong_types_are_sentences(tmp_path: Path, folder: Path, name: str) -> None:
     """As whoever wants to would write them: without a seal, or with a right one."""
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
@@ -218,13 +149,11 @@ def test_wrong_types_are_sentences(tmp_path: Path, folder: Path, name: str) -> N
     for path in places(value):
         for wrong in WRONG:
             spoiled = changed(value, path, wrong)
-            if name == "tokenizer.json" and isinstance(spoiled, dict):
+            if name == "run/tokenizer.json" and isinstance(spoiled, dict):
                 spoiled.pop("hash", None)
             (copy / name).write_text(json.dumps(spoiled))
             try:
-                READERS[name](copy)
-                if name == "train.json":
-                    TrainConfig.of_run(copy)
+                QUICK[name](copy)
             except UserError:
                 refused += 1
             except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -241,13 +170,18 @@ def test_metrics_of_any_content_are_read_or_refused(tmp_path: Path) -> None:
             metrics.cut(1, 1)
     metrics.path.write_text(good + '{"kind": "tra')
     metrics.cut(1, 1)
-    assert metrics.path.read_text() == good
+    assert metrics.path.read_text() == good[:-2] + ', "crc": "9b8f0fc9"}\n'
+    assert metrics.read() == [json.loads(good)]
 
 
 def test_a_shape_names_what_does_not_fit() -> None:
     shape = {"name": str, "files": Each({"bytes": Natural}), "rates?": [Real]}
     fits = {"name": "x", "files": {"a": {"bytes": 3}}, "more": None}
     assert check(fits, shape, "m.json") is fits
+    assert check([None, 1.5, float("nan")], [Maybe(Number)], "m.json")
+    for wrong in ("x", True, 10**400, [1]):
+        with pytest.raises(UserError, match=r"its \[0\] is .*expected a number"):
+            check([wrong], [Maybe(Number)], "m.json")
     for wrong, said in (
         ([], "m.json is damaged: it is [], expected a record"),
         ({"name": "x"}, "m.json is damaged: it lacks files"),

@@ -17,6 +17,7 @@ from dsmr_kernels import dispatch
 from dsmr_kernels.backends.triton import launch, tuned
 from dsmr_kernels.backends.triton.configs import Config, choose, from_table, trying
 from dsmr_kernels.dispatch import use_tuned
+from dsmr_kernels.measured import sealed
 from dsmr_kernels.tools import tune
 from dsmr_kernels.tools.targets import TARGETS
 
@@ -35,7 +36,7 @@ def _the_table_again() -> Iterator[None]:
 def _file(path: Path, **change: object) -> Path:
     tune.write(path, HERE, "sm_90", {("forward", 128, "bfloat16"): FASTER}, [{"seconds": [0.1]}])
     if change:
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        path.write_text(json.dumps(sealed(json.loads(path.read_text()) | change)))
     return path
 
 
