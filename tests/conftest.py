@@ -5,11 +5,13 @@ machine of `tests/kernels/virtual_gpu`.
 """
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from warm_start import WarmStart
 
 # Read when Triton is imported, which must be later than here; ignored where it is missing.
 if os.environ.get("DSMR_VIRTUAL_GPU"):
@@ -23,6 +25,14 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first: begun last, one of them would hold up the end alone."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session")
+def warm_start() -> Iterator[WarmStart]:
+    """For tests that start one process after another."""
+    server = WarmStart()
+    yield server
+    server.close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """No number that an option takes ends in a traceback: every numeric option of every verb, with absurd values.
 
-Takes minutes in all, because what is no error is let compute for `ENOUGH` seconds.
+Takes minutes in all, because what is no error is let compute for `ENOUGH` seconds; with DSMR_SOAK=full for longer.
 """
 
 import resource
@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from known_ceilings import KNOWN
+from soak import FULL
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from dsmr.cli.app import app
 from dsmr.console.stopping import Interruption
+from dsmr.demo.run import DemoSize
 
 VALUES = ["-1", "0", "-0.0", "1e-320", "2147483648", "9223372036854775808", "1e29", "nan", "inf", "9" * 5000]
-ENOUGH = 3.0  # seconds: what still computes then was no error, and is ended as SIGTERM ends it
+ENOUGH = 3.0 if FULL else 1.0  # seconds: what still computes then was no error, and is ended as SIGTERM ends it
 ROOM = 3 << 30  # bytes beyond what the process has: what takes more must have been refused before
 SCHEDULE = "uniform(layers=1, horizon=16)"
 
@@ -112,6 +114,18 @@ def bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
+def a_short_demo(monkeypatch) -> None:
+    """The demo with a tiny corpus and a speed that is known, up to where its two models would begin to train: what the
+    numbers come to is worked out by then, and training's own are those of `train`."""
+
+    def leave(*given):
+        raise Interruption(signal.SIGTERM)
+
+    monkeypatch.setattr("dsmr.demo.run.DemoSize", lambda: DemoSize(pieces=6, piece_minutes=0.2))
+    monkeypatch.setattr("dsmr.demo.run.steps_a_second", lambda *given: 7.0)
+    monkeypatch.setattr("dsmr.demo.run.train_side_by_side", leave)
+
+
 class SilentPort:
     name = "silent"
 
@@ -130,6 +144,7 @@ def test_no_number_ends_in_a_traceback(verb, option, place, monkeypatch):
     monkeypatch.setattr("dsmr.live.performance.listen", lambda *given: [])
     monkeypatch.setattr("dsmr_kernels.costing.ceilings.ceilings_of", lambda *given, **options: KNOWN)
     monkeypatch.setattr("dsmr.profiling.profile.measured_row", lambda job: {"error": "not measured"})
+    a_short_demo(monkeypatch)
     base = [argument.format(place) for argument in ARGUMENTS[verb]]
     if option in base:
         at = base.index(option)
