@@ -21,7 +21,8 @@ OURS = ("dsmr.cli.app", "dsmr.experiments.cell", "dsmr.training.loop", "dsmr.eva
 
 # A line asks for a process, or whether one has ended, and is answered by its number, or by its exit code or None.
 _SERVER = """
-import importlib, json, os, runpy, sys
+import importlib, json, os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 for name in sys.argv[1:]:
     importlib.import_module(name)
 answers = os.fdopen(os.dup(1), "w")

@@ -216,7 +216,8 @@ def test_a_run_killed_several_times_ends_with_the_same_rows(data: Path, tmp_path
     command = ["experiments", "run", str(tmp_path / "small.toml"), "--out", str(out)]
     for number in range(kills):
         before, runner = trained(out), warm_start.start(command)
-        while trained(out) <= before + 4:
+        until = time.monotonic() + 120
+        while trained(out) <= before + 4 and time.monotonic() < until:
             time.sleep(0.02)
         os.kill(runner.pid, signal.SIGINT if number % 2 else signal.SIGKILL)
         assert runner.wait().returncode == (130 if number % 2 else -signal.SIGKILL)
