@@ -159,15 +159,16 @@ def model(tsd):
 
 @pytest.fixture
 def player(model, tsd, monkeypatch):
-    """Draws a note every 50 ms."""
+    """Draws a note every 50 ms, none longer than a fifth of a second: the playing ends when the last has ended."""
     from dsmr.music.progress import Progress
 
     honest = Progress.allowed
     shifts = tsd.of_type("TimeShift")
     step = shifts & (tsd.ticks == tsd.ticks_per_second // 20)
+    long = tsd.of_type("Duration") & (tsd.ticks > tsd.ticks_per_second // 5)
 
     def allowed(self):
-        may = honest(self)
+        may = honest(self) & ~long
         moved = bool(shifts[self.grammar.previous])
         return may & step if bool((may & step).any()) and not moved else may & ~shifts
 
