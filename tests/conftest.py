@@ -5,8 +5,11 @@ machine of `tests/kernels/virtual_gpu`.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it in its background jobs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
