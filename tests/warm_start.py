@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ for number, path in enumerate((os.devnull, asked["out"], asked["err"])):
     opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     os.dup2(opened, number)
     os.close(opened)
+os.environ.update(asked["environment"])
 sys.argv[:] = ["-c", *(os.fsdecode(bytes.fromhex(argument)) for argument in asked["arguments"])]
 if asked["module"]:
     runpy.run_module(asked["module"], run_name="__main__", alter_sys=True)
@@ -98,13 +99,23 @@ class WarmStart:
         assert answer, "the process that forks has ended"
         return json.loads(answer)
 
-    def start(self, arguments: Sequence[str | bytes], *, module: str = "dsmr", code: str = "") -> Forked:
-        """A process like `python -m MODULE ARGUMENTS`, or, with `code`, `python -c CODE ARGUMENTS`."""
+    def start(
+        self,
+        arguments: Sequence[str | bytes],
+        *,
+        module: str = "dsmr",
+        code: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> Forked:
+        """A process like `python -m MODULE ARGUMENTS`, or, with `code`, `python -c CODE ARGUMENTS`; `environment` is
+        added to what it has, and read by what is imported only then.
+        """
         folder = tempfile.TemporaryDirectory()
         asked = {
             "arguments": [os.fsencode(argument).hex() for argument in arguments],
             "module": "" if code else module,
             "code": code,
+            "environment": dict(environment or {}),
             "out": f"{folder.name}/out",
             "err": f"{folder.name}/err",
         }
