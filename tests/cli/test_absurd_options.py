@@ -85,7 +85,7 @@ ARGUMENTS = {
     "profile": ["--schedule", SCHEDULE, "--out", "{0}/profile", "--device", "cpu", "--budget", "64MiB"],
     "demo": ["--out", "{0}/demo"],
     "export": ["{0}/run", "--out", "{0}/exported"],
-    "prepare composed": ["--out", "{0}/composed", "--overwrite"],
+    "prepare composed": ["--out", "{0}/composed", "--overwrite", "--pieces", "3", "--jobs", "1"],
     "prepare midi": ["{0}", "--out", "{0}/midi", "--overwrite"],
     "prepare maestro": ["{0}/nothing.zip", "--out", "{0}/maestro"],
     "experiments list": [],
