@@ -83,7 +83,7 @@ def test_ranks_learn_what_one_process_learns_from_all_rows(how: str, tmp_path: P
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    code = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{CHILD}"
+    code = f"import sys\nsys.path[:0] = {[str(path) for path in Path(__file__).parents[:2]]}\n{CHILD}"
     processes = [
         warm_start.start(
             [how, str(tmp_path / "found.pt")],

@@ -209,8 +209,12 @@ def test_a_slow_model_is_late_and_says_so(player, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupting_ends_every_note_and_keeps_what_was_played(number, player, tmp_path):
     port = MemoryPort()
+    former = signal.signal(number, signal.default_int_handler)  # which `nohup` has ignored
     threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
-    done = perform(player, port, Limits(seconds=20.0), look_ahead=0.2, recorder=Recorder(tmp_path / "played.mid"))
+    try:
+        done = perform(player, port, Limits(seconds=20.0), look_ahead=0.2, recorder=Recorder(tmp_path / "played.mid"))
+    finally:
+        signal.signal(number, former)
     assert done.interrupted
     assert len(port.sent) > 2
     assert port.sounding == set()
