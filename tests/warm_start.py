@@ -122,10 +122,10 @@ class WarmStart:
         return Forked(self._asked(asked), folder, self)
 
     def run(
-        self, arguments: Sequence[str | bytes], *, module: str = "dsmr", code: str = ""
+        self, arguments: Sequence[str | bytes], *, module: str = "dsmr", code: str = "", seconds: float = 300.0
     ) -> "subprocess.CompletedProcess[str]":
         """Start one, and wait for its end."""
-        return self.start(arguments, module=module, code=code).wait()
+        return self.start(arguments, module=module, code=code).wait(seconds)
 
     def close(self) -> None:
         """End the process that forks."""

@@ -81,7 +81,7 @@ def machine() -> Iterator[Callable[[str], WarmStart]]:
 def test_compiled_kernels_agree_with_oracle(part: str, of: str, machine: Callable[[str], WarmStart]) -> None:
     cases = CHOSEN[part][of]
     asked = [*(f"tests/kernels/compiled_cases.py::{case}" for case in cases), "-q", "-p", "no:cacheprovider"]
-    result = machine(part).run([*asked, "-p", "no:xdist"], module="pytest")
+    result = machine(part).run([*asked, "-p", "no:xdist"], module="pytest", seconds=900)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert (" passed" if FULL else f"\n{len(cases)} passed") in result.stdout
     assert " skipped" not in result.stdout
