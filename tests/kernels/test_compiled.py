@@ -1,7 +1,7 @@
 """What Triton compiles of the kernels for NVIDIA's parts does the right thing: cases of `compiled_cases.py`, on two.
 
 Here a sample: every kernel, dtype and branch once on the part with warpgroup products, and a few with the older matrix
-instructions. With DSMR_SOAK=full every case on every part.
+instructions. With DSMR_SOAK=full every case on every part, and a GPU's whole trial.
 """
 
 import importlib.util
@@ -47,7 +47,6 @@ SAMPLE = {  # a process each: of about as much work, so that cores share it
             f"{DECODING}[five-int8]",
             f"{DECODING}[three, float16-as computed]",
         ],
-        "trial": ["test_the_trial_of_a_gpu_passes"],
     },
     "sm_80": {
         "everything, odd head_dim, float16": ["test_everything_at_once[segment-True]", f"{HEAD_DIM}[40, float16]"],
