@@ -5,11 +5,16 @@ machine of `tests/kernels/virtual_gpu`.
 """
 
 import os
+import signal
+from collections.abc import Iterator
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it in its background jobs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from warm_start import WarmStart
 
 # Read when Triton is imported, which must be later than here; ignored where it is missing.
 if os.environ.get("DSMR_VIRTUAL_GPU"):
@@ -23,6 +28,14 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first: begun last, one of them would hold up the end alone."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session")
+def warm_start() -> Iterator[WarmStart]:
+    """For tests that start one process after another."""
+    server = WarmStart()
+    yield server
+    server.close()
 
 
 @pytest.fixture(autouse=True)

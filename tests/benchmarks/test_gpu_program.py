@@ -25,7 +25,8 @@ def _task(**change: Any) -> dict[str, Any]:
 
 @pytest.mark.soak
 def test_the_whole_program_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--dry", "--steps", "goals,piece,grid", "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    asked = ["--dry", "--steps", "goals,piece,grid", "--out", str(tmp_path), "--seconds", "3600"]  # on a busy machine
+    assert gpu.main(asked) == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "cpu.json").read_text())
     rows = report["rows"]
     assert len(rows) == 2 * (1 + len(PEERS)) + 1
@@ -147,6 +148,21 @@ def test_a_process_that_dies_or_hangs_costs_one_row(tmp_path: Path, body: str, r
     assert [row["contender"] for row in rows] == ["a", "b", "c"]
     assert rows[1]["status"] == "failed"
     assert rows[1]["reason"].startswith(reason)
+    assert "status" not in rows[0]  # as the process gave it
+
+
+def test_a_time_in_which_the_machine_slept_is_not_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A laptop that was closed, or a job that was stopped and continued: what stood still is not what hung."""
+    rows: list[dict[str, Any]] = []
+    clock, sleeps, slept = time.monotonic, iter([0.0, 0.0, 0.0, 0.0, 500.0]), []
+
+    def woken() -> float:
+        slept.append(next(sleeps, 0.0))
+        return clock() + sum(slept)
+
+    monkeypatch.setattr(gpu.time, "monotonic", woken)
+    body = "time.sleep(0.5); say(task)"
+    gpu.measure([_task(contender="a")], clock() + 3600, rows.append, 30.0, _worker(tmp_path / "worker.py", body))
     assert "status" not in rows[0]  # as the process gave it
 
 

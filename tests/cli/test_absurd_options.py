@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from dsmr.cli.app import app
 from dsmr.console.stopping import Interruption
+from dsmr.demo.run import DemoSize
 
 VALUES = ["-1", "0", "-0.0", "1e-320", "2147483648", "9223372036854775808", "1e29", "nan", "inf", "9" * 5000]
 ENOUGH = 3.0  # seconds: what still computes then was no error, and is ended as SIGTERM ends it
@@ -30,6 +31,8 @@ SCHEDULE = "uniform(layers=1, horizon=16)"
 def place(tmp_path_factory) -> Path:
     """A corpus, a run and a prompt."""
     pytest.importorskip("miditok")
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # now: what is interrupted while it is imported stays half a module  # noqa: F401
     from small_scores import score_of
     from small_soundfont import write_soundfont
     from tiny_corpus import tiny_corpus
@@ -83,7 +86,7 @@ ARGUMENTS = {
     "profile": ["--schedule", SCHEDULE, "--out", "{0}/profile", "--device", "cpu", "--budget", "64MiB"],
     "demo": ["--out", "{0}/demo"],
     "export": ["{0}/run", "--out", "{0}/exported"],
-    "prepare composed": ["--out", "{0}/composed", "--overwrite"],
+    "prepare composed": ["--out", "{0}/composed", "--overwrite", "--pieces", "3", "--jobs", "1"],
     "prepare midi": ["{0}", "--out", "{0}/midi", "--overwrite"],
     "prepare maestro": ["{0}/nothing.zip", "--out", "{0}/maestro"],
     "experiments list": [],
@@ -112,6 +115,18 @@ def bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
+def a_short_demo(monkeypatch) -> None:
+    """The demo with a tiny corpus and a speed that is known, up to where its two models would begin to train: what the
+    numbers come to is worked out by then, and training's own are those of `train`."""
+
+    def leave(*given):
+        raise Interruption(signal.SIGTERM)
+
+    monkeypatch.setattr("dsmr.demo.run.DemoSize", lambda: DemoSize(pieces=6, piece_minutes=0.2))
+    monkeypatch.setattr("dsmr.demo.run.steps_a_second", lambda *given: 7.0)
+    monkeypatch.setattr("dsmr.demo.run.train_side_by_side", leave)
+
+
 class SilentPort:
     name = "silent"
 
@@ -130,6 +145,7 @@ def test_no_number_ends_in_a_traceback(verb, option, place, monkeypatch):
     monkeypatch.setattr("dsmr.live.performance.listen", lambda *given: [])
     monkeypatch.setattr("dsmr_kernels.costing.ceilings.ceilings_of", lambda *given, **options: KNOWN)
     monkeypatch.setattr("dsmr.profiling.profile.measured_row", lambda job: {"error": "not measured"})
+    a_short_demo(monkeypatch)
     base = [argument.format(place) for argument in ARGUMENTS[verb]]
     if option in base:
         at = base.index(option)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 from rich.text import Text
+from warm_start import WarmStart
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import atomic_path, check_apart, is_temporary, read_json, write_json, write_text
@@ -55,7 +56,7 @@ def test_progress_shows_user_text_as_it_is(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.soak
-def test_no_command_obeys_what_a_path_says(tmp_path: Path) -> None:
+def test_no_command_obeys_what_a_path_says(tmp_path: Path, warm_start: WarmStart) -> None:
     """Brackets were eaten, or ended in a traceback; escape sequences reached the terminal."""
     name = b"[/x] \x1b[31m\xff"
     place = os.fsencode(tmp_path) + b"/" + name
@@ -71,10 +72,8 @@ def test_no_command_obeys_what_a_path_says(tmp_path: Path) -> None:
         ["budget", "--schedule", "uniform(layers=1, horizon=8)", "--heads", "[/x]\x1b[31m"],
         ["prepare", "midi", place, "--[/x]\x1b[31m"],
     ):
-        ended = subprocess.run(
-            [sys.executable, "-m", "dsmr", *line], capture_output=True, cwd=Path(__file__).parents[2]
-        )
-        said = (ended.stdout + ended.stderr).decode()
+        ended = warm_start.run(line)
+        said = ended.stdout + ended.stderr
         assert "Traceback" not in said
         assert "\x1b[31m" not in said
         assert "[/x]" in said or "valid integer" in said

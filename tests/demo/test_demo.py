@@ -24,7 +24,7 @@ def demo(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("demo") / "out"
     with open(folder.parent / "said.txt", "w", encoding="utf-8") as file:
-        result = run_demo(folder, minutes=0.2, size=TINY, console=Console(file=file, width=120))
+        result = run_demo(folder, minutes=0.1, size=TINY, console=Console(file=file, width=120))
     return folder, result, (folder.parent / "said.txt").read_text(encoding="utf-8")
 
 

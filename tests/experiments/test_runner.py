@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from io import StringIO
 from pathlib import Path
@@ -14,8 +12,10 @@ import pytest
 from rich.console import Console
 from several_ranks import BY_HAND, in_threads, start_ranks
 from small_table import small_corpus, small_table, toml
+from soak import FULL
 from tiny_corpus import tiny_corpus
 from typer.testing import CliRunner
+from warm_start import WarmStart
 
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
@@ -26,6 +26,7 @@ from dsmr.experiments.cell import CellFolder, measured_pieces, run_cell
 from dsmr.experiments.runner import run_table
 from dsmr.experiments.table import Measure, Table
 from dsmr.training import loop
+from dsmr.training.side_by_side import last_record
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_a_checkpoint_of_another_tokeniser_is_a_sentence(data: Path, tmp_path: P
         run_cell(table, table.cells[0], str(tmp_path / "tiny"), folder, quiet())
 
 
-CHILD = """
+DEADLY = """
 import json, os, signal, sys
 from pathlib import Path
 from dsmr.experiments.cell import work
@@ -176,7 +177,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.soak
-def test_a_cell_killed_anywhere_ends_with_the_same_row(data: Path, tmp_path: Path) -> None:
+def test_a_cell_killed_anywhere_ends_with_the_same_row(data: Path, tmp_path: Path, warm_start: WarmStart) -> None:
     """Slow for its processes: killed while each kind of file is written, before it is in its place."""
     written = small_table(data)
     table = Table.parse(written)
@@ -185,7 +186,7 @@ def test_a_cell_killed_anywhere_ends_with_the_same_row(data: Path, tmp_path: Pat
 
     def attempt(die_at: str) -> int:
         arguments = [json.dumps(written), key, str(data), die_at, str(out)]
-        return subprocess.run([sys.executable, "-c", CHILD, *arguments], check=False).returncode
+        return warm_start.run(arguments, code=DEADLY).returncode
 
     for die_at in ("train.json:1", "last.pt:2", "memory.json:1", "row.json:1"):
         assert attempt(die_at) == -signal.SIGKILL
@@ -195,24 +196,34 @@ def test_a_cell_killed_anywhere_ends_with_the_same_row(data: Path, tmp_path: Pat
     assert attempt("row.json:1") == 0  # a row is final
 
 
+def trained(out: Path) -> int:
+    """Steps that all cells have done together, as their metrics tell."""
+    records = (last_record(path, "train") for path in out.glob("cells/*/run/metrics.jsonl"))
+    return sum(record["step"] for record in records if record is not None)
+
+
 @pytest.mark.soak
-def test_a_run_killed_several_times_ends_with_the_same_rows(data: Path, tmp_path: Path) -> None:
-    """Slow for its processes: the runner is killed, its cells save and end by themselves, and it is begun again."""
-    longer = {**small_table()["train"], "steps": 200}
+def test_a_run_killed_several_times_ends_with_the_same_rows(data: Path, tmp_path: Path, warm_start: WarmStart) -> None:
+    """Slow for its processes: the runner is killed, its cells save and end by themselves, and it is begun again.
+
+    Killed while a cell trains, and asked to stop; with DSMR_SOAK=full twenty times, all along the run.
+    """
+    kills = 20 if FULL else 2
+    longer = {**small_table()["train"], "steps": 20 * kills, "eval_every": 25}
     written = small_table(data, cells={"two_scale": [0], "none": [3]}, train=longer)
     (tmp_path / "small.toml").write_text(toml(written))
     table = Table.parse(written)
     expected = [same(row_of(table, tmp_path / "whole", place)) for place in range(2)]
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "dsmr", "experiments", "run", str(tmp_path / "small.toml"), "--out", str(out)]
-    for seconds in (4.0, 6.0):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL if seconds == 4.0 else signal.SIGINT)
-        process.wait()
-    done = subprocess.run([*command, "--jobs", "2"], capture_output=True, text=True, check=False)
+    command = ["experiments", "run", str(tmp_path / "small.toml"), "--out", str(out)]
+    for number in range(kills):
+        before, runner = trained(out), warm_start.start(command)
+        until = time.monotonic() + 120
+        while trained(out) <= before + 4 and time.monotonic() < until:
+            time.sleep(0.02)
+        os.kill(runner.pid, signal.SIGINT if number % 2 else signal.SIGKILL)
+        assert runner.wait().returncode == (130 if number % 2 else -signal.SIGKILL)
+    done = warm_start.run([*command, "--jobs", "2"])
     assert done.returncode == 0, done.stderr
     assert "2 of 2 cells are finished" in done.stderr
     for cell, row in zip(table.cells, expected, strict=True):

@@ -1,15 +1,13 @@
 """A layer with its own memory in a loop of one's own, over several processes: DistributedDataParallel and FSDP2 learn
 what one process learns from all the rows."""
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from warm_start import WarmStart
 
 from dsmr import DSMRAttention
 
@@ -79,29 +77,23 @@ def trained(model: nn.Module, x: torch.Tensor) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_ranks_learn_what_one_process_learns_from_all_rows(how: str, tmp_path: Path) -> None:
-    """Slow: two processes that load PyTorch."""
+def test_ranks_learn_what_one_process_learns_from_all_rows(how: str, tmp_path: Path, warm_start: WarmStart) -> None:
+    """Slow: two processes that meet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    here = str(Path(__file__).parent)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    place["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+    code = f"import sys\nsys.path[:0] = {[str(path) for path in Path(__file__).parents[:2]]}\n{CHILD}"
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, how, str(tmp_path / "found.pt")],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
+        warm_start.start(
+            [how, str(tmp_path / "found.pt")],
+            code=code,
+            environment={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]
-    try:
-        said = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+    ended = [process.wait() for process in processes]
+    assert [process.returncode for process in ended] == [0, 0], [process.stderr for process in ended]
     alone, start = Stack(), Stack()
     trained(alone, rows())
     found = torch.load(tmp_path / "found.pt", weights_only=True)

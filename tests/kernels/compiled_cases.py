@@ -2,8 +2,9 @@
 
     DSMR_VIRTUAL_GPU=sm_90 python -m pytest tests/kernels/compiled_cases.py
 
-`test_compiled.py` runs it for sm_90, and some of it for sm_80. The variable works with the other tests of the Triton
-kernels, too. An access out of bounds or out of line, a race, or anything asynchronous used too early fails here.
+`test_compiled.py` runs a sample of it for sm_90 and sm_80, and all of it by hand. The variable works with the other
+tests of the Triton kernels, too. An access out of bounds or out of line, a race, or anything asynchronous used too
+early fails here.
 """
 
 import os
@@ -86,7 +87,7 @@ def test_everything_at_once(visibility: str, detached: bool) -> None:
         (256, BF16, {"queries": 65, "capacity": 40, "seen": [50], "horizon": 40}),
         (64, F32, {"queries": 33, "capacity": 40, "seen": [50], "horizon": 40}),
     ],
-    ids=str,
+    ids=["128", "64, no memory", "40, float16", "16", "256", "64, float32"],
 )
 def test_head_dims_and_dtypes(head_dim: int, dtype: torch.dtype, sizes: dict) -> None:
     case = random_case(
@@ -110,8 +111,10 @@ def test_tiles_that_programs_share(options: dict, monkeypatch: pytest.MonkeyPatc
     assert_agrees_with_oracle(random_case(**sizes, head_dim=64, dtype=BF16, **options), "triton")
 
 
-@pytest.mark.parametrize("stored", [BF16, torch.int8], ids=str)
-@pytest.mark.parametrize(("new", "group", "dtype"), [(1, 2, BF16), (5, 8, BF16), (3, 2, F16)], ids=str)
+@pytest.mark.parametrize("stored", [BF16, torch.int8], ids=["as computed", "int8"])
+@pytest.mark.parametrize(
+    ("new", "group", "dtype"), [(1, 2, BF16), (5, 8, BF16), (3, 2, F16)], ids=["one", "five", "three, float16"]
+)
 def test_storing_and_decoding(new: int, group: int, dtype: torch.dtype, stored: torch.dtype) -> None:
     """Both kernels of decoding and the sum of their splits, over a ring that is wrapped in one row only."""
     stored = dtype if stored.is_floating_point else stored

@@ -7,10 +7,8 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -19,6 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_corpus import tiny_corpus
+from warm_start import Forked, WarmStart
 
 from dsmr.console.devices import resolve_device, resolve_dtype
 from dsmr.console.errors import UserError
@@ -123,23 +122,29 @@ sys.exit(train(TrainConfig.from_dict(config), resume=resume).exit_code)
 """
 
 
-def start(config: TrainConfig, resume: bool = False, die_at: str = "") -> subprocess.Popen:
-    command = [sys.executable, "-c", CHILD, json.dumps(config.to_dict()), "resume" if resume else "new", die_at]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+Start = Callable[..., Forked]
 
 
-def signal_at(process: subprocess.Popen, out: Path, step: int, number: int) -> int:
+@pytest.fixture
+def start(warm_start: WarmStart) -> Start:
+    """A run in a process of its own."""
+
+    def begun(config: TrainConfig, resume: bool = False, die_at: str = "") -> Forked:
+        return warm_start.start([json.dumps(config.to_dict()), "resume" if resume else "new", die_at], code=CHILD)
+
+    return begun
+
+
+def signal_at(process: Forked, out: Path, step: int, number: int) -> int:
     """Send a signal once `step` has been trained, and wait for the end."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while time.monotonic() < until and process.poll() is None:
         done = losses(out)
         if done and done[-1][0] >= step:
             os.kill(process.pid, number)
             break
         time.sleep(0.002)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode is not None, errors
-    return process.returncode
+    return process.wait().returncode
 
 
 def assert_same_run(out: Path, expected: Path) -> None:
@@ -152,29 +157,29 @@ def assert_same_run(out: Path, expected: Path) -> None:
     assert {file.name for file in out.iterdir()} == {file.name for file in expected.iterdir()}
 
 
-@pytest.mark.slow  # PyTorch starts twice, to be killed
+@pytest.mark.slow  # processes, to be killed
 @pytest.mark.parametrize("augment", [False, True])
-def test_a_killed_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, augment: bool) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, augment: bool, start: Start) -> None:
     """SIGKILL in the middle of a step; of writing the first checkpoint, a later one, and the best weights."""
     more = {"steps": 80, "save_every": 7, "eval_every": 20, "augment": augment}
     whole, out = tmp_path / "whole", tmp_path / "killed"
     config = tiny_config(data, out, **more)
     if augment:
-        assert start(config, die_at="last.pt:1").wait(60) == -signal.SIGKILL
+        assert start(config, die_at="last.pt:1").wait().returncode == -signal.SIGKILL
         assert len(losses(out)) == 7
-        assert start(config, resume=True, die_at="model.safetensors:2").wait(60) == -signal.SIGKILL
+        assert start(config, resume=True, die_at="model.safetensors:2").wait().returncode == -signal.SIGKILL
         assert 40 <= len(losses(out)) < 80
     else:
         assert signal_at(start(config), out, 24, signal.SIGKILL) == -signal.SIGKILL
         assert 24 <= len(losses(out)) < 80
-        assert start(config, resume=True, die_at="last.pt:4").wait(60) == -signal.SIGKILL
+        assert start(config, resume=True, die_at="last.pt:4").wait().returncode == -signal.SIGKILL
     assert quiet(config, resume=True).finished
     quiet(tiny_config(data, whole, **more))
     assert_same_run(out, whole)
 
 
 @pytest.mark.slow
-def test_a_run_stopped_by_sigterm_saves_and_goes_on(data: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_by_sigterm_saves_and_goes_on(data: Path, tmp_path: Path, start: Start) -> None:
     more = {"steps": 80, "save_every": 1000, "eval_every": 25}
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     config = tiny_config(data, out, **more)
@@ -372,11 +377,11 @@ def test_compiling_without_a_compiler_is_refused_in_a_sentence(
 
 @pytest.mark.soak  # the compiler works for half a minute
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_a_killed_compiled_run_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
+def test_a_killed_compiled_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, start: Start) -> None:
     more = {"steps": 12, "save_every": 4, "compile": True}
     whole, out = tmp_path / "whole", tmp_path / "killed"
     config = tiny_config(data, out, **more)
-    assert start(config, die_at="last.pt:2").wait(300) == -signal.SIGKILL
+    assert start(config, die_at="last.pt:2").wait().returncode == -signal.SIGKILL
     assert quiet(config, resume=True).finished
     quiet(tiny_config(data, whole, **more))
     assert_same_run(out, whole)

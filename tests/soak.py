@@ -1,0 +1,8 @@
+"""How much of the longest tests is run: a sample that has each thing once, or, by hand, all of it.
+
+DSMR_SOAK=full python -m pytest tests -n auto --dist worksteal -q -m soak
+"""
+
+import os
+
+FULL = os.environ.get("DSMR_SOAK") == "full"
