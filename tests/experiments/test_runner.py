@@ -19,6 +19,7 @@ from warm_start import WarmStart
 
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
+from dsmr.console.files import read_json
 from dsmr.console.locks import locked
 from dsmr.console.ranks import Ranks
 from dsmr.experiments import runner
@@ -279,6 +280,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     began.clear()
     monkeypatch.setattr("multiprocessing.context.SpawnContext.Process", Done)
     monkeypatch.setattr("dsmr.experiments.runner.TURN", 0.0)
+    monkeypatch.setattr("dsmr.experiments.runner.read_row", read_json)  # rows that say nothing
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
     monkeypatch.setenv("RANK", "0")
