@@ -106,5 +106,8 @@ def test_stretches_and_running_means_of_a_piece():
 def test_the_last_record_of_an_unfinished_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert last_record(path, "train") is None
-    path.write_text('{"kind": "train", "step": 1}\n{"kind": "validation", "step": 1}\n{"kind": "tra')
-    assert last_record(path, "train") == {"kind": "train", "step": 1}
+    first = {"kind": "train", "step": 1, "loss": 2.5}
+    path.write_text(
+        f'{json.dumps(first)}\n{{"kind": "train", "step": 2}}\n{{"kind": "validation", "step": 1}}\n{{"kind": "tra'
+    )
+    assert last_record(path, "train") == first  # the last one that says all
