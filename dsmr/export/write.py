@@ -28,7 +28,7 @@ from dsmr.music.vocabulary import Vocabulary
 TRIAL, TRIAL_LOGITS = 7, 32  # tokens that a machine tries before it plays, and the logits that they are held against
 CHECKED = 6  # tokens one at a time behind a segment's end
 LARGEST = 2**31  # bytes of one protocol buffer
-UNFINISHED = ".unfinished"  # there from the first file that is written until the last one is
+UNFINISHED = ".unfinished"  # there from the first file that is written until all are and have been compared
 HEAD_STEP = 8  # GroupQueryAttention takes heads of multiples of it
 
 
@@ -105,15 +105,16 @@ def export_run(
         shutil.copyfile(Path(run_dir) / TOKENIZER, temporary)
     beside = {"model": model.config.to_dict(), "sampling": {"temperature": 1.0, "top_p": 0.98}}
     write_json(folder / MANIFEST, about.to_json(sum_of(folder / GRAPH), **beside), sealed=True)
-    (folder / UNFINISHED).unlink(missing_ok=True)
     say("comparing with PyTorch")
+    error = _compare(folder, model) if _here("onnxruntime") else None
+    (folder / UNFINISHED).unlink(missing_ok=True)
     return Exported(
         folder,
         (folder / GRAPH).stat().st_size,
         weights,
         memory_dtype,
         portable,
-        _compare(folder, model) if _here("onnxruntime") else None,
+        error,
     )
 
 
