@@ -33,6 +33,7 @@ from flips import kind_of
 
 from dsmr.console.errors import UserError
 
+MEASURES = ("profile",)  # says what the machine has free, which two runs may or may not find alike
 REPLACES = ("prepare composed", "prepare midi", "prepare maestro", "train", "export", "experiments run", "demo")
 """Verbs that leave what is there alone unless they are told `--overwrite`, or that go on with it."""
 ENOUGH = 180.0  # seconds for a verb that was killed to end well
@@ -152,7 +153,7 @@ class Bench:
         (first, one), (second, other) = twice
         old = files(before)
         made = {name: content for name, content in one.items() if old.get(name) != content}
-        same = {name for name in made if other.get(name) == made[name]}
+        same = {name for name in made if other.get(name) == made[name] and verb not in MEASURES}
         self._known[verb] = Known(before, made, same, min(first, second))
 
     def kill(self, verb: str, share: float, replacing: bool) -> list[str] | None:

@@ -29,7 +29,8 @@ def test_a_killed_verb_runs_again_and_leaves_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1].split() == ["all", "14", done.stdout.split()[-2], "0"]
-    assert not list(tmp_path.iterdir())
+    left = [path.name for path in tmp_path.iterdir()]
+    assert not [name for name in left if not name.startswith(("torchinductor_", ".ses"))]  # PyTorch's, ONNX Runtime's
 
 
 @pytest.mark.slow
