@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from known_ceilings import KNOWN
+from silent_port import SilentPort
 from small_scores import score_of, write_folder
 from small_soundfont import write_soundfont
 from typer.main import get_command
@@ -87,18 +88,6 @@ def place(folder: Path) -> Path:
     table["train"] |= {"steps": 6, "eval_every": 3, "save_every": 3}
     (folder / "table.toml").write_text(toml(table))
     return folder
-
-
-class SilentPort:
-    """A MIDI port that nobody hears."""
-
-    name = "silent"
-
-    def send(self, event: object) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def stand_in() -> None:

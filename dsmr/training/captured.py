@@ -17,6 +17,7 @@ from dsmr.console.words import one_line
 from dsmr.corpus.streams import Batch
 from dsmr.model.state import DSMRState
 from dsmr.model.transformer import DSMRModel
+from dsmr.runs.settings import TrainConfig
 from dsmr.training.update import clip_on_device
 
 EAGER = 3
@@ -118,6 +119,18 @@ class CapturedStep:
             raise RuntimeError("a memory was moved while the step was recorded, so that a replay would miss it")
         self._graph = graph
         return graph
+
+
+def unrecordable(config: TrainConfig, device: torch.device, alone: bool) -> str | None:
+    """Why a step cannot be recorded, as the end of a sentence; None where it can. `alone`: no other rank trains too."""
+    if device.type != "cuda":
+        return f"on {device}, only on a GPU"
+    if not alone:
+        return "where several ranks train together"
+    for name, option in (("compile", "--compile"), ("checkpoint_layers", "--checkpoint-layers")):
+        if getattr(config, name):
+            return f"with {option}"
+    return None
 
 
 def without_graph(optimizer: dict[str, Any]) -> dict[str, Any]:

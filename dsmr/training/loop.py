@@ -40,7 +40,7 @@ from dsmr.runs.checkpoint import (
     save_checkpoint,
 )
 from dsmr.runs.settings import TrainConfig, run_settings, validation_pieces
-from dsmr.training.captured import CapturedStep, without_graph
+from dsmr.training.captured import CapturedStep, unrecordable, without_graph
 from dsmr.training.compiling import missing_compiler
 from dsmr.training.figures import loss_figure
 from dsmr.training.joining import joined
@@ -146,7 +146,7 @@ class _Training:
             self.dtype = resolve_dtype(config.dtype, self.device)
         if config.compile and (reason := missing_compiler(self.device)) is not None:
             raise UserError(f"cannot compile the model: {reason}; train without --compile")
-        if config.graph and (reason := _no_graph(config, self.device, ranks)) is not None:
+        if config.graph and (reason := unrecordable(config, self.device, ranks.alone)) is not None:
             raise UserError(f"the step cannot be recorded as a CUDA graph {reason}; train without --graph")
         settings = run_settings(config, corpus, model_config, self.dtype)
         if resume:
@@ -439,18 +439,6 @@ class _Training:
 
 _PROGRESS = ("tokens", "loss", "smooth_loss", "best", "best_step")
 """What a checkpoint keeps of `_Training` itself."""
-
-
-def _no_graph(config: TrainConfig, device: torch.device, ranks: TrainingRanks) -> str | None:
-    """Why a step cannot be recorded as a CUDA graph; None where it can."""
-    if device.type != "cuda":
-        return f"on {device}, only on a GPU"
-    if not ranks.alone:
-        return "where several ranks train together"
-    for name, option in (("compile", "--compile"), ("checkpoint_layers", "--checkpoint-layers")):
-        if getattr(config, name):
-            return f"with {option}"
-    return None
 
 
 def _augmenter(config: TrainConfig, corpus: "Corpus") -> Augment | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from known_ceilings import KNOWN
+from silent_port import SilentPort
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -125,16 +126,6 @@ def a_short_demo(monkeypatch) -> None:
     monkeypatch.setattr("dsmr.demo.run.DemoSize", lambda: DemoSize(pieces=6, piece_minutes=0.2))
     monkeypatch.setattr("dsmr.demo.run.steps_a_second", lambda *given: 7.0)
     monkeypatch.setattr("dsmr.demo.run.train_side_by_side", leave)
-
-
-class SilentPort:
-    name = "silent"
-
-    def send(self, event: object) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.mark.soak

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from silent_port import SilentPort
 from typer.testing import CliRunner
 
 from dsmr.cli.app import app
@@ -44,16 +45,6 @@ def piece(tmp_path_factory):
     path = tmp_path_factory.mktemp("piece") / "piece.mid"
     write_midi(path, score_of([(0.25 * place, 0.2, 60 + place % 12) for place in range(24)]))
     return path
-
-
-class SilentPort:
-    name = "silent"
-
-    def send(self, event: object) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize("number", NUMBERS)

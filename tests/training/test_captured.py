@@ -16,7 +16,7 @@ from dsmr.model.transformer import DSMRModel
 from dsmr.runs.checkpoint import Metrics, load_checkpoint
 from dsmr.runs.settings import TrainConfig
 from dsmr.training import captured
-from dsmr.training.captured import CapturedStep, without_graph
+from dsmr.training.captured import CapturedStep, unrecordable, without_graph
 from dsmr.training.loop import train
 from dsmr.training.update import clip_gradients, clip_on_device, optimizer_of
 
@@ -107,13 +107,22 @@ def test_an_optimiser_is_saved_as_any_run_can_load_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
-    [({}, "on cpu, only on a GPU"), ({"device": "cpu", "compile": False}, "train without --graph")],
+    ("more", "alone", "words"),
+    [
+        ({}, False, "where several ranks train together"),
+        ({"compile": True}, True, "with --compile"),
+        ({"checkpoint_layers": True}, True, "with --checkpoint-layers"),
+        ({}, True, None),
+    ],
 )
-def test_a_graph_where_there_can_be_none_is_refused_in_a_sentence(tmp_path: Path, more: dict, words: str) -> None:
+def test_what_a_graph_does_not_go_with_is_known(more: dict, alone: bool, words: str | None) -> None:
+    assert unrecordable(config("data", "out", **more), torch.device("cuda"), alone) == words
+
+
+def test_a_graph_without_a_gpu_is_refused_in_a_sentence(tmp_path: Path) -> None:
     tiny_corpus(tmp_path / "corpus")
-    settings = config(str(tmp_path / "corpus"), str(tmp_path / "run"), graph=True, **{"device": "cpu", **more})
-    with pytest.raises(UserError, match=words):
+    settings = config(str(tmp_path / "corpus"), str(tmp_path / "run"), graph=True, device="cpu")
+    with pytest.raises(UserError, match="on cpu, only on a GPU; train without --graph"):
         train(settings, console=Console(file=StringIO()))
     assert not (tmp_path / "run" / "train.json").exists()
 
