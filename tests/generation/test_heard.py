@@ -23,13 +23,13 @@ def test_all_tokens_are_there_in_their_order(count: int) -> None:
 
 
 def test_what_is_read_while_it_grows_is_what_was_there() -> None:
-    kept = Heard(range(CHUNK + 10))
+    kept = Heard(range(3 * CHUNK + 10))  # so that reading stops in the middle of the file
     reading = iter(kept)
     first = [next(reading) for _ in range(5)]
     for token in range(2 * CHUNK):
         kept.append(token)
     assert first == [0, 1, 2, 3, 4]
-    assert list(kept) == [*range(CHUNK + 10), *range(2 * CHUNK)]
+    assert list(kept) == [*range(3 * CHUNK + 10), *range(2 * CHUNK)]
 
 
 def test_memory_does_not_grow_with_the_stream() -> None:
