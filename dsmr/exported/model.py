@@ -73,7 +73,12 @@ def open_session(path: Path, about: About, threads: int) -> Any:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what goes wrong is said in our own sentence
     try:
-        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            os.fspath(path),
+            options,
+            providers=["CPUExecutionProvider"],
+            enable_fallback=0,  # else it prints what went wrong and tries the same once more
+        )
     except Exception as error:  # its own kinds of error, which share no base but Exception
         raise UserError(f"{path} cannot be opened: {_first_line(error)}; {_versions(about)}") from error
     found = {one.name: (one.type, list(one.shape)) for one in session.get_inputs()}

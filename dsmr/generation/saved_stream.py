@@ -153,6 +153,8 @@ def _check_fits(state: DSMRState, model: DSMRModel, path: object) -> None:
     found, own = ([tuple(x.shape[1:]) for m in one.memories for x in (m.k, m.v)] for one in (state, model.new_state(1)))
     if found != own or state.recent.shape[1] != model.config.recall:
         raise UserError(f"{path} does not fit this model: its memories have the shapes {found}, this one's {own}")
+    if state.aligned:
+        raise UserError(f"{path} is no stream: its memories begin with a segment, and music is played token by token")
 
 
 def _contents(path: str | os.PathLike[str], model: Model) -> tuple[Any, dict[str, str], dict[str, Any]]:

@@ -192,8 +192,8 @@ def load_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         raise UserError(f"cannot read the checkpoint {path}: {describe(error)}") from error
     except Exception as error:  # what unpickling raises of damaged bytes is of any kind
         raise UserError(f"{path} is not a checkpoint of dsmr, or it is damaged; {_what_is_left(path)}") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if type(found) is not int or found != FORMAT:  # a tensor may be neither equal nor unequal
         raise UserError(f"{path} is a checkpoint of format {found}, but this version of dsmr reads format {FORMAT}")
     return checkpoint
 

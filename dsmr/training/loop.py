@@ -23,6 +23,7 @@ from dsmr.console.files import write_json
 from dsmr.console.heap import keep_freed_memory
 from dsmr.console.locks import alone_in
 from dsmr.console.progress import ProgressLine, duration
+from dsmr.console.schema import Maybe, Natural, Number, check
 from dsmr.console.stopping import Stop, StoppedError, graceful_stop
 from dsmr.console.words import one_line
 from dsmr.corpus.returns import Planter
@@ -44,7 +45,7 @@ from dsmr.training.captured import CapturedStep, unrecordable, without_graph
 from dsmr.training.compiling import missing_compiler
 from dsmr.training.figures import loss_figure
 from dsmr.training.joining import joined
-from dsmr.training.pacing import Pace
+from dsmr.training.pacing import PACE, Pace
 from dsmr.training.ranks import TrainingRanks
 from dsmr.training.update import clip_gradients, optimizer_of
 from dsmr_kernels.costing.cost import human_bytes
@@ -380,6 +381,7 @@ class _Training:
             self.model.save_pretrained(self.directory.path, state_dict=weights)
 
     def _restore(self, checkpoint: dict[str, Any]) -> None:
+        check(checkpoint, {"progress": _PROGRESS, "pace": PACE}, self.directory.last)
         try:
             self.ranks.restore(self.model, self.optimizer, checkpoint)
             self.state.load_state_dict(self.ranks.own(checkpoint["state"], self.config.batch_size))
@@ -437,7 +439,13 @@ class _Training:
         )
 
 
-_PROGRESS = ("tokens", "loss", "smooth_loss", "best", "best_step")
+_PROGRESS = {
+    "tokens": Natural,
+    "loss": Maybe(Number),
+    "smooth_loss": Maybe(Number),
+    "best": Maybe(Number),
+    "best_step": Maybe(Natural),
+}
 """What a checkpoint keeps of `_Training` itself."""
 
 

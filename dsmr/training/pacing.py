@@ -4,10 +4,19 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dsmr.console.schema import Maybe, Natural, Real
 from dsmr.runs.settings import EVALUATION_SHARE, EVALUATION_SPEED, TrainConfig
 
-KEPT = ("step", "speed", "validated", "validated_at", "validation_seconds")
+KEPT = {
+    "step": Natural,
+    "speed": Maybe(Real),
+    "validated": Natural,
+    "validated_at": Real,
+    "validation_seconds": Maybe(Real),
+}
 """What a checkpoint keeps, besides the seconds."""
+PACE = {"seconds": Real, **KEPT}
+"""`Pace.state_dict`."""
 
 
 class Pace:

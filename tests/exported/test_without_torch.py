@@ -117,7 +117,7 @@ def test_what_is_missing_is_a_sentence(folder, monkeypatch):
     assert not (folder / "other").exists()
 
 
-def test_a_runtime_that_computes_otherwise_is_a_sentence(folder, tmp_path):
+def test_a_runtime_that_computes_otherwise_is_a_sentence(folder, tmp_path, capfd):
     """Whatever a graph does where an operator means something else: it is tried before it plays."""
     export_run(folder / "run", tmp_path)
     about = read_json(tmp_path / "export.json")
@@ -130,6 +130,7 @@ def test_a_runtime_that_computes_otherwise_is_a_sentence(folder, tmp_path):
     write_json(tmp_path / "export.json", {**about, "file": sum_of(tmp_path / "model.onnx")}, sealed=True)
     with pytest.raises(UserError, match=r"model\.onnx cannot be opened: .* --portable"):
         ExportedModel.load(tmp_path)
+    assert "EP Error" not in capfd.readouterr().out  # what the runtime prints where it tries again in vain
 
 
 def test_what_a_player_needs_is_what_the_package_names():

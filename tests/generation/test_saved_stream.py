@@ -105,6 +105,10 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(tsd, tmp_path):
     player.state.save(tmp_path / "bare")
     with pytest.raises(UserError, match="bare is not a stream saved by"):
         load_player(tmp_path / "bare", model, tsd)
+    player.state.aligned = True
+    save_player(tmp_path / "segments", player)
+    with pytest.raises(UserError, match="segments is no stream: its memories begin with a segment"):
+        load_player(tmp_path / "segments", model, tsd)
     with pytest.raises(ValueError, match="the state holds 2 streams, but 1 are to be played"):
         Player.begin(model, [1], state=model.new_state(2))
 

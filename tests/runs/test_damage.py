@@ -86,6 +86,25 @@ def test_a_damaged_checkpoint_says_what_is_left(tmp_path: Path, folder: Path) ->
         load_checkpoint(copy / "run" / "last.pt")
 
 
+@pytest.mark.parametrize(
+    ("record", "field", "value"),
+    [("pace", "validated", []), ("pace", "step", 1.5), ("pace", "seconds", None), ("progress", "best_step", "two")],
+)
+def test_a_checkpoint_of_wrong_values_names_the_field(
+    tmp_path: Path, folder: Path, record: str, field: str, value: Any
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    file = copy / "run" / "last.pt"
+    tree = torch.load(file, weights_only=True)
+    tree[record][field] = value
+    torch.save(tree, file)
+    with pytest.raises(UserError, match=rf"last\.pt is damaged: its {record}\.{field} is "):
+        READERS["run/last.pt"](copy)
+    torch.save({**tree, "format": torch.zeros(2)}, file)
+    with pytest.raises(UserError, match=r"last\.pt is a checkpoint of format tensor"):
+        load_checkpoint(file)
+
+
 def test_files_without_a_seal_still_open(tmp_path: Path, folder: Path) -> None:
     """What earlier versions wrote. A checkpoint of theirs has the archive's own sums."""
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
