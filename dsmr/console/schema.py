@@ -17,6 +17,7 @@ from dsmr.console.shown import shown
 
 Natural = "a whole number of at least 0"
 Real = "a finite number"
+Amount = "a finite number of at least 0"
 Number = "a number"  # or one that is not: what was not measured
 _NAMES = {str: "text", dict: "a record", list: "a list", bool: "true or false", int: "a whole number"}
 
@@ -81,8 +82,8 @@ def _is(value: Any, shape: Any) -> bool:
         return number and isinstance(value, int) and 0 <= value < 2**63
     if shape is Number and isinstance(value, float):
         return True
-    if shape in (Real, Number):
-        return number and abs(value) < 2**1000 and math.isfinite(value)
+    if shape in (Real, Number, Amount):
+        return number and abs(value) < 2**1000 and math.isfinite(value) and (shape is not Amount or value >= 0)
     return shape is Any or (isinstance(value, shape) and (shape is bool or not isinstance(value, bool)))
 
 

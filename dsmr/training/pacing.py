@@ -4,18 +4,18 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dsmr.console.schema import Maybe, Natural, Real
+from dsmr.console.schema import Amount, Maybe, Natural
 from dsmr.runs.settings import EVALUATION_SHARE, EVALUATION_SPEED, TrainConfig
 
 KEPT = {
     "step": Natural,
-    "speed": Maybe(Real),
+    "speed": Maybe(Amount),
     "validated": Natural,
-    "validated_at": Real,
-    "validation_seconds": Maybe(Real),
+    "validated_at": Amount,
+    "validation_seconds": Maybe(Amount),
 }
 """What a checkpoint keeps, besides the seconds."""
-PACE = {"seconds": Real, **KEPT}
+PACE = {"seconds": Amount, **KEPT}
 """`Pace.state_dict`."""
 
 

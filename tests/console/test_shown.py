@@ -29,6 +29,10 @@ def test_what_a_terminal_would_obey_is_escaped() -> None:
     assert shown(Path("x/y")) == "x/y"
 
 
+def test_a_sentence_for_the_user_stays_one_line_whatever_it_quotes() -> None:
+    assert str(UserError(f"there is no {EVIL}\n")) == rf"there is no {SAFE}\n"
+
+
 def test_the_screen_shows_user_text_as_it_is() -> None:
     file = io.StringIO()
     screen = Screen(file=file, width=200)

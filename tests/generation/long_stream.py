@@ -18,19 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from raw_midi import melody, midi, track
+from resident import resident
 
 from dsmr.music.tokenizer import vocabulary_of
 
 MOST = 2**20
 """Bytes that the process may grow by."""
-
-
-def resident(process: int) -> int:
-    """Bytes that a process holds (Linux)."""
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def made(folder: Path, engine: str) -> Path:

@@ -135,6 +135,15 @@ def test_a_run_is_not_resumed_with_what_it_does_not_fit(tmp_path: Path, change: 
         check_same_run(RunDirectory(tmp_path), SETTINGS, {**SETTINGS, **change})
 
 
+@pytest.mark.parametrize(
+    "then",
+    [{"dtype": "a\nb"}, {"tokenizer_hash": "a\nb"}, {"corpus": {"name": "a\nb", "digest": "e"}}],
+)
+def test_what_a_run_says_of_itself_stays_on_one_line(tmp_path: Path, then: dict) -> None:
+    with pytest.raises(UserError, match=r"a\\nb"):
+        check_same_run(RunDirectory(tmp_path), {**SETTINGS, **then}, SETTINGS)
+
+
 def test_a_run_may_go_on_longer_and_slower(tmp_path: Path) -> None:
     now = {**SETTINGS, "train": {**SETTINGS["train"], "lr": 1e-4, "data": "moved/songs"}}
     check_same_run(RunDirectory(tmp_path), SETTINGS, now)

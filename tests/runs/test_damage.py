@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_says_what_is_left(tmp_path: Path, folder: Path) ->
 
 @pytest.mark.parametrize(
     ("record", "field", "value"),
-    [("pace", "validated", []), ("pace", "step", 1.5), ("pace", "seconds", None), ("progress", "best_step", "two")],
+    [("pace", "validated", []), ("pace", "step", 1.5), ("pace", "seconds", -1.0), ("progress", "best_step", "two")],
 )
 def test_a_checkpoint_of_wrong_values_names_the_field(
     tmp_path: Path, folder: Path, record: str, field: str, value: Any
