@@ -173,13 +173,14 @@ class MemoryState:
                     )
         if state.get("rooms", rooms := [memory.room for memory in memories]) != rooms:
             raise ValueError(f"the saved state has room for segments of {state['rooms']} tokens, this one for {rooms}")
+        offset = _offset(state["offset"])
         self._take_over(state)
         self.aligned = bool(state["aligned"])
         for saved, memory in zip(layers, memories, strict=True):
             memory.unshare()
             for name, current in memory.tensors().items():
                 setattr(memory, name, saved[name].to(current.device, copy=True))
-            memory.seen, memory._chosen = int(state["offset"]), None
+            memory.seen, memory._chosen = offset, None
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
         """What `load_state_dict` takes beside the memories; raises before it changes anything."""
@@ -222,6 +223,13 @@ class MemoryState:
         return cls(memories, aligned=file.metadata()["aligned"] == "1")
 
 
+def _offset(saved: Any) -> int:
+    """How far into a segment a saved state is."""
+    if not 0 <= (offset := int(saved)) < 2**62:
+        raise ValueError(f"its offset is {offset}, and nothing has been read before 0")
+    return offset
+
+
 def _read_memories(file: Any) -> list[KVMemory]:
     """Every layer's memory of a file of `save`, held against each other; many kinds of error for what is none."""
     metadata = file.metadata() or {}
@@ -233,7 +241,7 @@ def _read_memories(file: Any) -> list[KVMemory]:
         held = [name for name in SETS if f"{layer}.{name}" in written]
         tensors |= {name: file.get_tensor(f"{layer}.{name}") for name in held}
         room = int(metadata.get(f"{layer}.room", "0"))
-        memories.append(KVMemory(**tensors, seen=int(metadata["offset"]), room=room))
+        memories.append(KVMemory(**tensors, seen=_offset(metadata["offset"]), room=room))
     if not memories:
         raise ValueError("it has no layers")
     for layer, memory in enumerate(memories):
@@ -297,7 +305,7 @@ class DSMRState(MemoryState):
                 f"this one {tuple(self.recent.shape)}"
             )
         self.recent = state["recent"].to(self.recent.device, copy=True)
-        self.offset = int(state["offset"])
+        self.offset = _offset(state["offset"])
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, numbers = super().tensors()
@@ -308,4 +316,4 @@ class DSMRState(MemoryState):
         recent, metadata = file.get_tensor("recent"), file.metadata()
         if recent.dim() != 2 or recent.shape[0] != memories[0].batch or recent.dtype != torch.int64:
             raise ValueError("its recent tokens do not fit its memories")
-        return cls(memories, recent, offset=int(metadata["offset"]), aligned=metadata["aligned"] == "1")
+        return cls(memories, recent, offset=_offset(metadata["offset"]), aligned=metadata["aligned"] == "1")

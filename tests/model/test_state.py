@@ -226,6 +226,8 @@ def spoil(path: Path, how: str) -> None:
             )
         case "a number is a word":
             save_file(tensors, path, {"offset": "three", "aligned": "0", "layers": "3"})
+        case "a number is below nothing":
+            save_file(tensors, path, {"offset": "-1", "aligned": "0", "layers": "3"})
 
 
 @pytest.mark.parametrize(
@@ -241,6 +243,7 @@ def spoil(path: Path, how: str) -> None:
         "no layers",
         "a tensor of another shape",
         "a number is a word",
+        "a number is below nothing",
     ],
 )
 def test_what_is_not_a_saved_state_is_refused_in_one_sentence(how: str, tmp_path: Path) -> None:
