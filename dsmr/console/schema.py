@@ -62,13 +62,18 @@ def check(value: Any, shape: Any, where: object, field: str = "") -> Any:
 
 
 def check_fields(values: Any, kind: type, where: object, field: str = "") -> Any:
-    """`values`, if they are a record whose fields have the types of the dataclass `kind`'s; unknown ones are passed."""
+    """`values`, if they are a record whose fields have the types of the dataclass `kind`'s; unknown ones are passed.
+
+    Whole numbers that stand for real ones become those, in place: JSON's are of any size, a tensor's are not.
+    """
     hints = typing.get_type_hints(kind)
     named = {one.name for one in dataclasses.fields(kind)}
     for name, value in check(values, dict, where, field).items():
         if name in named and not _fits(value, hints[name]):
             wanted = str(getattr(hints[name], "__name__", hints[name])).replace("NoneType", "None")
             raise UserError(f"{where} is damaged: its {_joined(field, name)} is {_brief(value)}, expected {wanted}")
+        if name in named and type(value) is int and hints[name] in (float, float | None):
+            values[name] = float(value)
     return values
 
 

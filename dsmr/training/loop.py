@@ -391,7 +391,17 @@ class _Training:
             self.pace.load_state_dict(checkpoint["pace"])
             self.saved_step = self.pace.step
             self.ranks.restore_rng(checkpoint, self.config.seed, self.pace.step)
-        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            if (self.best is None) != (self.best_step is None):
+                raise ValueError(f"its best loss is {self.best}, of step {self.best_step}")
+        except (
+            LookupError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            AssertionError,
+            OverflowError,
+        ) as error:
             raise UserError(f"the checkpoint {self.directory.last} does not fit its run: {one_line(error)}") from error
 
     def _draw(self, line: ProgressLine) -> None:

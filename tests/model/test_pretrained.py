@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsmr.console.errors import UserError
+from dsmr.console.files import read_json, write_json
 from dsmr.model.schedule import MemorySchedule
 from dsmr.model.transformer import DSMRConfig, DSMRModel
 
@@ -213,6 +214,15 @@ def test_an_absurd_configuration_is_refused_before_memory_is_taken(
 def test_the_parameters_are_counted_without_making_them(schedule: str, tied: bool, more: dict[str, Any]) -> None:
     described = DSMRConfig(29, schedule, d_model=16, n_heads=4, tie_embeddings=tied, **more)
     assert described.parameters == sum(one.numel() for one in DSMRModel(described).parameters())
+
+
+def test_a_number_that_no_integer_of_a_tensor_holds_may_stand_for_a_real_one(saved: Path) -> None:
+    about = read_json(saved / "config.json") | {"rope_base": 10**30}
+    write_json(saved / "config.json", about, sealed=True)
+    model, tokens = DSMRModel.from_pretrained(saved), torch.arange(9)[None]
+    same = DSMRModel(config(rope_base=1e30))
+    same.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(tokens).logits, same.eval()(tokens).logits)
 
 
 def test_a_model_beyond_any_machine_is_a_sentence() -> None:

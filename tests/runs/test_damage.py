@@ -105,6 +105,20 @@ def test_a_checkpoint_of_wrong_values_names_the_field(
         load_checkpoint(file)
 
 
+def test_a_checkpoint_whose_parts_contradict_each_other_does_not_fit(tmp_path: Path, folder: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    file = copy / "run" / "last.pt"
+    tree = torch.load(file, weights_only=True)
+    kind, keys, *rest = tree["rng"]["numpy"]
+    for change in (
+        {"progress": {**tree["progress"], "best": 1.0, "best_step": None}},
+        {"rng": {**tree["rng"], "numpy": (kind, [-1, *keys[1:]], *rest)}},
+    ):
+        torch.save({**tree, **change}, file)
+        with pytest.raises(UserError, match=r"last\.pt does not fit its run: "):
+            READERS["run/last.pt"](copy)
+
+
 def test_files_without_a_seal_still_open(tmp_path: Path, folder: Path) -> None:
     """What earlier versions wrote. A checkpoint of theirs has the archive's own sums."""
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
