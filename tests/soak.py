@@ -5,4 +5,7 @@ DSMR_SOAK=full python -m pytest tests -n auto --dist worksteal -q -m soak
 
 import os
 
+import pytest
+
 FULL = os.environ.get("DSMR_SOAK") == "full"
+BY_HAND = pytest.mark.skipif(not FULL, reason="takes minutes: DSMR_SOAK=full")
