@@ -15,8 +15,8 @@ import pytest
 import torch
 from several_ranks import ends, free_port, start_ranks
 from soak import BY_HAND
-from test_training import losses, quiet, tiny_config
 from tiny_corpus import tiny_corpus, tiny_piece, tiny_vocabulary
+from tiny_run import losses, quiet, tiny_config
 from warm_start import Forked, WarmStart
 
 from dsmr.console.errors import UserError
@@ -61,13 +61,6 @@ try:
 except UserError as error:
     sys.exit(f"said: {error}")
 """
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "corpus"
-    tiny_corpus(path, train=9)
-    return path
 
 
 def config_of(data: Path, out: Path, **more) -> TrainConfig:
