@@ -1,6 +1,6 @@
 """How much of the longest tests is run: a sample that has each thing once, or, by hand, all of it.
 
-DSMR_SOAK=full python -m pytest tests -n auto --dist worksteal -q -m soak
+DSMR_SOAK=full python -m pytest tests -n auto --dist worksteal -q
 """
 
 import os
