@@ -19,15 +19,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 OURS = (
     *("dsmr.cli.app", "dsmr.experiments.cell", "dsmr.training.loop", "dsmr.evaluation"),
-    *("torch._dynamo", "torch.distributed.fsdp"),
+    *("torch._dynamo", "dsmr.training.sharding", "matplotlib.figure", "matplotlib.backends.backend_agg"),
 )
 
 # A line asks for a process, or whether one has ended, and is answered by its number, or by its exit code or None.
 _SERVER = """
-import importlib, json, os, runpy, signal, sys
+import contextlib, importlib, json, os, runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 for name in sys.argv[1:]:
-    importlib.import_module(name)
+    with contextlib.suppress(ModuleNotFoundError):  # whoever needs it says so
+        importlib.import_module(name)
 answers = os.fdopen(os.dup(1), "w")
 for line in sys.stdin:
     asked = json.loads(line)
