@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # now: what is interrupted while it is imported stays half a module  # noqa: F401
+
 
 @contextlib.contextmanager
 def bounded(room: int, seconds: float, late: BaseException, *, computing: bool = False) -> Iterator[None]:
