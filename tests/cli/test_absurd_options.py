@@ -127,7 +127,8 @@ def test_no_number_ends_in_a_traceback(verb, option, place, monkeypatch):
         torch.set_num_threads(threads)
         said = result.stderr.strip().splitlines()
         trace = "" if result.exception is None else "".join(traceback.format_exception(result.exception)[-4:])
-        assert result.exit_code in (0, 1, 2, 143), f"{verb} {option} {value[:40]}: {result.exit_code} {trace}"
+        ends = (0, 1, 2, 130, 143)  # 130: the time was up before the verb began, on a machine that stood still
+        assert result.exit_code in ends, f"{verb} {option} {value[:40]}: {result.exit_code} {trace}"
         assert isinstance(result.exception, SystemExit | None), f"{verb} {option} {value[:40]}: {trace}"
         if result.exit_code == 1:
             assert said[-1].startswith("dsmr: "), f"{verb} {option} {value[:40]}: {said[-1]}"
