@@ -20,7 +20,7 @@ test: $(READY)  ## the test suite
 	$(BIN)/python -m pytest tests -n auto --dist worksteal -q -m "not soak"
 
 test-soak: $(READY)  ## what takes longest: compiled kernels on the virtual GPU, runs killed again and again, hostile files
-	$(BIN)/python -m pytest tests -n auto --dist worksteal -q -m soak
+	$(BIN)/python -m pytest $$(grep -rl --include='test_*.py' mark.soak tests) -n auto --dist worksteal -q -m soak
 
 test-quick: $(READY)  ## without what takes seconds (marked slow): whole programs, compilers, the virtual GPU, real time
 	$(BIN)/python -m pytest tests -n auto --dist worksteal -q -m "not slow and not soak"

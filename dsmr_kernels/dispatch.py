@@ -11,8 +11,9 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,18 +21,27 @@ from torch import Tensor
 from dsmr_kernels import trial
 from dsmr_kernels.backends import reference, sdpa
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 _ALWAYS: dict[str, ModuleType] = {"sdpa": sdpa, "reference": reference}
 NAMES = ("triton", *_ALWAYS)
 GPU = "cuda"  # what PyTorch calls AMD's, too
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
-# A graph takes what `choose` finds out for a constant: it is found out while Dynamo traces, and guarded by nothing.
-_constant = torch.compiler.assume_constant_result
 # Device, class of head_dim, dtype and whether there is a bias -> what the trial of the Triton kernels there ended with.
 _disagreements: dict[tuple[str, int, str, bool], str | None] = {}
 # Device, head_dim and dtype -> likewise, of the forwards with tensor descriptors, where DSMR_HOPPER asks for them.
 _hopper_disagreements: dict[tuple[str, int, str], str | None] = {}
 _tiles_settled = False  # whether the Triton backend has been told which tile sizes to use
+
+
+def _constant(function: _Function) -> _Function:
+    """What `choose` finds out is a constant of a graph: found out while Dynamo traces, and guarded by nothing.
+
+    This is `torch.compiler.assume_constant_result`, which would import Dynamo for it: as long again as PyTorch takes.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @_constant

@@ -1,19 +1,14 @@
 """Processes as torchrun would start them, without it; and ranks that are threads, for what needs no processes."""
 
 import copy
-import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
+from warm_start import Forked, WarmStart
 
 from dsmr.console.ranks import Ranks
-
-BY_HAND = pytest.mark.skipif(os.environ.get("DSMR_RANKS") != "full", reason="takes minutes: DSMR_RANKS=full")
 
 
 def free_port() -> int:
@@ -22,25 +17,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_ranks(arguments: Sequence[str], ranks: int = 2) -> list[subprocess.Popen]:
-    """`python ARGUMENTS` once for each rank, all on this machine."""
+def start_ranks(warm_start: WarmStart, arguments: Sequence[str], ranks: int = 2, code: str = "") -> list[Forked]:
+    """`dsmr ARGUMENTS`, or `python -c CODE ARGUMENTS`, once for each rank, all on this machine."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        warm_start.start(arguments, code=code, environment={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)
     ]
 
 
-def ends(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+def ends(processes: Sequence[Forked]) -> list[tuple[int, str]]:
     """Exit code and stderr of each."""
-    said = [process.communicate(timeout=240)[1] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+    ended = [process.wait() for process in processes]
+    return [(process.returncode, process.stderr) for process in ended]
 
 
 class Thread(Ranks):

@@ -17,14 +17,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("dsmr.cli.app", "dsmr.experiments.cell", "dsmr.training.loop", "dsmr.evaluation", "torch._dynamo")
+OURS = (
+    *("dsmr.cli.app", "dsmr.experiments.cell", "dsmr.training.loop", "dsmr.evaluation"),
+    *("torch._dynamo", "dsmr.training.sharding", "matplotlib.figure", "matplotlib.backends.backend_agg"),
+)
 
 # A line asks for a process, or whether one has ended, and is answered by its number, or by its exit code or None.
 _SERVER = """
-import importlib, json, os, runpy, signal, sys
+import contextlib, importlib, json, os, runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 for name in sys.argv[1:]:
-    importlib.import_module(name)
+    with contextlib.suppress(ModuleNotFoundError):  # whoever needs it says so
+        importlib.import_module(name)
 answers = os.fdopen(os.dup(1), "w")
 for line in sys.stdin:
     asked = json.loads(line)
@@ -65,12 +69,16 @@ class Forked:
             self.code = self.server._asked({"ended": self.pid})
         return self.code
 
+    def send(self, number: int) -> None:
+        """A signal to it."""
+        os.kill(self.pid, number)
+
     def wait(self, seconds: float = 300.0) -> "subprocess.CompletedProcess[str]":
         """Its end, and all that it said; killed, and `subprocess.TimeoutExpired`, if that takes longer."""
         until = time.monotonic() + seconds
         while self.poll() is None:
             if time.monotonic() > until:
-                os.kill(self.pid, signal.SIGKILL)
+                self.send(signal.SIGKILL)
                 raise subprocess.TimeoutExpired("a forked process", seconds)
             time.sleep(0.005)
         assert self.code is not None

@@ -65,8 +65,8 @@ def test_no_command_obeys_what_a_path_says(tmp_path: Path, warm_start: WarmStart
     name = b"[/x] \x1b[31m\xff"
     place = os.fsencode(tmp_path) + b"/" + name
     for line in (
-        ["prepare", "midi", place, "--out", place],
-        ["prepare", "composed", "--pieces", "3", "--out", place],
+        ["prepare", "midi", place, "--jobs", "1", "--out", place],
+        ["prepare", "composed", "--pieces", "3", "--jobs", "1", "--out", place],
         ["pack", place, place + b".dsmr"],
         ["train", "--data", place + b"?", "--out", place, "--schedule", "[/x]\x1b[31m"],
         ["eval", place],

@@ -13,6 +13,7 @@ import torch
 from several_ranks import in_threads, start_ranks
 from tiny_corpus import TOKENS, tiny_corpus, tiny_piece, tiny_vocabulary
 from typer.testing import CliRunner
+from warm_start import WarmStart
 
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
@@ -241,8 +242,8 @@ def test_ranks_that_find_different_runs_say_so(tmp_path: Path) -> None:
         assert "the ranks were not asked for the same: the sum of all weights is" in said
 
 
-@pytest.mark.slow  # PyTorch starts twice
-def test_processes_find_what_one_finds(tmp_path: Path) -> None:
+@pytest.mark.slow  # two processes that meet
+def test_processes_find_what_one_finds(tmp_path: Path, warm_start: WarmStart) -> None:
     """The whole program, every measurement; only the first one speaks and writes."""
     lengths = (40, 26, 33, 19, 21, 30)
     records = [PieceRecord(tiny_piece(n, n), "validation", f"{n}.mid", n, n / 4) for n in lengths]
@@ -254,11 +255,11 @@ def test_processes_find_what_one_finds(tmp_path: Path) -> None:
     command = ["eval", str(run), *options]
     said = CliRunner().invoke(app, [*command, "--out", str(alone)])
     assert said.exit_code == 0, said.output
-    processes = start_ranks(["-m", "dsmr", *command, "--out", str(together)])
-    printed = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], printed
-    assert printed[0][0] == said.stdout
-    assert printed[1] == ("", "")
+    processes = start_ranks(warm_start, [*command, "--out", str(together)])
+    ended = [process.wait() for process in processes]
+    assert [process.returncode for process in ended] == [0, 0], ended
+    assert ended[0].stdout == said.stdout
+    assert (ended[1].stdout, ended[1].stderr) == ("", "")
     assert {file.name for file in together.iterdir()} == {file.name for file in alone.iterdir()}
     for file in ("eval-validation.json", "memory-validation.json"):
         ours, theirs = (dict(numbers(json.loads((out / file).read_text()))) for out in (together, alone))

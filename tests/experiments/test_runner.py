@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from several_ranks import BY_HAND, in_threads, start_ranks
+from several_ranks import in_threads, start_ranks
 from small_table import small_corpus, small_table, toml
-from soak import FULL
+from soak import BY_HAND, FULL
 from tiny_corpus import tiny_corpus
 from typer.testing import CliRunner
 from warm_start import WarmStart
@@ -326,7 +326,9 @@ def test_ranks_deal_the_cells_and_all_know_how_they_ended(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=BY_HAND)])
-def test_ranks_end_with_the_rows_of_one_process(data: Path, tmp_path: Path, killed: bool) -> None:
+def test_ranks_end_with_the_rows_of_one_process(
+    data: Path, tmp_path: Path, warm_start: WarmStart, killed: bool
+) -> None:
     """Two processes, each with a cell, which is a process too. If the second is killed, the same command goes on."""
     longer = {**small_table()["train"], "steps": 60}
     written = small_table(data, cells={"two_scale": [0], "none": [3]}, train=longer)
@@ -334,18 +336,18 @@ def test_ranks_end_with_the_rows_of_one_process(data: Path, tmp_path: Path, kill
     table = Table.parse(written)
     expected = [same(row_of(table, tmp_path / "whole", place)) for place in range(2)]
     out = tmp_path / "out"
-    command = ["-m", "dsmr", "experiments", "run", str(tmp_path / "small.toml"), "--out", str(out)]
+    command = ["experiments", "run", str(tmp_path / "small.toml"), "--out", str(out)]
     if killed:
-        first, second = start_ranks(command)
+        first, second = start_ranks(warm_start, command)
         until = time.monotonic() + 60
         while time.monotonic() < until and not CellFolder(out, "none-s3").run.exists():
             time.sleep(0.1)
-        second.kill()
-        said = first.communicate(timeout=240)[1]
-        assert first.returncode == 1
-        assert "rank 0 of 2 ends because another one did" in said
-    printed = [process.communicate(timeout=240) for process in start_ranks(command)]
-    assert "2 of 2 cells are finished" in printed[0][1]
-    assert printed[1] == ("", "")
+        second.send(signal.SIGKILL)
+        ended = first.wait()
+        assert ended.returncode == 1
+        assert "rank 0 of 2 ends because another one did" in ended.stderr
+    first, second = (process.wait() for process in start_ranks(warm_start, command))
+    assert "2 of 2 cells are finished" in first.stderr
+    assert (second.stdout, second.stderr) == ("", "")
     for cell, row in zip(table.cells, expected, strict=True):
         assert same(json.loads(CellFolder(out, cell.key).row.read_text())) == row

@@ -18,9 +18,7 @@ import hashlib
 import io
 import json
 import os
-import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -34,6 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what the tests share
 
 import torch
+from bounded import bounded
 from damaging import as_json, edited, edits, spoiled
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -60,26 +59,6 @@ class Fault:
     what: str
     content: bytes
     trace: str = ""
-
-
-def _alarm(*_: object) -> None:
-    raise HungError
-
-
-@contextlib.contextmanager
-def bounded() -> Iterator[None]:
-    """No more memory than `ROOM`, no longer than `LONG`."""
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    former = signal.signal(signal.SIGPROF, _alarm)
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (held + ROOM, limits[1]))
-        signal.setitimer(signal.ITIMER_PROF, LONG)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, former)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 class Bench:
@@ -117,7 +96,7 @@ class Bench:
             if kind == "forged":
                 made_right(folder, form)
             try:
-                with bounded():
+                with bounded(ROOM, LONG, HungError(), computing=True):
                     found = meaning(form.open(folder))
             except (UserError, ValueError) as error:
                 return self._said(form, kind, content, str(error), folder)

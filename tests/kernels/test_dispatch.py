@@ -37,6 +37,13 @@ def call(device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int 
     return memory_attention(q, q, q, horizon=0, **options)
 
 
+def test_what_is_found_out_is_a_constant_as_pytorch_marks_one() -> None:
+    marked = vars(torch.compiler.assume_constant_result(lambda: None))
+    assert marked
+    for name in ("_why_no_triton", "_settle_tiles", "_tried_out", "_settle_hopper"):
+        assert marked.items() <= vars(getattr(dispatch, name)).items()
+
+
 def test_without_triton_its_absence_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", False)
     with pytest.raises(ValueError, match="backend 'triton' cannot serve: Triton is not installed"):

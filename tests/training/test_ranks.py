@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from several_ranks import BY_HAND, ends, free_port, start_ranks
-from test_training import losses, quiet, tiny_config
+from several_ranks import ends, free_port, start_ranks
+from soak import BY_HAND
 from tiny_corpus import tiny_corpus, tiny_piece, tiny_vocabulary
+from tiny_run import losses, quiet, tiny_config
+from warm_start import Forked, WarmStart
 
 from dsmr.console.errors import UserError
 from dsmr.corpus.store import PieceRecord, write_corpus
@@ -60,22 +63,37 @@ except UserError as error:
 """
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "corpus"
-    tiny_corpus(path, train=9)
-    return path
-
-
 def config_of(data: Path, out: Path, **more) -> TrainConfig:
     return tiny_config(data, out, **{"batch_size": 4, "dropout": 0.0, "steps": 20, "threads": None, **more})
 
 
-def start(
-    config: TrainConfig, ranks: int = 2, resume: bool = False, break_at: int = 0, way: str = "ddp"
-) -> list[subprocess.Popen]:
-    asked = [json.dumps(config.to_dict()), "resume" if resume else "new", str(break_at), way]
-    return start_ranks(["-c", CHILD, *asked], ranks)
+Start = Callable[..., list[Forked]]
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def start(warm_start: WarmStart) -> Start:
+    """Ranks that train, under way."""
+
+    def started(
+        config: TrainConfig, ranks: int = 2, resume: bool = False, break_at: int = 0, way: str = "ddp"
+    ) -> list[Forked]:
+        asked = [json.dumps(config.to_dict()), "resume" if resume else "new", str(break_at), way]
+        return start_ranks(warm_start, asked, ranks, CHILD)
+
+    return started
+
+
+@pytest.fixture
+def run(start: Start) -> Run:
+    """Ranks that train, to the end."""
+
+    def ended(config: TrainConfig, ranks: int = 2, resume: bool = False, way: str = "ddp") -> None:
+        found = ends(start(config, ranks, resume, way=way))
+        assert [code for code, _ in found] == [0] * ranks, found
+        assert all(text == "" for _, text in found[1:]), found  # only the first rank speaks
+
+    return ended
 
 
 def wait_for(out: Path, step: int) -> None:
@@ -83,12 +101,6 @@ def wait_for(out: Path, step: int) -> None:
     until = time.monotonic() + 90
     while time.monotonic() < until and not (losses(out) and losses(out)[-1][0] >= step):
         time.sleep(0.002)
-
-
-def run(config: TrainConfig, ranks: int = 2, resume: bool = False, way: str = "ddp") -> None:
-    found = ends(start(config, ranks, resume, way=way))
-    assert [code for code, _ in found] == [0] * ranks, found
-    assert all(text == "" for _, text in found[1:]), found  # only the first rank speaks
 
 
 def assert_like(out: Path, expected: Path, rel: float = 1e-5) -> None:
@@ -112,7 +124,7 @@ RANDOM = {"schedule": "uniform(layers=2, horizon=24, retention=random)"}
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
-@pytest.mark.slow  # PyTorch starts twice
+@pytest.mark.slow  # two processes that meet
 @pytest.mark.parametrize(
     ("more", "way"),
     [
@@ -124,7 +136,7 @@ COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ c
     ],
     ids=["plain", "augmented", "random", "augmented-random-fsdp", "compiled-fsdp"],
 )
-def test_two_ranks_have_the_losses_of_one_process(data: Path, tmp_path: Path, more: dict, way: str) -> None:
+def test_two_ranks_have_the_losses_of_one_process(data: Path, tmp_path: Path, run: Run, more: dict, way: str) -> None:
     whole, out = tmp_path / "whole", tmp_path / "ranks"
     quiet(config_of(data, whole, **more))
     run(config_of(data, out, **more), way=way)
@@ -133,8 +145,8 @@ def test_two_ranks_have_the_losses_of_one_process(data: Path, tmp_path: Path, mo
     assert {file.name for file in out.iterdir()} == {file.name for file in whole.iterdir()}
 
 
-@pytest.mark.slow  # PyTorch starts twice
-def test_pieces_of_different_lengths_keep_nobody_waiting(tmp_path: Path) -> None:
+@pytest.mark.slow  # two processes that meet
+def test_pieces_of_different_lengths_keep_nobody_waiting(tmp_path: Path, run: Run) -> None:
     """One piece of 1,600 tokens beside one of 8: whichever row is free takes the next, as in one process."""
     lengths = [(400, "train"), (2, "train"), (6, "validation")]
     records = [
@@ -148,8 +160,8 @@ def test_pieces_of_different_lengths_keep_nobody_waiting(tmp_path: Path) -> None
     assert_like(out, whole)
 
 
-@pytest.mark.slow  # PyTorch starts six times
-def test_a_run_goes_on_with_another_number_of_ranks_and_the_other_way(data: Path, tmp_path: Path) -> None:
+@pytest.mark.slow  # two processes that meet, three times
+def test_a_run_goes_on_with_another_number_of_ranks_and_the_other_way(data: Path, tmp_path: Path, run: Run) -> None:
     whole, out = tmp_path / "whole", tmp_path / "ranks"
     steps = {"warmup": 3, "min_lr": 1e-2, "eval_every": 5}  # the rate does not depend on the length of the run
     quiet(config_of(data, whole, **steps))
@@ -163,32 +175,36 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_the_other_way(data: Path
     assert len(ours) == 20
 
 
-@pytest.mark.slow  # PyTorch starts eight times
+@pytest.mark.slow  # two processes that meet, four times
 @pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=BY_HAND)])
-def test_as_many_ranks_go_on_bit_for_bit_also_with_dropout(data: Path, tmp_path: Path, way: str) -> None:
+def test_as_many_ranks_go_on_bit_for_bit_also_with_dropout(
+    data: Path, tmp_path: Path, start: Start, run: Run, way: str
+) -> None:
     """After a signal in one of them, which ends both after the same step; and after both are killed."""
     whole, out = tmp_path / "whole", tmp_path / "ranks"
     more = {"dropout": 0.2, "save_every": 9, "steps": 60}
     run(config_of(data, whole, **more), way=way)
     processes = start(config_of(data, out, **more), way=way)
     wait_for(out, 3)
-    processes[1].terminate()
+    processes[1].send(signal.SIGTERM)
     assert [code for code, _ in ends(processes)] == [143, 143]
     stopped = losses(out)[-1][0]
     assert load_checkpoint(out / "last.pt")["pace"]["step"] == stopped < 60
     processes = start(config_of(data, out, **more), resume=True, way=way)
     wait_for(out, stopped + 1)
     for process in processes:
-        process.kill()
+        process.send(signal.SIGKILL)
     ends(processes)
     run(config_of(data, out, **more), resume=True, way=way)
     assert losses(out) == losses(whole)
     assert losses(out, "validation") == losses(whole, "validation")
 
 
-@pytest.mark.slow  # PyTorch starts twice
+@pytest.mark.slow  # two processes that meet
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_trouble_in_one_rank_is_named_and_the_checkpoint_stands(data: Path, tmp_path: Path, way: str) -> None:
+def test_trouble_in_one_rank_is_named_and_the_checkpoint_stands(
+    data: Path, tmp_path: Path, start: Start, way: str
+) -> None:
     out = tmp_path / "ranks"
     (code, lost), (other, reason) = ends(start(config_of(data, out), break_at=8, way=way))
     assert code == other == 1
