@@ -14,6 +14,7 @@ with a process that imports PyTorch for each fault; here one process has importe
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import os
 import pickle
@@ -62,13 +63,21 @@ MODULES: dict[str, tuple[str, ...]] = {
         _OF_MUSIC,
     ),
     "dsmr/generation/heard.py": ("tests/generation/test_heard.py",),
-    "dsmr/training/joining.py": ("tests/training/test_ranks.py",),
+    "dsmr/training/sharding.py": ("tests/training/test_sharding.py",),
+    "dsmr/training/joining.py": ("tests/training/test_ranks.py", "-k", "not killed"),
 }
 """Each module, and the tests that concern it."""
 EQUIVALENT: dict[str, str] = {
     **dict.fromkeys(
         ("dsmr/generation/heard.py: CHUNK = 1 << 12: 12 → 13", "dsmr/generation/heard.py: CHUNK = 1 << 12: 1 → 2"),
         "any size will do that is small beside the rest of a process",
+    ),
+    **dict.fromkeys(
+        (
+            "dsmr_kernels/appending.py: tokens = k.shape[2] if k.dim() == 4 else -1: -1 → (1)",
+            "dsmr_kernels/appending.py: tokens = k.shape[2] if k.dim() == 4 else -1: 1 → 2",
+        ),
+        "what has not four dimensions has none of these shapes, whatever number stands in them",
     ),
 }
 """Faults that are none, as `--list` prints them, and why."""
@@ -96,7 +105,7 @@ def warm(names: list[str]) -> None:
     assert not any(name.split(".")[0] in ("dsmr", "dsmr_kernels") for name in sys.modules)
 
 
-def _pytest(tree: Path, arguments: tuple[str, ...], plugin: Any) -> int:
+def _pytest(tree: Path, arguments: list[str], plugin: Any) -> int:
     """Run tests there, in this process; nothing random is another the next time, and nothing is kept for it."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -108,29 +117,30 @@ def _pytest(tree: Path, arguments: tuple[str, ...], plugin: Any) -> int:
 
     settings.register_profile("here", derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
     settings.load_profile("here")
-    plain = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark"]
-    return int(pytest.main([*plain, "-m", "not slow and not soak and not gpu", *arguments], [plugin]))
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    plain = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not soak and not gpu"]
+    return int(pytest.main([*plain, *arguments], [plugin]))
 
 
-def watched(tree: Path, tests: tuple[str, ...], modules: list[str]) -> dict[str, Part]:
-    """Run the tests without a fault; what each of them runs of the modules, and how long it takes. What they import
-    that is not ours is imported here too."""
-    found = tree / "reach"
-    process = os.fork()
-    if not process:
-        code = 1
-        try:
-            reach = Reach({str(tree / module) for module in modules})
-            code = _pytest(tree, tests, reach)
-            others = [name for name, one in sys.modules.items() if not _lies_in(tree, one)]
-            found.write_bytes(pickle.dumps((reach.tests, others)))
-        finally:
-            os._exit(code)
-    if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) != 0:
-        sys.exit(f"without a fault {', '.join(tests)} fail")
-    for module in modules:  # else the compiled one would be taken for one with a fault, if it has the same size
-        for compiled in (tree / module).parent.glob(f"__pycache__/{Path(module).stem}.*"):
-            compiled.unlink()
+def watched(tree: Path, test: str, options: list[str], modules: list[str], kept: Path) -> dict[str, Part]:
+    """Run a file of tests without a fault, unless that was done; what each of them runs of the modules, and how long
+    it takes. What they import that is not ours is imported here too."""
+    texts = [(tree / one).read_text() for one in (test, *modules)]
+    found = kept / f"{hashlib.sha256(repr((options, modules, texts)).encode()).hexdigest()[:16]}.pickle"
+    if not found.exists():
+        process = os.fork()
+        if not process:
+            code = 1
+            try:
+                reach = Reach({str(tree / module): module for module in modules})
+                code = _pytest(tree, [test, *options], reach)
+                others = [name for name, one in sys.modules.items() if not _lies_in(tree, one)]
+                found.with_suffix(".part").write_bytes(pickle.dumps((reach.tests, others)))
+            finally:
+                os._exit(code)
+        if os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) != 0:
+            sys.exit(f"without a fault {test} fails")
+        found.with_suffix(".part").rename(found)
     parts, others = pickle.loads(found.read_bytes())
     warm(others)
     return parts
@@ -139,6 +149,14 @@ def watched(tree: Path, tests: tuple[str, ...], modules: list[str]) -> dict[str,
 def _lies_in(folder: Path, module: object) -> bool:
     file = getattr(module, "__file__", None)
     return file is None or Path(file).is_relative_to(folder)
+
+
+def parts_of(tree: Path, module: str, kept: Path) -> dict[str, Part]:
+    """The tests that concern a module, watched."""
+    tests = [one for one in MODULES[module] if one.startswith("tests/")]
+    alike = [other for other, others in MODULES.items() if others == MODULES[module]]
+    options = [*MODULES[module][len(tests) :]]
+    return {name: part for test in tests for name, part in watched(tree, test, options, alike, kept).items()}
 
 
 class Chosen:
@@ -158,19 +176,26 @@ class Chosen:
         signal.setitimer(signal.ITIMER_PROF, TIMES * self.parts[item.nodeid].seconds + MORE)
 
 
+def _in_order(tests: list[str], parts: dict[str, Part]) -> list[str]:
+    """The quickest first, but one of each before the same with other arguments."""
+    alike, places = Counter[str](), []
+    for name in sorted(tests, key=lambda name: parts[name].seconds):
+        alike[name.split("[")[0]] += 1
+        places.append((alike[name.split("[")[0]], len(places), name))
+    return [name for *_, name in sorted(places)]
+
+
 def survives(fault: Fault, tree: Path, parts: dict[str, Part]) -> bool:
     """Whether the tests pass with this fault."""
-    own = str(tree / fault.module)
-    at_import = any(file == own for part in parts.values() for file, _ in part.ran) and fault.lines is None
     reached = [
         name
         for name, part in parts.items()
-        if any(file == own and (at_import or line in fault.lines) for file, line in part.ran)  # type: ignore[operator]
+        if any(module == fault.module and (fault.lines is None or line in fault.lines) for module, line in part.ran)
     ]
     if not reached:
         return True
-    tests = sorted(reached, key=lambda name: parts[name].seconds)
-    files = tuple(dict.fromkeys(name.split("::")[0] for name in tests))
+    tests = _in_order(reached, parts)
+    files = dict.fromkeys(name.split("::")[0] for name in tests)
     (tree / fault.module).write_text(fault.planted)
     process = os.fork()
     if not process:
@@ -178,7 +203,7 @@ def survives(fault: Fault, tree: Path, parts: dict[str, Part]) -> bool:
         try:
             resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
             sys.dont_write_bytecode = True  # all but the module with the fault lies there already
-            code = _pytest(tree, ("-x", *files), Chosen(tests, parts))
+            code = _pytest(tree, ["-x", *files], Chosen(tests, parts))
         finally:
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -193,6 +218,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1e9, help="plant no more after so long")
+    parser.add_argument("--keep", type=Path, help="a folder for what was watched, which need not be watched again")
     parser.add_argument("--list", action="store_true", help="print the sample and leave")
     asked = parser.parse_args()
     sources = {module: (ROOT / module).read_text() for module in asked.module or MODULES}
@@ -207,16 +233,20 @@ def main() -> int:
     planted, found, equivalent = Counter[str](), Counter[str](), 0
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         tree = copy_of_the_tree(Path(name).resolve())
-        groups = {MODULES[fault.module] for fault in chosen}
-        reach = {tests: watched(tree, tests, [one for one in sources if MODULES[one] == tests]) for tests in groups}
-        print(f"{sum(map(len, reach.values()))} tests watched in {time.monotonic() - began:.0f} s", flush=True)
+        kept = asked.keep or Path(name)
+        kept.mkdir(exist_ok=True)
+        reach = {module: parts_of(tree, module, kept) for module in dict.fromkeys(fault.module for fault in chosen)}
+        for module in sources:  # else the compiled one would be taken for one with a fault, if it has the same size
+            for compiled in (tree / module).parent.glob(f"__pycache__/{Path(module).stem}.*"):
+                compiled.unlink()
+        print(f"watched in {time.monotonic() - began:.0f} s", flush=True)
         for fault in chosen:
             if time.monotonic() > began + 60 * asked.minutes:
                 break
             if fault.key in EQUIVALENT:
                 equivalent += 1
                 continue
-            survived = survives(fault, tree, reach[MODULES[fault.module]])
+            survived = survives(fault, tree, reach[fault.module])
             planted[fault.module] += 1
             found[fault.module] += not survived
             print(f"{'survived' if survived else 'found'}: {fault.name}", flush=True)

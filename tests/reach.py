@@ -4,9 +4,11 @@ A test is said to run a line if it does itself, if a fixture of it does, or if i
 """
 
 import contextlib
-import os
+import functools
+import resource
 import sys
 import threading
+import time
 import types
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-Line = tuple[str, int]  # a file, and the line in it
+Line = tuple[str, int]  # a module, and the line in it
 
 
 @dataclass
@@ -26,10 +28,10 @@ class Part:
 
 
 class Reach:
-    """After the session, `tests` has every test that passed, by its node id."""
+    """After the session, `tests` has every test, by its node id; `modules` names what is watched, by its file."""
 
-    def __init__(self, files: set[str]) -> None:
-        self.files = files
+    def __init__(self, modules: dict[str, str]) -> None:
+        self.modules = modules
         self.tests: dict[str, Part] = {}
         self._shared: dict[Any, Part] = {}  # by fixture, or by the file of tests
         self._open = [Part()]
@@ -53,13 +55,10 @@ class Reach:
                 threading.settrace(None)  # type: ignore[arg-type]
 
     def _called(self, frame: types.FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in self.files:
-            return None
-        self._open[-1].ran.add((frame.f_code.co_filename, frame.f_lineno))
-        return self._ran
+        return self._ran(frame, event, argument) if frame.f_code.co_filename in self.modules else None
 
     def _ran(self, frame: types.FrameType, event: str, argument: Any) -> Any:
-        self._open[-1].ran.add((frame.f_code.co_filename, frame.f_lineno))
+        self._open[-1].ran.add((self.modules[frame.f_code.co_filename], frame.f_lineno))
         return self._ran
 
     @pytest.hookimpl(wrapper=True)
@@ -69,12 +68,15 @@ class Reach:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Generator[None, Any, Any]:
+        if fixturedef.scope == "function":  # part of its test
+            return (yield)
         with self._part(self._shared.setdefault(fixturedef, Part())):
             return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Function) -> Generator[None, Any, Any]:
         own = self.tests[item.nodeid] = Part()
+        _forget()
         with self._part(own):
             result = yield
         fixtures = [one for several in item._fixtureinfo.name2fixturedefs.values() for one in several]
@@ -87,4 +89,14 @@ class Reach:
 
 def _time() -> float:
     """The processor's, of this process and of those that it has waited for."""
-    return sum(os.times()[:4])
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + used.ru_utime + used.ru_stime
+
+
+def _forget() -> None:
+    """Empty every cache of ours, so that a test runs what it would run alone."""
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in ("dsmr", "dsmr_kernels"):
+            for one in list(vars(module).values()):
+                if isinstance(one, functools._lru_cache_wrapper):
+                    one.cache_clear()

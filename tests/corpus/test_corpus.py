@@ -289,6 +289,10 @@ def test_what_is_no_corpus_is_named(tmp_path: Path) -> None:
             Corpus.open(tmp_path)
     tiny_corpus(tmp_path / "c")
     manifest = read_json(tmp_path / "c" / "manifest.json")
+    lacking = {name: value for name, value in manifest.items() if name != "vocabulary"}
+    write_json(tmp_path / "c" / "manifest.json", lacking, sealed=True)
+    with pytest.raises(UserError, match=r"c/manifest\.json is damaged: it lacks vocabulary"):
+        Corpus.open(tmp_path / "c")
     for files in ({**manifest["files"], "more.bin": {"bytes": 0, "sha256": ""}}, {"tokens.bin": {"bytes": 0, "sha256": ""}}):
         write_json(tmp_path / "c" / "manifest.json", {**manifest, "files": files}, sealed=True)
         with pytest.raises(UserError, match="does not list the files of a corpus"):

@@ -302,3 +302,21 @@ def test_frames_keep_their_seconds_in_a_score_of_our_own() -> None:
     score = read_data(midi(track((0, tempo(0)), (100, on(60)), (50, off(60))), division=(256 - 25) << 8 | 40)).score
     (note,) = score.to("second").tracks[0].notes
     assert (note.time, note.duration) == pytest.approx((0.1, 0.05))
+
+
+def test_a_score_of_our_own_has_the_piano_with_its_pedals_and_percussion_apart() -> None:
+    drum = [(0, on(36, channel=9)), (5, off(36, channel=9))]
+    pedal = [(0, control(64, 127)), (10, control(64, 0)), (5, b"\xff\x01\0")]
+    for events, is_drum in ((drum, [False, True]), ([], [False])):
+        file = read_data(midi(track((0, tempo(400_000)), (0, on(60, 1)), *events, *pedal), division=100))
+        assert file.changed == {midi_file.NO_END: 1}
+        score = file.score
+        assert score.ticks_per_quarter == 100
+        assert [(one.time, one.mspq) for one in score.tempos] == [(0, 400_000)]
+        assert [(one.is_drum, one.program) for one in score.tracks] == [(each, 0) for each in is_drum]
+        last = 15 + 5 * bool(events)
+        assert [(note.time, note.duration, note.pitch, note.velocity) for note in score.tracks[0].notes] == [
+            (0, last, 60, 1)
+        ]
+        assert [(one.time, one.duration) for one in score.tracks[0].pedals] == [(last - 15, 10)]
+        assert not any(len(one.pedals) for one in score.tracks[1:])
