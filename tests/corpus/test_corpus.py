@@ -293,7 +293,8 @@ def test_what_is_no_corpus_is_named(tmp_path: Path) -> None:
     write_json(tmp_path / "c" / "manifest.json", lacking, sealed=True)
     with pytest.raises(UserError, match=r"c/manifest\.json is damaged: it lacks vocabulary"):
         Corpus.open(tmp_path / "c")
-    for files in ({**manifest["files"], "more.bin": {"bytes": 0, "sha256": ""}}, {"tokens.bin": {"bytes": 0, "sha256": ""}}):
+    empty = {"bytes": 0, "sha256": ""}
+    for files in ({**manifest["files"], "more.bin": empty}, {"tokens.bin": empty}):
         write_json(tmp_path / "c" / "manifest.json", {**manifest, "files": files}, sealed=True)
         with pytest.raises(UserError, match="does not list the files of a corpus"):
             Corpus.open(tmp_path / "c")

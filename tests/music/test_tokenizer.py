@@ -223,7 +223,7 @@ def test_what_the_tokeniser_loses_is_counted_and_a_count_that_does_not_add_up_is
     monkeypatch.setattr(
         module, "read_file", lambda path: dataclasses.replace(read(path), n_begun=10, dropped={"for a reason": 2})
     )
-    with pytest.raises(ValueError, match="of its 10 notes 9 are in the tokens and {'for a reason': 2} were left out"):
+    with pytest.raises(ValueError, match=r"of its 10 notes 9 are in the tokens and .*'for a reason': 2. were"):
         encode_score(tmp_path / "a.mid", tokenizer)
 
 
