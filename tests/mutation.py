@@ -35,10 +35,11 @@ from planted_faults import Fault, faults_of
 from reach import Part, Reach
 
 ROOT = Path(__file__).resolve().parents[1]
-_KERNELS = (
-    "visibility memory retention memory_value quantised decode call_options attention not_finite arrivals".split()
+_OF_KERNELS = (
+    *(f"tests/kernels/test_{name}.py" for name in ("visibility", "memory", "retention", "memory_value", "quantised")),
+    *(f"tests/kernels/test_{name}.py" for name in ("decode", "call_options", "attention", "not_finite", "arrivals")),
+    *("-k", "not triton"),
 )
-_OF_KERNELS = (*(f"tests/kernels/test_{name}.py" for name in _KERNELS), "-k", "not triton")
 _OF_MUSIC = (
     *(f"tests/music/test_{name}.py" for name in ("midi_bytes", "every_note", "tokenizer", "vocabulary")),
     "tests/corpus/test_trust.py",

@@ -298,8 +298,11 @@ def test_one_process_is_a_world_of_one() -> None:
 
 @pytest.mark.parametrize(
     ("parallel", "world", "kind"),
-    [(None, 0, "TrainingRanks"), (None, 1, "TrainingRanks"), ("ddp", 1, "TrainingRanks"), ("ddp", 2, "TrainingRanks")]
-    + [("fsdp", 1, "TrainingRanks"), ("fsdp", 2, "ShardedRanks")],
+    [
+        *((None, world, "TrainingRanks") for world in (0, 1)),
+        *(("ddp", world, "TrainingRanks") for world in (1, 2)),
+        *(("fsdp", world, kind) for world, kind in ((1, "TrainingRanks"), (2, "ShardedRanks"))),
+    ],
 )
 def test_weights_are_cut_up_only_where_that_was_asked_for_and_there_are_ranks_to_hold_them(
     monkeypatch: pytest.MonkeyPatch, parallel: str | None, world: int, kind: str
