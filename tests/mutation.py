@@ -82,6 +82,30 @@ EQUIVALENT: dict[str, str] = {
         ),
         "what has not four dimensions has none of these shapes, whatever number stands in them",
     ),
+    **dict.fromkeys(
+        (
+            "dsmr_kernels/appending.py: capacity = storage[0].shape[2]: 0 → 1",
+            "dsmr_kernels/appending.py: capacity, tokens = storage[0].shape[2], new[0].shape[2]: 0 → 1",
+            "dsmr_kernels/appending.py: capacity, tokens = storage[0].shape[2], new[0].shape[2]: 0 → 1 (2)",
+            "dsmr_kernels/appending.py: slots = (position[:, None] + torch.arange(-new[0].shape[2], 0, "
+            "device=position.device)).remainder(: 0 → 1",
+            "dsmr_kernels/appending.py: storage[0].shape[2]: 0 → 1",
+            "dsmr_kernels/retention.py: capacity = storage[0].shape[2]: 0 → 1",
+            "dsmr_kernels/retention.py: kept = storage[0].shape[2] - room: 0 → 1",
+            "dsmr_kernels/retention.py: source = (done[:, None] + step).clamp(max=new[0].shape[2] - 1): 0 → 1",
+        ),
+        "of values there are as many as of keys",
+    ),
+    **dict.fromkeys(
+        (
+            "dsmr/music/midi_bytes.py: changes = np.array(tempos, dtype=np.int64).reshape(-1, 2): 1 → 2",
+            "dsmr/music/midi_bytes.py: table = np.array(notes, dtype=np.int64).reshape(-1, 4): 1 → 2",
+            "dsmr/music/midi_bytes.py: return Sounding(np.insert(table, 1, length, axis=1), np.array(pedals, "
+            "dtype=np.int64).reshape(-1, 2), never): 1 → 2 (3)",
+            "dsmr/music/tokenizer.py: ids = np.asarray(tokens, dtype=np.int64).reshape(-1): 1 → 2",
+        ),
+        "to NumPy any negative size is the one to be worked out",
+    ),
 }
 """Faults that are none, as `--list` prints them, and why."""
 TIMES, MORE = 4.0, 5.0  # what a test takes without a fault, and seconds: beyond that it counts as failed

@@ -232,6 +232,8 @@ def test_notes_longer_than_the_longest_duration_are_reported() -> None:
     assert report.changed == {"longer than 10 s (cut to it)": 2}
     _, report = encode_score(score_of([(0.0, 5.0, 60), (1.0, 1.0, 60)]), build_tokenizer("midilike"))
     assert list(report.changed.values()) == [1]
+    late = [(0.0, 1.0, 60), (2.0, 3.0, 61), (3.0, 1.0, 61)]
+    assert list(encode_score(score_of(late), build_tokenizer("midilike"))[1].changed.values()) == [1]
     inside = [(0.0, 5.0, 60), (1.0, 4.0, 60), (2.0, 1.0, 61), (9.0, 1.0, 61), (9.0, 0.5, 60)]
     assert encode_score(score_of(inside), build_tokenizer("midilike"))[1].changed == {}
 
