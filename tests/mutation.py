@@ -205,7 +205,8 @@ class Chosen:
 
 def _in_order(tests: list[str], parts: dict[str, Part]) -> list[str]:
     """The quickest first, but one of each before the same with other arguments."""
-    alike, places = Counter[str](), []
+    alike = Counter[str]()
+    places: list[tuple[int, int, str]] = []
     for name in sorted(tests, key=lambda name: parts[name].seconds):
         alike[name.split("[")[0]] += 1
         places.append((alike[name.split("[")[0]], len(places), name))

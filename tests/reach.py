@@ -52,7 +52,7 @@ class Reach:
             self._open[-1].seconds -= took
             if len(self._open) == 1:
                 sys.settrace(None)
-                threading.settrace(None)  # type: ignore[arg-type]
+                threading.settrace(None)
 
     def _called(self, frame: types.FrameType, event: str, argument: Any) -> Any:
         return self._ran(frame, event, argument) if frame.f_code.co_filename in self.modules else None

@@ -13,10 +13,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from dsmr.model.schedule import MemorySchedule
 from dsmr.model.transformer import DSMRConfig, DSMRModel
 from dsmr.runs.settings import TrainConfig
 from dsmr.training.sharding import ShardedRanks
 from dsmr.training.update import optimizer_of
+
+
+SCHEDULE = MemorySchedule.parse("uniform(layers=2, horizon=8)")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,9 +32,7 @@ def _world_of_one() -> Iterator[None]:
 
 def trained(tied: bool, sharded: bool, steps: int = 2) -> tuple[DSMRModel, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = DSMRModel(
-        DSMRConfig(11, "uniform(layers=2, horizon=8)", d_model=8, n_heads=1, segment_length=4, tie_embeddings=tied)
-    )
+    model = DSMRModel(DSMRConfig(11, SCHEDULE, d_model=8, n_heads=1, segment_length=4, tie_embeddings=tied))
     if sharded:
         with warnings.catch_warnings():  # `placed` silences one for good
             model = ShardedRanks(0, 1, "cpu").placed(model, torch.device("cpu"))
