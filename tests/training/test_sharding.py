@@ -19,7 +19,6 @@ from dsmr.runs.settings import TrainConfig
 from dsmr.training.sharding import ShardedRanks
 from dsmr.training.update import optimizer_of
 
-
 SCHEDULE = MemorySchedule.parse("uniform(layers=2, horizon=8)")
 
 
