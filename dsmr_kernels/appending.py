@@ -88,9 +88,7 @@ def append(
     if on_host:
         _row_by_row(storage, new, position.tolist(), [kept] * len(k) if counts is None else counts.tolist())
     elif counts is None:
-        slots = (position[:, None] + torch.arange(-kept, 0, device=k.device)).remainder(capacity)
-        for ring, x in zip(storage, new, strict=True):
-            ring.scatter_(2, along_slots(slots, ring), x)
+        _scattered(storage, new, position)
     else:
         _each_its_own(storage, new, position, counts, kept)
 
@@ -109,6 +107,15 @@ def _row_by_row(storage: list[Tensor], new: list[Tensor], positions: list[int], 
             for ring, x in zip(storage, new, strict=True):
                 ring[rows, :, start:stop] = x[rows, :, source]
             done += stop - start
+
+
+def _scattered(storage: list[Tensor], new: list[Tensor], position: Tensor) -> None:
+    """All of the new tokens, no more than there are slots, without looking at where each row stands."""
+    slots = (position[:, None] + torch.arange(-new[0].shape[2], 0, device=position.device)).remainder(
+        storage[0].shape[2]
+    )
+    for ring, x in zip(storage, new, strict=True):
+        ring.scatter_(2, along_slots(slots, ring), x)
 
 
 def _each_its_own(storage: list[Tensor], new: list[Tensor], position: Tensor, counts: Tensor, kept: int) -> None:

@@ -86,12 +86,9 @@ class StreamLoader:
         self.pieces = np.asarray(corpus.pieces_of(split), dtype=np.int64)
         if not len(self.pieces):
             raise UserError(f"the corpus {corpus.name} has no pieces in its split '{split}'")
-        lengths = np.diff(np.asarray(corpus.offsets))[self.pieces]
-        if lengths.min() < 1:
-            raise UserError(f"piece '{corpus.source[int(self.pieces[lengths.argmin()])]}' has no tokens")
-        self.epoch_tokens = int(lengths.sum())
+        self.epoch_tokens = int(np.diff(corpus.offsets)[self.pieces].sum())
         self._dealt = 0
-        self._shuffled: tuple[int, np.ndarray] = (-1, self.pieces)
+        self._shuffled: tuple[int, np.ndarray] | None = None  # of an epoch, once one has begun
         self._rows = [self._open(b, *self._deal()) for b in range(batch_size)]
 
     @property
@@ -149,7 +146,7 @@ class StreamLoader:
     def _deal(self) -> tuple[int, int]:
         """The next piece that nobody has read in this epoch, and the epoch."""
         epoch, place = divmod(self._dealt, len(self.pieces))
-        if self._shuffled[0] != epoch:
+        if self._shuffled is None or self._shuffled[0] != epoch:
             self._shuffled = (epoch, np.random.default_rng((self.seed, epoch)).permutation(self.pieces))
         self._dealt += 1
         return int(self._shuffled[1][place]), epoch

@@ -19,7 +19,7 @@ class Heard:
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
         self._file: IO[bytes] | None = None
-        self._stored = 0  # tokens in the file
+        self._stored = 0  # tokens in the file, whole chunks
         self._newest = array(KIND)
         self._in_memory = False  # there is no room elsewhere
         for token in tokens:
@@ -48,7 +48,7 @@ class Heard:
 
     def __iter__(self) -> Iterator[int]:
         for start in range(0, self._stored, CHUNK):
-            yield from self._read(start, min(CHUNK, self._stored - start)).tolist()
+            yield from self._read(start, CHUNK).tolist()
         yield from self._newest
 
     def _read(self, start: int, count: int) -> npt.NDArray[np.int32]:

@@ -161,8 +161,9 @@ def _read_track(
             if byte >= 0x80:
                 at += 1
                 if byte >= 0xF0:
+                    event = at
                     at = _pass_system(data, at, byte, tick, tempos if ended is None else [])
-                    if byte == 0xFF and data[at - 2 : at] == b"\x2f\x00" and ended is None:
+                    if byte == 0xFF and data[event:at] == b"\x2f\x00" and ended is None:
                         ended = tick, len(found)
                     continue
                 status = byte
@@ -208,16 +209,15 @@ def _number(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _pass_system(data: bytes, at: int, status: int, tick: int, tempos: list[tuple[int, int]]) -> int:
-    """Pass over a system-exclusive, meta or other system event whose status byte lies before `at`; keep a tempo."""
+    """Pass over a system-exclusive, meta or other system event whose status byte lies before `at`; keep a tempo. Where
+    it ends may lie beyond the data."""
     if status not in (0xF0, 0xF7, 0xFF):
         return at + _DATA.get(status, 0)
-    kind = -1
+    kind = None
     if status == 0xFF:
         kind = data[at]
         at += 1
     length, at = _number(data, at)
-    if at + length > len(data):
-        raise IndexError
     if kind == 0x51:
         if length < 3:
             raise MidiBytesError("damaged: a change of tempo in it is cut short")

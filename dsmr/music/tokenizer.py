@@ -183,7 +183,7 @@ def _tempo_map(score: Any) -> Callable[[npt.NDArray[Any]], npt.NDArray[np.float6
     starts = np.concatenate([[0.0], np.cumsum(np.diff(times) * per_tick[:-1])])
 
     def seconds_at(ticks: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        section = np.maximum(np.searchsorted(times, ticks, side="right") - 1, 0)
+        section = np.searchsorted(times, ticks, side="right") - 1  # the first begins at 0
         return starts[section] + (ticks - times[section]) * per_tick[section]
 
     return seconds_at

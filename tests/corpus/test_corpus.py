@@ -1,6 +1,8 @@
 """A corpus opens as it was written, as a directory or packed, or says in one sentence what is wrong with it."""
 
 import errno
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -13,6 +15,8 @@ import pytest
 from tiny_corpus import tiny_corpus, tiny_piece, tiny_vocabulary
 
 from dsmr.console.errors import UserError
+from dsmr.console.files import read_json, write_json
+from dsmr.corpus import store
 from dsmr.corpus.pack import pack
 from dsmr.corpus.store import Corpus, PieceRecord, write_corpus
 
@@ -48,6 +52,177 @@ def test_a_corpus_opens_as_it_was_written(tmp_path: Path, labels: bool) -> None:
         assert marks.any() == labels
     assert corpus.offsets[-1] == len(corpus.tokens)
     same(corpus, Corpus.open(tmp_path / "c"))
+
+
+def test_the_manifest_tells_what_is_in_the_corpus_and_is_sealed(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path / "c", labels=True)
+    pieces = [PieceRecord(tiny_piece(n, n), "test", f"{n}.mid", n, n / 4) for n in (3, 5)]
+    corpus = write_corpus(tmp_path / "c", pieces, tiny_vocabulary(), "two", {"asked": 2})
+    numbers = {name: corpus.manifest[name] for name in ("name", "pieces", "tokens", "notes", "seconds", "report")}
+    assert numbers == {
+        "name": "two",
+        "pieces": 2,
+        "tokens": len(corpus.tokens),
+        "notes": 8,
+        "seconds": 2.0,
+        "report": {"asked": 2},
+    }
+    assert corpus.pieces_of("test").tolist() == [0, 1]
+    # No labels are left of the corpus that lay there before.
+    written = sorted(path.name for path in (tmp_path / "c").iterdir())
+    assert written == ["index.npz", "manifest.json", "sources.json", "tokenizer.json", "tokens.bin"]
+    assert sorted(corpus.manifest["files"]) == ["index.npz", "sources.json", "tokenizer.json", "tokens.bin"]
+    text = (tmp_path / "c" / "manifest.json").read_text()
+    (tmp_path / "c" / "manifest.json").write_text(text.replace('"notes": 8', '"notes": 9'))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        Corpus.open(tmp_path / "c")
+    assert tiny_corpus(tmp_path / "d").manifest["report"] == {}
+
+
+def test_no_mixture_of_two_corpora_can_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that is stopped while its files take their places leaves a folder without a manifest."""
+    tiny_corpus(tmp_path / "c", seed=1)
+    replace, done = os.replace, []
+
+    def stop(source: Path, target: Path) -> None:
+        if not target.name.startswith("."):
+            if done:
+                raise KeyboardInterrupt
+            done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr("dsmr.console.files.os.replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_corpus(tmp_path / "c", seed=2)
+    with pytest.raises(UserError, match="is unfinished"):
+        Corpus.open(tmp_path / "c")
+
+
+WHOLE = {
+    "offsets": np.array([0, 3, 5]),
+    "n_notes": np.array([0, 1]),
+    "seconds": np.zeros(2),
+    "split": np.array([0, 2], np.uint8),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"n_notes": np.array([0])}, "2 names of pieces"),
+        ({"seconds": np.zeros(3)}, "2 names of pieces"),
+        ({"split": np.zeros(1, np.uint8)}, "2 names of pieces"),
+        ({"offsets": np.array([0, 5])}, "2 names of pieces"),
+        ({"offsets": np.array([0, 3, 4, 5])}, "2 names of pieces"),
+        ({"offsets": np.array([1, 3, 5])}, "do not fill the 5 tokens"),
+        ({"offsets": np.array([0, 0, 5])}, "do not fill the 5 tokens"),
+        ({"offsets": np.array([0, 6, 5])}, "do not fill the 5 tokens"),
+        ({"offsets": np.array([0, 3, 4])}, "do not fill the 5 tokens"),
+        ({"offsets": np.array([0, 3, 6])}, "do not fill the 5 tokens"),
+        ({"offsets": np.array([0, 1, 5])}, None),
+        ({"split": np.array([0, 3], np.uint8)}, "a piece of no split"),
+        ({"n_notes": np.array([-1, 1])}, "fewer notes than none"),
+    ],
+)
+def test_an_index_that_contradicts_itself_is_known(change: dict[str, np.ndarray], said: str | None) -> None:
+    for labels in (None, 5):
+        found = store._contradiction({**WHOLE, **change}, ["a", "b"], 5, labels)
+        assert (found is None) if said is None else (said in str(found))
+    for labels in (0, 4, 6):
+        assert f"{labels} labels for 5 tokens" in str(store._contradiction(WHOLE, ["a", "b"], 5, labels))
+    nothing = {name: values[: name == "offsets"] for name, values in WHOLE.items()}
+    assert store._contradiction(nothing, [], 0, None) is None
+
+
+def rewritten(folder: Path, **files: bytes) -> None:
+    """Put other contents into a corpus, and their sums into its manifest."""
+    manifest = read_json(folder / "manifest.json")
+    for name, content in files.items():
+        name = name.replace("_", ".")
+        (folder / name).write_bytes(content)
+        manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_json(folder / "manifest.json", manifest, sealed=True)
+
+
+def test_files_that_do_not_belong_together_are_known_whatever_their_sums(tmp_path: Path) -> None:
+    corpus = tiny_corpus(tmp_path / "c")
+    tokens = (tmp_path / "c" / "tokens.bin").read_bytes()
+    for token, said in ((28, "it holds the token 28, and its tokeniser has 28"), (27, None)):
+        rewritten(tmp_path / "c", tokens_bin=tokens[:10] + bytes([token, 0]) + tokens[12:])
+        assert Corpus.open(tmp_path / "c", verify=False).tokens[5] == token
+        if said is None:
+            Corpus.open(tmp_path / "c")
+        else:
+            with pytest.raises(UserError, match=said):
+                Corpus.open(tmp_path / "c")
+    rewritten(tmp_path / "c", tokens_bin=tokens, tokenizer_json=json.dumps(tiny_vocabulary(a=1).to_json()).encode())
+    with pytest.raises(UserError, match="its tokeniser is another"):
+        Corpus.open(tmp_path / "c")
+    assert corpus.vocabulary.size == 28
+
+
+def npz(**more: np.ndarray | bytes) -> bytes:
+    """The index of one piece of five tokens, as numpy stores it, or with other members."""
+    held: dict[str, np.ndarray | bytes] = {
+        "offsets": np.array([0, 5]),
+        "n_notes": np.array([1]),
+        "seconds": np.zeros(1),
+        "split": np.zeros(1, np.uint8),
+    }
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, value in {**held, **more}.items():
+            member = io.BytesIO(value if isinstance(value, bytes) else b"")
+            if isinstance(value, np.ndarray):
+                np.save(member, value)
+            file.writestr(f"{name}.npy", member.getvalue())
+    return out.getvalue()
+
+
+def member(version: tuple[int, int], shape: tuple[int, ...], content: bytes = b"") -> bytes:
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return out.getvalue()[:6] + bytes(version) + out.getvalue()[8:] + content
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, None),
+        ({"seconds": member((1, 0), (1,), bytes(8))}, None),
+        ({"seconds": member((1, 0), (2,), bytes(8))}, "holds 1 values of seconds, not 2"),
+        ({"seconds": member((1, 0), (1,), bytes(16))}, "holds 2 values of seconds, not 1"),
+        ({"seconds": member((2, 0), (1,), bytes(8))}, "holds seconds in another form"),
+        ({"seconds": member((1, 1), (1,), bytes(8))}, "holds seconds in another form|1, 1"),
+        ({"seconds": np.zeros((1, 1))}, r"holds seconds as float64 \(1, 1\)"),
+        ({"seconds": np.zeros(1, np.float32)}, r"holds seconds as float32 \(1,\)"),
+        ({"seconds": np.zeros(1 << 20)}, "claims 8,388,736 bytes for seconds"),
+    ],
+)
+def test_an_index_is_read_as_it_was_stored_and_in_no_more_memory_than_its_bytes(more: dict, said: str | None) -> None:
+    if said is None:
+        assert {name: len(values) for name, values in store._read_index(npz(**more)).items()} == {
+            "offsets": 2,
+            "n_notes": 1,
+            "seconds": 1,
+            "split": 1,
+        }
+        return
+    with pytest.raises(ValueError, match=said):
+        store._read_index(npz(**more))
+
+
+def test_a_packed_corpus_is_checked_against_its_manifest(tmp_path: Path) -> None:
+    tiny_corpus(tmp_path / "c")
+    with zipfile.ZipFile(pack(tmp_path / "c", tmp_path / "c.dsmr")) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    members["sources.json"] = members["sources.json"].replace(b"piece 0", b"piece 9")
+    with zipfile.ZipFile(tmp_path / "d.dsmr", "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    with pytest.raises(UserError, match=r"the contents of sources\.json were changed"):
+        Corpus.open(tmp_path / "d.dsmr")
 
 
 @pytest.mark.parametrize("labels", [False, True])
@@ -112,6 +287,17 @@ def test_what_is_no_corpus_is_named(tmp_path: Path) -> None:
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(UserError, match=said):
             Corpus.open(tmp_path)
+    tiny_corpus(tmp_path / "c")
+    manifest = read_json(tmp_path / "c" / "manifest.json")
+    lacking = {name: value for name, value in manifest.items() if name != "vocabulary"}
+    write_json(tmp_path / "c" / "manifest.json", lacking, sealed=True)
+    with pytest.raises(UserError, match=r"c/manifest\.json is damaged: it lacks vocabulary"):
+        Corpus.open(tmp_path / "c")
+    empty = {"bytes": 0, "sha256": ""}
+    for files in ({**manifest["files"], "more.bin": empty}, {"tokens.bin": empty}):
+        write_json(tmp_path / "c" / "manifest.json", {**manifest, "files": files}, sealed=True)
+        with pytest.raises(UserError, match="does not list the files of a corpus"):
+            Corpus.open(tmp_path / "c")
 
 
 def test_an_unfinished_corpus_does_not_open(tmp_path: Path) -> None:
@@ -119,6 +305,9 @@ def test_an_unfinished_corpus_does_not_open(tmp_path: Path) -> None:
     (tmp_path / "c" / "manifest.json").unlink()
     with pytest.raises(UserError, match="unfinished"):
         Corpus.open(tmp_path / "c")
+    (tmp_path / "d" / ".prepare").mkdir(parents=True)
+    with pytest.raises(UserError, match="unfinished"):
+        Corpus.open(tmp_path / "d")
 
 
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
@@ -158,6 +347,8 @@ def test_records_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
     good = {"tokens": tiny_piece(3, 0), "split": "train", "source": "a.mid", "n_notes": 3, "seconds": 1.0}
     wrong = (
         ({"tokens": np.array([5000])}, "below 28"),
+        ({"tokens": np.array([28])}, "below 28"),
+        ({"tokens": tiny_piece(3, 0)[None]}, "must be one row"),
         ({"split": "dev"}, "'dev'"),
         ({"n_notes": 4}, "3 notes in the tokens, 4 in the record"),
         ({"labels": np.zeros(2, np.uint8)}, "2 labels for 12 tokens"),

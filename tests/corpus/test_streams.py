@@ -48,6 +48,7 @@ def test_rows_read_whole_pieces_without_padding(tmp_path: Path, batch_size: int,
             assert (starts[b, begin:end] == begin).all()
             assert (targets[b, begin : end - 1] == read[b, begin + 1 : end]).all()
             assert targets[b, end - 1] == IGNORE
+    assert all(b.predicted == int((b.targets != IGNORE).sum()) for b in batches)
     assert all(b.piece_start.dtype == torch.int32 and b.tokens.dtype == torch.int64 for b in batches)
 
 
@@ -116,12 +117,46 @@ def test_augmentation_differs_from_epoch_to_epoch(tmp_path: Path) -> None:
     assert len(set(lengths)) > 1
 
 
+@pytest.mark.parametrize("augment", [None, reverse_some])
+def test_rows_that_are_read_apart_are_those_of_the_whole(tmp_path: Path, augment) -> None:
+    """Each process follows all rows and reads its own; what is predicted is counted of all."""
+    corpus = tiny_corpus(tmp_path)
+    whole = StreamLoader(corpus, "train", 3, 29, seed=4, augment=augment)
+    parts = [StreamLoader(corpus, "train", 3, 29, 4, augment, rows) for rows in (range(1), range(1, 2), range(2, 3))]
+    for _ in range(30):
+        expected, found = next(whole), [next(part) for part in parts]
+        for name in ("tokens", "targets", "piece_start"):
+            assert torch.equal(torch.cat([getattr(batch, name) for batch in found]), getattr(expected, name))
+        assert sum((batch.pieces for batch in found), ()) == expected.pieces
+        assert {batch.predicted for batch in found} == {expected.predicted}
+    assert all(part.state_dict() == whole.state_dict() for part in parts)
+    assert [row.tokens is None for row in parts[1]._rows] == [True, False, True]
+
+
+def test_nothing_is_predicted_where_the_loss_of_pytorch_predicts_nothing() -> None:
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE
+
+
+def test_a_batch_goes_to_a_device_whole(tmp_path: Path) -> None:
+    batch = next(StreamLoader(tiny_corpus(tmp_path), "train", 2, 8, seed=0))
+    moved = batch.to("meta")
+    assert all(getattr(moved, name).is_meta for name in ("tokens", "targets", "piece_start"))
+    assert (moved.pieces, moved.predicted) == (batch.pieces, batch.predicted)
+
+
 def test_bad_use_is_refused_in_a_sentence(tmp_path: Path) -> None:
     corpus = tiny_corpus(tmp_path)
     with pytest.raises(UserError, match="no pieces in its split 'test'"):
         StreamLoader(corpus, "test", 1, 8, seed=0)
     with pytest.raises(ValueError, match="at least 1, but they are 0 and 8"):
         StreamLoader(corpus, "train", 0, 8, seed=0)
+    with pytest.raises(ValueError, match="at least 1, but they are 1 and 0"):
+        StreamLoader(corpus, "train", 1, 0, seed=0)
+    for rows in (range(0), range(-1, 1), range(1, 3), range(2, 3)):
+        with pytest.raises(ValueError, match="some of the 2 rows of a batch, but they are range"):
+            StreamLoader(corpus, "train", 2, 8, seed=0, rows=rows)
     saved = StreamLoader(corpus, "train", 2, 8, seed=0).state_dict()
+    with pytest.raises(ValueError, match="has seed 1 and 2 rows, but the saved one has seed 0"):
+        StreamLoader(corpus, "train", 2, 8, seed=1).load_state_dict(saved)
     with pytest.raises(ValueError, match="3 rows"):
         StreamLoader(corpus, "train", 3, 8, seed=0).load_state_dict(saved)

@@ -32,31 +32,52 @@ def test_what_is_read_while_it_grows_is_what_was_there() -> None:
     assert list(kept) == [*range(3 * CHUNK + 10), *range(2 * CHUNK)]
 
 
-def test_memory_does_not_grow_with_the_stream() -> None:
+def test_memory_does_not_grow_with_the_stream_and_the_file_is_written_a_chunk_at_a_time() -> None:
     kept = Heard()
+    stored = set()
     for token in range(50 * CHUNK):
         kept.append(token)
-    assert len(kept._newest) < CHUNK
+        assert len(kept._newest) < CHUNK
+        stored.add(kept._stored)
     assert len(kept) == 50 * CHUNK
+    assert stored == {CHUNK * number for number in range(51)}
 
 
-def test_where_no_file_can_be_written_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_an_array_only_by_copying() -> None:
+    assert np.array(Heard(range(5)), dtype=np.int64).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="only by copying"):
+        np.array(Heard(range(5)), copy=False)
+
+
+def test_where_no_file_can_be_made_nothing_is_lost_and_it_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
     def full(*_, **__):
+        tried.append(1)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     assert list(Heard(range(3 * CHUNK))) == list(range(3 * CHUNK))
-    monkeypatch.undo()
+    assert tried == [1]
+
+
+@pytest.mark.parametrize("fails", ["write", "flush"])
+def test_where_the_disk_fills_up_nothing_is_lost(fails: str) -> None:
     kept = Heard(range(2 * CHUNK + 3))
 
     class Full:
-        """A disk that fills up, and tears what it writes."""
+        """A disk that fills up, and tears what it writes, at once or when it is written out of the buffer."""
 
         def __init__(self, file) -> None:
             self.file = file
 
         def write(self, data: bytes) -> int:
+            if fails == "flush":
+                return len(data)
             self.file.write(data[:5])
+            raise OSError(28, "No space left on device")
+
+        def flush(self) -> None:
             raise OSError(28, "No space left on device")
 
         def __getattr__(self, name: str):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsmr_kernels import KVMemory, available_backends, memory_attention
+from dsmr_kernels import KVMemory, appending, available_backends, memory_attention
 from dsmr_kernels.cases import random_case
 from dsmr_kernels.testing import run
 from dsmr_kernels.tolerance import error
@@ -122,6 +122,27 @@ def test_a_part_full_ring_is_right_aligned() -> None:
     assert mask.tolist() == [[False, False, True, True, True]]
     assert k[0, 0, 2:, 0].tolist() == [1, 2, 3]
     assert v[0, 1, 2:, 0].tolist() == [-1.25, -2.25, -3.25]
+
+
+@pytest.mark.parametrize("capacity", [1, 4, 7])
+@pytest.mark.parametrize("count", [1, 4, 9])
+def test_without_looking_the_same_is_stored_as_row_by_row(capacity: int, count: int) -> None:
+    """As on a GPU, where nobody waits to know where a row stands."""
+    kept = min(count, capacity)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        rings = [torch.randn(4, HEADS, capacity, DIM), torch.randn(4, HEADS, capacity)]
+        new = [torch.randn(4, HEADS, count, DIM), torch.randn(4, HEADS, count)]
+        counts = torch.randint(0, count + 1, (4,))
+        before = torch.randint(0, 30, (4,))
+        found, expected = ([ring.clone() for ring in rings] for _ in range(2))
+        appending._each_its_own(found, new, before + counts, counts, kept)
+        appending._row_by_row(expected, new, (before + counts).tolist(), counts.tolist())
+        assert all(map(torch.equal, found, expected))
+        newest = [x[:, :, count - kept :] for x in new]
+        appending._scattered(found, newest, before + count)
+        appending._row_by_row(expected, newest, (before + count).tolist(), [kept] * 4)
+        assert all(map(torch.equal, found, expected))
 
 
 def test_ordered_gives_copies() -> None:

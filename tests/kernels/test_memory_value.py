@@ -295,6 +295,22 @@ def test_rows_may_advance_by_different_numbers(capacity: int, dtype: torch.dtype
         memory.append(k, v, counts=torch.tensor([7, 0, 0]))
 
 
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_graph_holds_operators_that_say_what_they_write(monkeypatch: pytest.MonkeyPatch, compiling: bool) -> None:
+    """And what is done eagerly does without them."""
+    called = []
+    for name in ("append", "retain", "settle"):
+        for written in (name, f"{name}_operator"):
+            monkeypatch.setattr(f"dsmr_kernels.memory.{written}", lambda *_, name=written: called.append(name))
+    newest = KVMemory.empty(2, 2, 4, 16)
+    chosen = KVMemory.empty(2, 2, 7, 16, retention="uniform", room=3)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    for memory in (newest, chosen):
+        memory.append(heads(2, 2, 3, 16), heads(2, 2, 3, 16))
+    chosen.settle()
+    assert called == [name + "_operator" * compiling for name in ("append", "retain", "settle")]
+
+
 def test_rows_are_selected_repeated_and_cropped() -> None:
     memory = filled_memory(3, 2, 6, 16, [9, 2, 0])
     memory.seen = 9

@@ -40,6 +40,9 @@ def test_vectors_of_zeros_stay_zeros_and_nothing_is_divided_by_nothing() -> None
     values = dequantise(stored, scale)
     assert torch.equal(values[:2], torch.zeros(2, 2))
     assert bool(values.isfinite().all())
+    least = torch.finfo(torch.float32).tiny  # the least scale of which there is a reciprocal
+    stored, scale = quantise(torch.tensor([[127 * least, 0.0]]))
+    assert (stored.tolist(), scale.tolist()) == ([[127, 0]], [least])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -82,6 +82,22 @@ def test_whatever_happens(retention: str, data: st.DataObject) -> None:
 
 
 @policies
+def test_who_looks_at_a_set_sees_what_it_held_before_it_chose(retention: str) -> None:
+    memory = a_set(retention, 3, 4)
+    memory.append(*tokens(2, 4))
+    memory.append(*tokens(2, 4, 4))
+    view = memory.held()
+    shown = {name: x.clone() for name, x in view.tensors().items()}
+    memory.settle()
+    assert not torch.equal(memory.mark, shown["mark"])
+    assert all(torch.equal(x, shown[name]) for name, x in view.tensors().items())
+    memory.append(*tokens(2, 1, 8))
+    view, where = memory.held(), memory.k.data_ptr()
+    memory.settle()  # there is nothing to choose from, and so nothing to copy
+    assert view.k.data_ptr() == memory.k.data_ptr() == where
+
+
+@policies
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_any_cut_of_a_stream_keeps_the_same_in_the_same_slots(retention: str, dtype: torch.dtype) -> None:
     k, v = torch.randn(2, 2, HEADS, 200, DIM)

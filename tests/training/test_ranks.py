@@ -1,5 +1,6 @@
 """Several processes train as one does: the same losses, the same files, on any number of ranks after another."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,10 +21,12 @@ from tiny_run import losses, quiet, tiny_config
 from warm_start import Forked, WarmStart
 
 from dsmr.console.errors import UserError
+from dsmr.console.ranks import PATIENCE
 from dsmr.corpus.store import PieceRecord, write_corpus
 from dsmr.corpus.streams import StreamLoader
 from dsmr.model.transformer import DSMRConfig, DSMRModel
 from dsmr.runs.checkpoint import load_checkpoint
+from dsmr.training import joining
 from dsmr.training.joining import joined
 from dsmr.training.loop import TrainConfig
 from dsmr.training.ranks import TrainingRanks
@@ -307,3 +310,25 @@ def test_one_process_is_a_world_of_one() -> None:
         assert (ranks.alone, ranks.first, ranks.device) == (True, True, "cpu")
         assert ranks.rows(4) == range(4)
         assert ranks.meet(0.5) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "kind"),
+    [
+        *((None, world, "TrainingRanks") for world in (0, 1)),
+        *(("ddp", world, "TrainingRanks") for world in (1, 2)),
+        *(("fsdp", world, kind) for world, kind in ((1, "TrainingRanks"), (2, "ShardedRanks"))),
+    ],
+)
+def test_weights_are_cut_up_only_where_that_was_asked_for_and_there_are_ranks_to_hold_them(
+    monkeypatch: pytest.MonkeyPatch, parallel: str | None, world: int, kind: str
+) -> None:
+    @contextlib.contextmanager
+    def together(asked: type, device: str, **more):
+        assert more == {"nccl": True, "patience": PATIENCE}
+        yield asked.__name__, device
+
+    monkeypatch.setattr(joining, "started", lambda: world)
+    monkeypatch.setattr(joining, "together", together)
+    with joined(parallel, 4, "cuda") as found:
+        assert found == (kind, "cuda")
