@@ -125,6 +125,20 @@ def memory_attention(
             detach_segments, scale, with_lse, asked, biased,
         )  # fmt: skip
         kind = alike.found(key)
+    if (
+        kind is not None
+        and kind.swift
+        and piece_start is None
+        and alibi_slopes is None
+        and distance_buckets is None
+        and not watch.every
+        and kind.choice.stands()
+    ):
+        if isinstance(memory, KVMemory):
+            memory.check_read()
+        swiftly: Tensor | None = kind.swift(q, k, v, memory)
+        if swiftly is not None:
+            return swiftly
     if kind is None:
         border.check_query(q)
         border.check_keys(q, k, v)

@@ -45,6 +45,10 @@ class MemorySnapshot(Ring):
 
     __copy__ = held
 
+    def leased_anew(self) -> Lease | None:
+        """Another lease of what it shows, for who keeps its tensors; None if no memory shares them."""
+        return None if self._lease is None else Lease(self._lease.holders)
+
     def let_go(self) -> None:
         """Keep the memory from copying for this view's sake: for a holder who will hardly look again."""
         self._lease = None
@@ -201,6 +205,10 @@ class KVMemory(Ring):
         if not torch.compiler.is_compiling():
             view._lease = Lease(self._holders)
         return view
+
+    def leased_anew(self) -> Lease | None:
+        """For who keeps its tensors, as `held` does: while it lives, the memory copies before it writes."""
+        return Lease(self._holders)
 
     @property
     def moved(self) -> bool:

@@ -55,7 +55,7 @@ _hooks = triton.knobs.runtime
 _address = Tensor.data_ptr
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether somebody, as a profiler, wants to be told of launches."""
     enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
@@ -125,7 +125,7 @@ class Launch:
         large = _AMD and any(x.untyped_storage().nbytes() >> 31 for x in tensors)
         known = self._key is not None and not (bits & 15 or large)
         if known and (self._runner is not None or self._find()):
-            if self._run is None or _hooked():
+            if self._run is None or hooked():
                 self._runner(*(addresses if BY_ADDRESS else tensors), *self._behind)
             else:
                 self._run(*self.grid, stream, *self._loaded, *addresses, *self._behind)
@@ -138,6 +138,16 @@ class Launch:
             assert self._key is not None
             order = [self.constants[p.name] for p in self.kernel.params if p.is_constexpr]
             _compiled[self._key] = compiled, order
+
+    @property
+    def found(self) -> bool:
+        """Whether `at` may be called: what this launches has been found, and runs by address."""
+        return self._run is not None and not _AMD
+
+    def at(self, stream: int, *addresses: int) -> None:
+        """The same of tensors that lie at these addresses, multiples of 16, where nobody wants to be told of it
+        (`hooked`)."""
+        self._run(*self.grid, stream, *self._loaded, *addresses, *self._behind)
 
     def _find(self) -> bool:
         """Whether what this launch asks for has been compiled."""
