@@ -120,25 +120,27 @@ def memory_attention(
     by_row, with_lse = isinstance(segment_offset, Tensor), return_lse or sinks is not None
     key = kind = None
     if not compiling:
-        key = alike.attention_key(
-            q, k, v, memory, horizon, segment_length, by_row, None if by_row else segment_offset, visibility,
-            detach_segments, scale, with_lse, asked, biased,
+        options = (
+            horizon, segment_length, by_row, None if by_row else segment_offset, visibility, detach_segments, scale,
+            with_lse, asked, biased,
         )  # fmt: skip
-        kind = alike.found(key)
-    if (
-        kind is not None
-        and kind.swift
-        and piece_start is None
-        and alibi_slopes is None
-        and distance_buckets is None
-        and not watch.every
-        and kind.choice.stands()
-    ):
-        if isinstance(memory, KVMemory):
-            memory.check_read()
-        swiftly: Tensor | None = kind.swift(q, k, v, memory)
-        if swiftly is not None:
-            return swiftly
+        plain = not (by_row or with_lse or biased or watch.every)
+        plain = plain and piece_start is None and alibi_slopes is None and distance_buckets is None
+        types = type(horizon), type(segment_length), type(segment_offset), type(scale)
+        kind = alike.recall(q, k, v, memory, options, types) if plain else None
+        swift = None if kind is None else kind.swift
+        if kind is None:
+            key = alike.attention_key(q, k, v, memory, *options)
+            kind = alike.found(key)
+            if plain and kind is not None and kind.swift and kind.swift.suits(q, k, v):
+                swift = kind.swift
+                alike.learn_again(kind, q, k, v, memory, options, types)
+        if swift and kind is not None and kind.choice.stands():
+            if isinstance(memory, KVMemory):
+                memory.check_read()
+            swiftly: Tensor | None = swift(q, k, v, memory)
+            if swiftly is not None:
+                return swiftly
     if kind is None:
         border.check_query(q)
         border.check_keys(q, k, v)

@@ -222,7 +222,9 @@ class KVMemory(Ring):
         Raises:
             RuntimeError: see above. In compiled code the attention operators see to it.
         """
-        if not torch.compiler.is_compiling() and in_backward() and self._written not in (None, this_backward()):
+        if torch.compiler.is_compiling() or self._written is None:
+            return
+        if in_backward() and self._written != this_backward():
             raise RuntimeError(MOVED)
 
     def note_graph_read(self) -> None:

@@ -154,11 +154,13 @@ def _gradients(
 
 
 class _SwiftNode(torch.autograd.Function):
-    """The node of a recorded call of `Swift`: of (it, memory, q, k, v), as `_Node` but with nothing left to decide."""
+    """The node of a recorded call of `Swift`: of ((it, memory), q, k, v), as `_Node` but with nothing left to decide."""
 
     @staticmethod
-    def forward(ctx: Any, swift: "Swift", memory: KVMemory | MemorySnapshot | None, *learned: Tensor) -> Tensor:
-        q, k, v = learned
+    def forward(
+        ctx: Any, call: tuple["Swift", KVMemory | MemorySnapshot | None], q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        swift, memory = call
         stored = versions = lease = None
         if memory is not None:
             stored = a, b, c, d = memory.k, memory.v, memory.length, memory.position
@@ -178,11 +180,11 @@ class _SwiftNode(torch.autograd.Function):
             if (a._version, b._version, c._version, d._version) != versions:
                 raise RuntimeError(WRITTEN)
         if grad is None:
-            return None, None, None, None, None
-        grads = swift.gradients(q, k, v, stored, out, lse, grad, ctx.needs_input_grad[2:])
+            return None, None, None, None
+        grads = swift.gradients(q, k, v, stored, out, lse, grad, ctx.needs_input_grad[1:])
         if lease is not None:  # as of `_Node`
             ctx.kept = swift, stored, versions, None
-        return None, None, *grads
+        return None, *grads
 
 
 class Swift:
@@ -193,16 +195,20 @@ class Swift:
     def __init__(self, method: Method, prepared: Prepared, kind: Alike) -> None:
         self.method, self.prepared, self.kind, self.strides = method, prepared, kind, kind.layout[:3]
 
+    @staticmethod
+    def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether neither a transform is at work nor has one left one of these behind."""
+        return not (
+            torch._C._are_functorch_transforms_active() or _of_transforms(q) or _of_transforms(k) or _of_transforms(v)
+        )
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, memory: KVMemory | MemorySnapshot | None) -> Tensor | None:
-        if torch._C._are_functorch_transforms_active():
-            return None
+        """out of tensors that it `suits`; None once it is outdated."""
         if not self.prepared.stands():
             self.kind.swift = None
             return None
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            if _of_transforms(q) or _of_transforms(k) or _of_transforms(v):
-                return None
-            return cast(Tensor, _apply_swift(self, memory, q, k, v))
+            return cast(Tensor, _apply_swift((self, memory), q, k, v))
         stored = None if memory is None else (memory.k, memory.v, memory.length, memory.position)
         return self.prepared.forward(q, k, v, stored)[0]
 
@@ -211,7 +217,7 @@ class Swift:
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         as_saved = (q.stride(), k.stride(), v.stride()) == self.strides and out.is_contiguous() and lse.is_contiguous()
-        if as_saved and self.prepared.stands() and not torch.is_grad_enabled():
+        if as_saved and not torch.is_grad_enabled():
             found = self.prepared.backward(q, k, v, stored, out, lse, grad, needs)
             if found is not None:
                 return found

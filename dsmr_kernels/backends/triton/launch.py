@@ -73,6 +73,22 @@ def _specialised(kernel: Any, tensors: int) -> tuple[list[int], list[int]]:
     return [i for i in watched if i < tensors], [i - tensors for i in watched if i >= tensors]
 
 
+def _straight(compiled: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """What Triton 3.7's launcher for NVIDIA's parts calls, in C, and what it hands over between stream and arguments,
+    of a kernel that needs no scratch memory; None of any other.
+
+    In Python it then does nothing but to find that out, at every launch, for as long as the call itself takes.
+    """
+    run = compiled.run
+    if not triton.__version__.startswith("3.7.") or type(run).__name__ != "CudaLauncher":
+        return None
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None
+    before = compiled.function, run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata
+    nothing = (None,) * 5  # no metadata for hooks, none of the two hooks, none of the two scratch memories
+    return run.launch, (*before, *nothing, run.arg_annotations, run.kernel_signature)
+
+
 class Launch:
     """A launch of a kernel but for its tensors, of which only the addresses may be others each time.
 
@@ -94,7 +110,10 @@ class Launch:
     ) -> None:
         self.kernel, self.grid, self.device, self.numbers = kernel, grid, device, numbers
         self.constants, self.options = constants, options
+        self.by_address = False  # whether whoever has addresses may call `at`
         self._run: Any = None  # Triton's launcher, called as Triton itself calls it
+        self._straight: Any = None  # what that one calls in turn, where it is known to do nothing else
+        self._arguments: tuple[Any, ...] = ()  # of it, between stream and addresses
         self._runner: Any = None  # what Triton offers for calling it, which tells hooks, too
         self._loaded: tuple[Any, ...] = ()  # the launcher's arguments between stream and addresses
         self._behind: tuple[Any, ...] = ()  # and those behind the addresses
@@ -128,7 +147,7 @@ class Launch:
             if self._run is None or hooked():
                 self._runner(*(addresses if BY_ADDRESS else tensors), *self._behind)
             else:
-                self._run(*self.grid, stream, *self._loaded, *addresses, *self._behind)
+                self.at(stream, *addresses)
             return
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
         if known and compiled is not None:
@@ -139,15 +158,13 @@ class Launch:
             order = [self.constants[p.name] for p in self.kernel.params if p.is_constexpr]
             _compiled[self._key] = compiled, order
 
-    @property
-    def found(self) -> bool:
-        """Whether `at` may be called: what this launches has been found, and runs by address."""
-        return self._run is not None and not _AMD
-
     def at(self, stream: int, *addresses: int) -> None:
-        """The same of tensors that lie at these addresses, multiples of 16, where nobody wants to be told of it
-        (`hooked`)."""
-        self._run(*self.grid, stream, *self._loaded, *addresses, *self._behind)
+        """The same, of what has been found, of tensors that lie at these addresses, multiples of 16, where
+        nobody wants to be told of it (`hooked`)."""
+        if self._straight is None:
+            self._run(*self.grid, stream, *self._loaded, *addresses, *self._behind)
+        else:
+            self._straight(*self.grid, stream, *self._arguments, (*addresses, *self._behind))
 
     def _find(self) -> bool:
         """Whether what this launch asks for has been compiled."""
@@ -158,6 +175,9 @@ class Launch:
             self._runner = compiled[self.grid]
             if BY_ADDRESS:  # without hooks, and what would be handed to them
                 self._loaded, self._run = (compiled.function, compiled.packed_metadata, *(None,) * 3), compiled.run
+                if (straight := _straight(compiled)) is not None:
+                    self._straight, self._arguments = straight
+                self.by_address = not _AMD
         return self._runner is not None
 
 

@@ -61,13 +61,14 @@ class Prepared:
         out, lse, launch = self._out(q), self._lse(), self._forward
         with launching.on(self._device):
             stream = launching.stream_of(self._device)
-            if launch is not None and launch.found and not hooked():
+            if launch is not None and launch.by_address and not hooked():
                 a, b, c, o, s = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
                 bits = a | b | c | o | s
                 if stored is None:
                     ring = b, c, a, a, a, a
                 else:
-                    d, e, f, g = [x.data_ptr() for x in stored]
+                    m, n, u, w = stored
+                    d, e, f, g = m.data_ptr(), n.data_ptr(), u.data_ptr(), w.data_ptr()
                     bits |= d | e | f | g
                     ring = d, e, a, a, f, g
                 if not bits & 15:
@@ -97,7 +98,7 @@ class Prepared:
         delta = lse if plans[0] is None else torch.empty_like(lse)
         with launching.on(self._device):
             stream = launching.stream_of(self._device)
-            if whole and plans[0].launch.found and plans[1].launch.found and not hooked():
+            if whole and plans[0].launch.by_address and plans[1].launch.by_address and not hooked():
                 a, b, c, i, o, s = (
                     q.data_ptr(), k.data_ptr(), v.data_ptr(), grad.data_ptr(), out.data_ptr(), lse.data_ptr(),
                 )  # fmt: skip
@@ -107,7 +108,8 @@ class Prepared:
                 if stored is None:
                     ring = b, c, a, a, a, a
                 else:
-                    d, e, f, g = [each.data_ptr() for each in stored]
+                    m, n, u, w = stored
+                    d, e, f, g = m.data_ptr(), n.data_ptr(), u.data_ptr(), w.data_ptr()
                     bits |= d | e | f | g
                     ring = d, e, a, a, f, g
                 if not bits & 15:
