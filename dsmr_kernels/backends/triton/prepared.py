@@ -5,8 +5,6 @@ as in an earlier call (`dsmr_kernels.alike`) but for where they lie. Everything 
 plans these are, and gives the same bits.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,35 +13,22 @@ from torch import Tensor
 from dsmr_kernels.backends.triton import bulk, configs, training
 from dsmr_kernels.backends.triton import launch as launching
 from dsmr_kernels.backends.triton.launch import hooked
+from dsmr_kernels.backends.triton.training import room
 from dsmr_kernels.spec import Inputs, Needs, Stored
 
 _MOST = 16  # backwards of a kind, which differ in the strides of a gradient and in what is needed
 
 
-def _room_like(x: Tensor) -> Callable[[Tensor], Tensor]:
-    """What makes room for a contiguous result of the shape of tensors that lie as `x` does."""
-    if x.is_contiguous():
-        return torch.empty_like
-    return functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
-
-
 class Prepared:
     """See `dsmr_kernels.spec.Prepared`."""
 
-    __slots__ = ("_backwards", "_device", "_forward", "_generation", "_lse", "_out", "_plans", "_processors", "_rooms")
+    __slots__ = ("_as_wide", "_backwards", "_device", "_forward", "_generation", "_plans", "_processors")
 
     def __init__(self, inputs: Inputs) -> None:
         q, v = inputs.q, inputs.v
         _, self._plans = training.read(inputs)
         self._device, self._generation, self._processors = q.device, configs.generation, training.processors(q.device)
-        self._rooms = _room_like(q), _room_like(inputs.k), _room_like(v)
-        self._out: Callable[[Tensor], Tensor] = self._rooms[0]
-        if v.shape[3] != q.shape[3]:
-            shape, dtype, device = self._plans.out_shape, q.dtype, q.device
-            self._out = lambda q: torch.empty(shape, dtype=dtype, device=device)
-        self._lse = functools.partial(
-            torch.empty_strided, *self._plans.lse, dtype=torch.float32, device=q.device
-        )  # quicker than `torch.empty`
+        self._as_wide = v.shape[3] == q.shape[3]
         plan = self._plans.forward
         self._forward = None if plan.together is not None else plan.launch
         self._backwards: dict[Any, tuple[Any, ...]] = {}
@@ -58,9 +43,11 @@ class Prepared:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, stored: Stored | None) -> tuple[Tensor, Tensor]:
         """out and lse; `stored` lies as the memory of the call did that this was prepared from."""
-        out, lse, launch = self._out(q), self._lse(), self._forward
-        with launching.on(self._device):
-            stream = launching.stream_of(self._device)
+        plans, device, launch = self._plans, self._device, self._forward
+        out = room(q) if self._as_wide else torch.empty(plans.out_shape, dtype=q.dtype, device=device)
+        lse = torch.empty_strided(*plans.lse, dtype=torch.float32, device=device)
+        with launching.on(device):
+            stream = launching.stream_of(device)
             if launch is not None and launch.by_address and not hooked():
                 a, b, c, o, s = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
                 bits = a | b | c | o | s
@@ -74,7 +61,7 @@ class Prepared:
                 if not bits & 15:
                     launch.at(stream, a, b, c, *ring, a, a, a, o, s)
                     return out, lse
-            training.start_forward(stream, self._plans, _as_read(q, k, v, stored), out, lse)
+            training.start_forward(stream, plans, _as_read(q, k, v, stored), out, lse)
         return out, lse
 
     def backward(
@@ -93,9 +80,8 @@ class Prepared:
             whole = all(plan is not None and plan.together is None for plan in plans)
             found = self._backwards[key] = plans, whole
         plans, whole = found
-        of_q, of_k, of_v = self._rooms
-        dq, dk, dv = of_q(q) if needs[0] else None, of_k(k) if needs[1] else None, of_v(v) if needs[2] else None
-        delta = lse if plans[0] is None else torch.empty_like(lse)
+        dq, dk, dv = room(q) if needs[0] else None, room(k) if needs[1] else None, room(v) if needs[2] else None
+        delta = lse if plans[0] is None else room(lse)
         with launching.on(self._device):
             stream = launching.stream_of(self._device)
             if whole and plans[0].launch.by_address and plans[1].launch.by_address and not hooked():
