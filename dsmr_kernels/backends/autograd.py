@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dsmr_kernels.holding import Lease
 from dsmr_kernels.memory import MOVED, KVMemory, MemorySnapshot, in_backward
 from dsmr_kernels.spec import Alike, AttentionSpec, Gradients, Inputs, Needs, Prepared, Stored, layout, learning
 
