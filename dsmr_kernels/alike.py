@@ -6,8 +6,8 @@ of a kind leaves it for the next ones, under a key of everything that it follows
 (values, who needs a memory, the environment) is looked at in every call and has no place here. No tensor is kept.
 
 Of the calls of a training step, which a backend has prepared, even the key takes long to put together: they are known
-again by what `torch.compile` guards its graphs with, which looks at all tensors of a call in one step, where PyTorch has
-it.
+again by what `torch.compile` guards its graphs with, which looks at all tensors of a call in one step; where PyTorch
+has no such thing, by their key.
 """
 
 from typing import Any

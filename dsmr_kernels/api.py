@@ -11,7 +11,7 @@ from dsmr_kernels import alike, border, watch
 from dsmr_kernels.dispatch import Choice, asked_for, choose
 from dsmr_kernels.memory import KVMemory, MemorySnapshot, may_look
 from dsmr_kernels.ring import Ring
-from dsmr_kernels.spec import Alike, AttentionSpec, Inputs, layout, learning
+from dsmr_kernels.spec import Alike, AttentionSpec, Inputs, layout, learning, with_sinks
 from dsmr_kernels.visibility import VISIBILITIES
 
 
@@ -25,13 +25,6 @@ def _readable(memory: KVMemory | MemorySnapshot) -> Ring:
     view.k, view.v = k, v
     view.position = memory.position if memory.mark is None else memory.mark
     return view
-
-
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """The results of a softmax that one more logit a head takes part in, which has no value: all of a row is weighed
-    down by the same factor, so that it may be done afterwards."""
-    logits = sinks.to(lse.dtype)[:, None]  # [Hq, 1]
-    return (out * torch.sigmoid(lse - logits).unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, logits)
 
 
 def memory_attention(
@@ -211,7 +204,7 @@ def memory_attention(
     if watch.every:
         watch.attention(chosen, inputs, out, lse)
     if sinks is not None:
-        out, lse = _with_sinks(out, lse, sinks)
+        out, lse = with_sinks(out, lse, sinks)
     return (out, lse.to(torch.float32)) if return_lse else out
 
 

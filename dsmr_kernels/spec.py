@@ -1,4 +1,5 @@
-"""What a backend is told: the arguments of one attention call, checked and completed, and what its backward gives."""
+"""What a backend is told: the arguments of one attention call, checked and completed, and what its backward gives; and
+what is done to its results afterwards, whichever it is."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -57,6 +58,13 @@ def learning(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
     )
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The results of a softmax that one more logit a head takes part in, which has no value: all of a row is weighed
+    down by the same factor, so that it may be done afterwards."""
+    logits = sinks.to(lse.dtype)[:, None]  # [Hq, 1]
+    return (out * torch.sigmoid(lse - logits).unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, logits)
 
 
 class Inputs(NamedTuple):

@@ -153,7 +153,7 @@ def _gradients(
 
 
 class _SwiftNode(torch.autograd.Function):
-    """The node of a recorded call of `Swift`: of ((it, memory), q, k, v), as `_Node` but with nothing left to decide."""
+    """The node of a recorded call of `Swift`: of ((it, memory), q, k, v), as `_Node`, with nothing left to decide."""
 
     @staticmethod
     def forward(

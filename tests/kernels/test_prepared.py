@@ -1,4 +1,4 @@
-"""A call like an earlier one, which a backend has prepared, gives what the others give and keeps every promise of theirs.
+"""A call like an earlier one, which a backend has prepared, gives what others give and keeps their promises.
 
 `benchmarks.launch_cost` says what it costs.
 """
@@ -88,7 +88,7 @@ def test_no_call_of_another_kind_passes_for_it() -> None:
         assert_equal(other(), expected)
     with pytest.raises(ValueError, match="distance_buckets say nothing without distance_bias"):
         attend(case, distance_buckets=torch.zeros(1, dtype=torch.int64))
-    with pytest.raises(TypeError, match="horizon must be an integer, got 9.0"):
+    with pytest.raises(TypeError, match=r"horizon must be an integer, got 9\.0"):
         attend(case, horizon=9.0)
     whole = case.k, case.v
     case.k, case.v = (x.detach()[:, :, :4] for x in whole)
@@ -205,7 +205,7 @@ def test_an_inference_memory_is_refused_outside_also_once_it_was_known_inside() 
         case = random_case(batch=1, heads=2, kv_heads=1, queries=5, capacity=9, seen=[3], head_dim=16, horizon=9)
         case.memory = memory
         prepared(case)
-    with pytest.raises(ValueError, match="made under torch.inference_mode"):
+    with pytest.raises(ValueError, match=r"made under torch\.inference_mode"):
         attend(case)
 
 
