@@ -106,7 +106,7 @@ def recall(q: Any, k: Any, v: Any, memory: Any, *options: Any) -> Alike | None:
         kinds = _again.get((q.shape, type(memory), *options))
         if kinds is not None:
             if memory is None:
-                tensors = q, k, v
+                tensors: tuple[Any, ...] = q, k, v
             elif memory.mark is None and memory.k_scale is None and memory.v_scale is None:
                 tensors = q, k, v, memory.k, memory.v, memory.length, memory.position
             else:
@@ -128,7 +128,7 @@ def learn_again(kind: Alike, q: Tensor, k: Tensor, v: Tensor, memory: Ring | Non
     """
     if guards_of is None or (memory is not None and (memory.mark is not None or memory.storage()[2:])):
         return
-    tensors = (q, k, v)
+    tensors: tuple[Tensor, ...] = q, k, v
     if memory is not None:
         tensors += memory.k, memory.v, memory.length, memory.position
     if any(type(x) not in _PLAIN for x in tensors):
