@@ -23,6 +23,7 @@ from dsmr.corpus.pool import cores
 
 CALLERS = {  # whatever runs inside of these
     "_Node": "attention",
+    "_SwiftNode": "attention",
     "_NodeBackward": "attention",
     "Optimizer.step#AdamW.step": "AdamW",
     CLIPPING: "clipping",

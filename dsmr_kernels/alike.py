@@ -4,6 +4,10 @@ A step of training makes the same calls again and again, on other tensors. That 
 serves them and what it launches is the same each time, and takes longer to find out than to launch: here the first call
 of a kind leaves it for the next ones, under a key of everything that it follows from. What follows from anything else
 (values, who needs a memory, the environment) is looked at in every call and has no place here. No tensor is kept.
+
+Of the calls of a training step, which a backend has prepared, even the key takes long to put together: they are known
+again by what `torch.compile` guards its graphs with, which looks at all tensors of a call in one step; where PyTorch
+has no such thing, by their key.
 """
 
 from typing import Any
@@ -14,8 +18,17 @@ from torch import Tensor
 from dsmr_kernels.ring import Ring
 from dsmr_kernels.spec import Alike
 
+guards_of: Any
+try:
+    from torch._C._dynamo.guards import TensorGuards as guards_of
+except ImportError:
+    guards_of = None
+
 _MOST = 4096  # kinds of calls; beyond, all are found out anew
 _known: dict[tuple[Any, ...], Alike] = {}
+_FEW = 4  # kinds of calls with the same options and shapes: by strides, by who learns, by autocast
+# Options and shapes -> kinds, each with what says whether tensors are as theirs.
+_again: dict[tuple[Any, ...], list[tuple[Any, Alike]]] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may be anything, sizes without a number included
 
 
@@ -28,7 +41,8 @@ def _of_memory(memory: Ring) -> tuple[Any, ...]:
     return (
         type(memory), memory.mark is None, k.is_inference() and not torch.is_inference_mode_enabled(),
         k.dtype, k.device, k.shape, k.stride(), v.dtype, v.device, v.shape, v.stride(),
-        length.dtype, length.device, length.shape, position.dtype, position.device, position.shape, scales,
+        length.dtype, length.device, length.shape, length.stride(),
+        position.dtype, position.device, position.shape, position.stride(), scales,
     )  # fmt: skip
 
 
@@ -86,6 +100,52 @@ def keep(key: tuple[Any, ...], kind: Alike) -> Alike | None:
     return kind
 
 
+def recall(q: Any, k: Any, v: Any, memory: Any, *options: Any) -> Alike | None:
+    """What `learn_again` was told of a call like this one."""
+    try:
+        kinds = _again.get((q.shape, type(memory), *options))
+        if kinds is not None:
+            if memory is None:
+                tensors: tuple[Any, ...] = q, k, v
+            elif memory.mark is None and memory.k_scale is None and memory.v_scale is None:
+                tensors = q, k, v, memory.k, memory.v, memory.length, memory.position
+            else:
+                return None
+            for are_alike, kind in kinds:
+                if are_alike(*tensors):
+                    return kind
+    except (AttributeError, RuntimeError, TypeError):  # whatever is the matter: it is said by who looks closely
+        pass
+    return None
+
+
+def learn_again(kind: Alike, q: Tensor, k: Tensor, v: Tensor, memory: Ring | None, *options: Any) -> None:
+    """Have `recall` know calls like this one, which is of a kind that was kept.
+
+    It then knows tensors by type, dtype, device, shape, strides, by whether they require a gradient, and by what else
+    PyTorch would dispatch them by: none that a transform has wrapped, an inference tensor or one under autocast passes
+    for one that is none.
+    """
+    if guards_of is None or (memory is not None and (memory.mark is not None or memory.storage()[2:])):
+        return
+    tensors: tuple[Tensor, ...] = q, k, v
+    if memory is not None:
+        tensors += memory.k, memory.v, memory.length, memory.position
+    if any(type(x) not in _PLAIN for x in tensors):
+        return
+    sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+    are_alike = guards_of(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    if not are_alike(*tensors):  # as where one of them is there twice
+        return
+    if len(_again) >= _MOST:
+        _again.clear()
+    kinds = _again.setdefault((q.shape, type(memory), *options), [])
+    if len(kinds) >= _FEW:
+        kinds.clear()
+    kinds.append((are_alike, kind))
+
+
 def forget() -> None:
     """As in a process that begins."""
     _known.clear()
+    _again.clear()

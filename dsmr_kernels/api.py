@@ -11,7 +11,7 @@ from dsmr_kernels import alike, border, watch
 from dsmr_kernels.dispatch import Choice, asked_for, choose
 from dsmr_kernels.memory import KVMemory, MemorySnapshot, may_look
 from dsmr_kernels.ring import Ring
-from dsmr_kernels.spec import Alike, AttentionSpec, Inputs, layout, learning
+from dsmr_kernels.spec import Alike, AttentionSpec, Inputs, layout, learning, with_sinks
 from dsmr_kernels.visibility import VISIBILITIES
 
 
@@ -25,13 +25,6 @@ def _readable(memory: KVMemory | MemorySnapshot) -> Ring:
     view.k, view.v = k, v
     view.position = memory.position if memory.mark is None else memory.mark
     return view
-
-
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """The results of a softmax that one more logit a head takes part in, which has no value: all of a row is weighed
-    down by the same factor, so that it may be done afterwards."""
-    logits = sinks.to(lse.dtype)[:, None]  # [Hq, 1]
-    return (out * torch.sigmoid(lse - logits).unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, logits)
 
 
 def memory_attention(
@@ -120,11 +113,27 @@ def memory_attention(
     by_row, with_lse = isinstance(segment_offset, Tensor), return_lse or sinks is not None
     key = kind = None
     if not compiling:
-        key = alike.attention_key(
-            q, k, v, memory, horizon, segment_length, by_row, None if by_row else segment_offset, visibility,
-            detach_segments, scale, with_lse, asked, biased,
+        options = (
+            horizon, segment_length, by_row, None if by_row else segment_offset, visibility, detach_segments, scale,
+            with_lse, asked, biased,
         )  # fmt: skip
-        kind = alike.found(key)
+        plain = not (by_row or with_lse or biased or watch.every)
+        plain = plain and piece_start is None and alibi_slopes is None and distance_buckets is None
+        types = type(horizon), type(segment_length), type(segment_offset), type(scale)
+        kind = alike.recall(q, k, v, memory, options, types) if plain else None
+        swift = None if kind is None else kind.swift
+        if kind is None:
+            key = alike.attention_key(q, k, v, memory, *options)
+            kind = alike.found(key)
+            if plain and kind is not None and kind.swift and kind.swift.suits(q, k, v):
+                swift = kind.swift
+                alike.learn_again(kind, q, k, v, memory, options, types)
+        if swift and kind is not None and kind.choice.stands():
+            if isinstance(memory, KVMemory):
+                memory.check_read()
+            swiftly: Tensor | None = swift(q, k, v, memory)
+            if swiftly is not None:
+                return swiftly
     if kind is None:
         border.check_query(q)
         border.check_keys(q, k, v)
@@ -195,7 +204,7 @@ def memory_attention(
     if watch.every:
         watch.attention(chosen, inputs, out, lse)
     if sinks is not None:
-        out, lse = _with_sinks(out, lse, sinks)
+        out, lse = with_sinks(out, lse, sinks)
     return (out, lse.to(torch.float32)) if return_lse else out
 
 

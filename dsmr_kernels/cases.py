@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dsmr_kernels.memory import KVMemory
-from dsmr_kernels.spec import AttentionSpec, Inputs
+from dsmr_kernels.spec import AttentionSpec, Inputs, with_sinks
 
 
 @dataclass
 class Case:
     """The inputs of one `memory_attention` call and the gradients that come from above, of out and perhaps of lse;
-    `learning` names those of q, k, v and b, the bias by distance, whose gradients are asked for."""
+    `learning` names those of q, k, v, b, the bias by distance, and s, the sinks, whose gradients are asked for."""
 
     q: Tensor
     k: Tensor
@@ -30,32 +30,33 @@ class Case:
         memory = None if self.memory is None else self.memory.to(device=device, dtype=dtype)
         q, k, v, grad = (x.to(device=device, dtype=dtype) for x in (self.q, self.k, self.v, self.grad))
         options = {name: x.to(device=device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
-        if dtype is not None and "distance_bias" in options:
-            options["distance_bias"] = options["distance_bias"].to(torch.promote_types(dtype, torch.float32))
+        for name in ("distance_bias", "sinks"):
+            if dtype is not None and name in options:
+                options[name] = options[name].to(torch.promote_types(dtype, torch.float32))
         grad_lse = None if self.grad_lse is None else self.grad_lse.to(device=device)
         return replace(self, q=q, k=k, v=v, memory=memory, grad=grad, options=options, grad_lse=grad_lse)
 
     def differentiated(self, call: Callable[..., Any]) -> dict[str, Tensor]:
-        """out and lse of `call(q, k, v)`, and the gradients that are asked for: dq, dk, dv, db. Where there is a bias
-        by distance, `call` is given that, too, as `distance_bias`."""
+        """out and lse of `call(q, k, v)`, and the gradients that are asked for: dq, dk, dv, db, ds. Of a bias by
+        distance and of sinks `call` is given those that there are, too, as `distance_bias` and `sinks`."""
         inputs = {name: getattr(self, name).detach() for name in "qkv"}
-        if "distance_bias" in self.options:
-            inputs["distance_bias"] = self.options["distance_bias"].detach()
-        leaves = [inputs["distance_bias" if name == "b" else name].requires_grad_() for name in self.learning]
+        named = {"b": "distance_bias", "s": "sinks"}
+        inputs |= {name: self.options[name].detach() for name in named.values() if name in self.options}
+        leaves = [inputs[named.get(name, name)].requires_grad_() for name in self.learning]
         out, lse = call(**inputs)
         results, grads = [out], [self.grad]
         if self.grad_lse is not None:
             results, grads = [out, lse], [self.grad, self.grad_lse]
         found = torch.autograd.grad(results, leaves, grads)
-        named = {f"d{name}": x for name, x in zip(self.learning, found, strict=True)}
-        return {"out": out.detach(), "lse": lse.detach().float(), **named}
+        grads_by_name = {f"d{name}": x for name, x in zip(self.learning, found, strict=True)}
+        return {"out": out.detach(), "lse": lse.detach().float(), **grads_by_name}
 
     def computed_by(self, memory_attention: Callable[..., Any], **how: Any) -> dict[str, Tensor]:
         """The same of a backend's own `memory_attention`, unchecked; `how` is what that one takes beyond the others."""
         options: dict[str, Any] = {"segment_length": None, "segment_offset": 0, "visibility": "segment"}
         options |= {"detach_segments": True} | self.options
-        names = ("piece_start", "alibi_slopes", "distance_bias", "distance_buckets")
-        piece_start, alibi, _, buckets = (options.pop(name, None) for name in names)
+        names = ("piece_start", "alibi_slopes", "distance_bias", "distance_buckets", "sinks")
+        piece_start, alibi, _, buckets, _ = (options.pop(name, None) for name in names)
         offsets = options["segment_offset"] if isinstance(options["segment_offset"], Tensor) else None
         if offsets is not None:
             options["segment_offset"] = 0
@@ -63,9 +64,12 @@ class Case:
             options["scale"] = self.q.shape[-1] ** -0.5
         spec = AttentionSpec(**options, return_lse=True)
 
-        def call(q: Tensor, k: Tensor, v: Tensor, distance_bias: Tensor | None = None) -> Any:
+        def call(
+            q: Tensor, k: Tensor, v: Tensor, distance_bias: Tensor | None = None, sinks: Tensor | None = None
+        ) -> Any:
             inputs = Inputs(q, k, v, self.memory, piece_start, alibi, offsets, distance_bias, buckets, spec)
-            return memory_attention(inputs, **how)
+            out, lse = memory_attention(inputs, **how)
+            return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
 
         return self.differentiated(call)
 

@@ -45,6 +45,10 @@ class MemorySnapshot(Ring):
 
     __copy__ = held
 
+    def leased_anew(self) -> Lease | None:
+        """Another lease of what it shows, for who keeps its tensors; None if no memory shares them."""
+        return None if self._lease is None else Lease(self._lease.holders)
+
     def let_go(self) -> None:
         """Keep the memory from copying for this view's sake: for a holder who will hardly look again."""
         self._lease = None
@@ -202,6 +206,10 @@ class KVMemory(Ring):
             view._lease = Lease(self._holders)
         return view
 
+    def leased_anew(self) -> Lease | None:
+        """For who keeps its tensors, as `held` does: while it lives, the memory copies before it writes."""
+        return Lease(self._holders)
+
     @property
     def moved(self) -> bool:
         """Whether anything was ever written to it, so that a recomputation cannot know what it was."""
@@ -214,7 +222,9 @@ class KVMemory(Ring):
         Raises:
             RuntimeError: see above. In compiled code the attention operators see to it.
         """
-        if not torch.compiler.is_compiling() and in_backward() and self._written not in (None, this_backward()):
+        if torch.compiler.is_compiling() or self._written is None:
+            return
+        if in_backward() and self._written != this_backward():
             raise RuntimeError(MOVED)
 
     def note_graph_read(self) -> None:

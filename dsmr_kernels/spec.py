@@ -1,6 +1,7 @@
-"""What a backend is told: the arguments of one attention call, checked and completed, and what its backward gives."""
+"""What a backend is told: the arguments of one attention call, checked and completed, and what its backward gives; and
+what is done to its results afterwards, whichever it is."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,9 +35,11 @@ class Alike:
         negated: whether q was, since the scale was negative.
         choice: the backend's, see `dsmr_kernels.dispatch.Choice`.
         plans: what the backend has worked out; its own affair.
+        swift: what computes those of them in which nothing takes part but q, k, v and memory: of these out, or None
+            where it is to be asked for as others are. None itself if there is none yet, False if there can be none.
     """
 
-    __slots__ = ("choice", "layout", "negated", "plans", "spec")
+    __slots__ = ("choice", "layout", "negated", "plans", "spec", "swift")
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class Alike:
     ) -> None:
         self.choice, self.spec, self.layout, self.negated = choice, spec, layout, negated
         self.plans: dict[Any, Any] = {}
+        self.swift: Any = None
 
 
 def learning(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
@@ -54,6 +58,13 @@ def learning(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
     )
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The results of a softmax that one more logit a head takes part in, which has no value: all of a row is weighed
+    down by the same factor, so that it may be done afterwards."""
+    logits = sinks.to(lse.dtype)[:, None]  # [Hq, 1]
+    return (out * torch.sigmoid(lse - logits).unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, logits)
 
 
 class Inputs(NamedTuple):
@@ -94,6 +105,27 @@ class Needs(NamedTuple):
     k: bool = True
     v: bool = True
     bias: bool = False
+
+
+Stored = tuple[Tensor, Tensor, Tensor, Tensor]
+"""k, v, length and position of a memory."""
+
+
+class Prepared(Protocol):
+    """Calls of one kind in which nothing takes part but q, k, v and a memory in their dtype, as a backend has prepared
+    them: what follows from their kind is no longer asked."""
+
+    def stands(self) -> bool:
+        """Whether it is still what the backend would do."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, stored: Stored | None) -> tuple[Tensor, Tensor]:
+        """out and lse."""
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, stored: Stored | None, out: Tensor, lse: Tensor, grad: Tensor,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:  # fmt: skip
+        """The gradients of q, k and v that are needed; None if the gradient of out lies in no way that is served."""
 
 
 class Gradients(NamedTuple):

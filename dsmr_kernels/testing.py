@@ -25,10 +25,10 @@ __all__ = [
 
 
 def run(case: Case, backend: str) -> dict[str, Tensor]:
-    """out, lse and the gradients of q, k and v, and of a bias by distance."""
+    """out, lse and the gradients of q, k and v, and of a bias by distance and sinks."""
     return case.differentiated(
-        lambda q, k, v, **bias: memory_attention(
-            q, k, v, case.memory, **(case.options | bias), return_lse=True, backend=backend
+        lambda q, k, v, **learned: memory_attention(
+            q, k, v, case.memory, **(case.options | learned), return_lse=True, backend=backend
         )
     )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsmr_kernels.memory import MOVED, KVMemory, MemorySnapshot, in_backward
-from dsmr_kernels.spec import AttentionSpec, Gradients, Inputs, Needs, layout, learning
+from dsmr_kernels.spec import Alike, AttentionSpec, Gradients, Inputs, Needs, Prepared, Stored, layout, learning
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,15 @@ class Method:
         backward: (Inputs, plan or None, out and lse or None, gradient of out, gradient of lse or None, what is needed)
             -> Gradients.
         keeps_result: whether the backward wants out and lse; they are then kept.
+        prepare: Inputs of a call in which nothing takes part but q, k, v and memory -> what serves calls like it from
+            then on, or None if there is nothing; such a method keeps its results and has no plan.
     """
 
     name: str
     forward: Callable[[Inputs], tuple[Tensor, Tensor | None, Any]]
     backward: Callable[[Inputs, Any, tuple[Tensor, Tensor] | None, Tensor, Tensor | None, Needs], Gradients]
     keeps_result: Callable[[Inputs], bool]
+    prepare: Callable[[Inputs], Prepared | None] | None = None
 
 
 @contextlib.contextmanager
@@ -76,6 +79,12 @@ class _Backward(torch.autograd.Function):
         )
 
 
+WRITTEN = (
+    "the memory of a memory_attention call was written to in place before the call's backward ran: write through "
+    "KVMemory, which keeps what a first backward needs, and hold a snapshot for a second one"
+)
+
+
 class _Memory:
     """The memory that a recorded call has read, as it was, and the promise that nobody has written to it since."""
 
@@ -87,10 +96,7 @@ class _Memory:
 
     def unchanged(self) -> MemorySnapshot:
         if self.view.versions() != self.versions:
-            raise RuntimeError(
-                "the memory of a memory_attention call was written to in place before the call's backward ran: write "
-                "through KVMemory, which keeps what a first backward needs, and hold a snapshot for a second one"
-            )
+            raise RuntimeError(WRITTEN)
         return self.view
 
 
@@ -118,20 +124,107 @@ class _Node(torch.autograd.Function):
             if grad_lse is None:
                 return (None,) * (2 + len(needed))
             grad = q.new_zeros((*q.shape[:3], v.shape[3]))
-        if kind is not None and kind.layout != layout(q, k, v):
-            kind = None  # hooks on what is saved may have brought it back in another layout
-        needs = Needs(*needed)
         inputs = Inputs(q, k, v, memory, piece_start, alibi, offsets, bias, buckets, spec, True, False, kind)
-        if torch.is_grad_enabled():
-            rest = inputs._replace(q=None, k=None, v=None, bias=None)  # type: ignore[arg-type]
-            tensors = (q, k, v, inputs.bias, grad, grad_lse, *result)
-            found = iter(_Backward.apply(method, plan, rest, needs, len(result), *tensors))
-            grads = Gradients(*(next(found) if need else None for need in needs))
-        else:
-            grads = _backward(method, inputs, plan, result, grad, grad_lse, needs)
+        grads = _gradients(method, inputs, plan, result, grad, grad_lse, Needs(*needed))
         if read is not None:  # it may be overwritten from here on; a second backward would notice
             read.view.let_go()
         return None, None, *grads[: len(needed)]
+
+
+def _gradients(
+    method: Method,
+    inputs: Inputs,
+    plan: Any,
+    result: Sequence[Tensor],
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    """The gradients of a recorded call, from what it has kept."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if inputs.alike is not None and inputs.alike.layout != layout(q, k, v):
+        inputs = inputs._replace(alike=None)  # hooks on what is saved may have brought it back in another layout
+    if not torch.is_grad_enabled():
+        return _backward(method, inputs, plan, result, grad, grad_lse, needs)
+    rest = inputs._replace(q=None, k=None, v=None, bias=None)  # type: ignore[arg-type]
+    tensors = (q, k, v, inputs.bias, grad, grad_lse, *result)
+    found = iter(_Backward.apply(method, plan, rest, needs, len(result), *tensors))
+    return Gradients(*(next(found) if need else None for need in needs))
+
+
+class _SwiftNode(torch.autograd.Function):
+    """The node of a recorded call of `Swift`: of ((it, memory), q, k, v), as `_Node`, with nothing left to decide."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: tuple["Swift", KVMemory | MemorySnapshot | None], q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        swift, memory = call
+        stored = versions = lease = None
+        if memory is not None:
+            stored = a, b, c, d = memory.k, memory.v, memory.length, memory.position
+            versions, lease = (a._version, b._version, c._version, d._version), memory.leased_anew()
+        out, lse = swift.prepared.forward(q, k, v, stored)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.kept = swift, stored, versions, lease
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        swift, stored, versions, lease = ctx.kept
+        q, k, v, out, lse = ctx.saved_tensors
+        if stored is not None:
+            a, b, c, d = stored
+            if (a._version, b._version, c._version, d._version) != versions:
+                raise RuntimeError(WRITTEN)
+        if grad is None:
+            return None, None, None, None
+        grads = swift.gradients(q, k, v, stored, out, lse, grad, ctx.needs_input_grad[1:])
+        if lease is not None:  # as of `_Node`
+            ctx.kept = swift, stored, versions, None
+        return None, *grads
+
+
+class Swift:
+    """Calls of one kind, by what a method has `prepared` for them."""
+
+    __slots__ = ("kind", "method", "prepared", "strides")
+
+    def __init__(self, method: Method, prepared: Prepared, kind: Alike) -> None:
+        self.method, self.prepared, self.kind, self.strides = method, prepared, kind, kind.layout[:3]
+
+    @staticmethod
+    def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether neither a transform is at work nor has one left one of these behind."""
+        return not (
+            torch._C._are_functorch_transforms_active() or _of_transforms(q) or _of_transforms(k) or _of_transforms(v)
+        )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, memory: KVMemory | MemorySnapshot | None) -> Tensor | None:
+        """out of tensors that it `suits`; None once it is outdated."""
+        if not self.prepared.stands():
+            self.kind.swift = None
+            return None
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return cast(Tensor, _apply_swift((self, memory), q, k, v))
+        stored = None if memory is None else (memory.k, memory.v, memory.length, memory.position)
+        return self.prepared.forward(q, k, v, stored)[0]
+
+    def gradients(
+        self, q: Tensor, k: Tensor, v: Tensor, stored: Stored | None, out: Tensor, lse: Tensor, grad: Tensor,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        as_saved = (q.stride(), k.stride(), v.stride()) == self.strides and out.is_contiguous() and lse.is_contiguous()
+        if as_saved and not torch.is_grad_enabled():
+            found = self.prepared.backward(q, k, v, stored, out, lse, grad, needs)
+            if found is not None:
+                return found
+        spec = self.kind.spec
+        assert spec is not None
+        memory = None if stored is None else MemorySnapshot(*stored)
+        inputs = Inputs(q, k, v, memory, None, None, None, None, None, spec, True, False, self.kind)
+        return _gradients(self.method, inputs, None, (out, lse), grad, None, Needs(*needs))[:3]
 
 
 class _NodeOfTransforms(torch.autograd.Function):
@@ -196,6 +289,7 @@ def _backward(
 # What `_Node.apply` comes to where neither `torch.func` nor what it has left behind is there: finding that out takes it
 # half as long as the rest.
 _apply: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
+_apply_swift: Callable[..., Any] = super(torch.autograd.Function, _SwiftNode).apply
 _of_transforms = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -294,6 +388,14 @@ def _register(method: Method) -> Callable[..., tuple[Tensor, Tensor]]:
     return forward
 
 
+def _prepare(method: Method, inputs: Inputs, kind: Alike) -> None:
+    """Have calls like this one be `Swift` from now on, if they can be."""
+    if inputs.piece_start is None and inputs.alibi is None and inputs.offsets is None and inputs.bias is None:
+        assert method.prepare is not None
+        prepared = None if inputs.spec.return_lse or kind.negated else method.prepare(inputs)
+        kind.swift = False if prepared is None else Swift(method, prepared, kind)
+
+
 def attention_by(method: Method) -> Callable[[Inputs], tuple[Tensor, Tensor | None]]:
     """`memory_attention` of a backend that computes by `method`."""
     operator = _register(method)
@@ -315,6 +417,8 @@ def attention_by(method: Method) -> Callable[[Inputs], tuple[Tensor, Tensor | No
                 wrapped = _of_transforms(q) or _of_transforms(k) or _of_transforms(v) or bias is not None
                 result = (_Node.apply if wrapped else _apply)(method, inputs, *learned)
                 out, lse = result if inputs.spec.return_lse else (result, None)
+        if method.prepare is not None and inputs.alike is not None and inputs.alike.swift is None:
+            _prepare(method, inputs, inputs.alike)
         return out, lse if inputs.spec.return_lse else None
 
     return memory_attention

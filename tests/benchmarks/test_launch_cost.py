@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks.launch_cost import why_not
+from benchmarks.launch_cost import FLOOR, why_not
 
 
 def _environment() -> dict[str, str]:
@@ -23,8 +23,13 @@ def test_it_measures_forward_backward_and_a_decode_step(monkeypatch: pytest.Monk
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=_environment())
     assert result.returncode == 0, result.stderr
     found = dict(re.findall(r"(\S.*?) +([\d.]+) µs", result.stdout))
-    assert set(found) == {"forward", "forward and backward", "decode step", "decode step, split"}
-    assert 0 < float(found["forward"]) < float(found["forward and backward"])
+    assert set(found) == {"forward", FLOOR, "forward and backward", "decode step", "decode step, split"}
+    both, floor = float(found["forward and backward"]), float(found[FLOOR])
+    assert 0 < float(found["forward"]) < both
+    over = re.search(r"forward and backward over its floor: ([\d.]+)", result.stdout)
+    assert over is not None
+    assert float(over[1]) == pytest.approx(both / floor, rel=0.01)
+    assert floor < both
 
 
 def test_under_the_interpreter_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

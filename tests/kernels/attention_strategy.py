@@ -1,5 +1,7 @@
 """Hypothesis draws calls of `memory_attention` from the whole argument space; every backend is tested with them."""
 
+from typing import Any
+
 import torch
 from attention_cases import pieces
 from hypothesis import strategies as st
@@ -42,12 +44,13 @@ def attention_calls(
 ) -> Case:
     """Any call: sizes, memory, visibility, pieces, ALiBi, bias, layouts; at most `most_heads` rows times heads.
 
-    With `more` also a memory in int8, values of another width, offsets of the rows' own, a gradient of the
-    log-sum-exp, and gradients that nobody asks for.
+    With `more` also a memory in int8, values of another width, offsets of the rows' own, learned sinks, a gradient of
+    the log-sum-exp, and gradients that nobody asks for.
     """
     kv_heads = draw(st.integers(1, 2))
     group = draw(st.integers(1, min(3, most_heads // kv_heads)))
-    batch = draw(st.integers(1, max(1, min(3, most_heads // (kv_heads * group)))))
+    heads = kv_heads * group
+    batch = draw(st.integers(1, max(1, min(3, most_heads // heads))))
     tokens = draw(st.integers(1, most_tokens))
     queries = draw(st.integers(0, tokens))
     length = draw(st.none() | st.integers(1, 20) | st.just(1 << 40))
@@ -61,16 +64,18 @@ def attention_calls(
     if draw(st.booleans()):
         options["piece_start"] = _piece_starts(draw, batch, tokens)
     if draw(st.booleans()):
-        options["alibi_slopes"] = torch.rand(
-            kv_heads * group, generator=torch.Generator().manual_seed(draw(st.integers(0, 9)))
-        )
+        options["alibi_slopes"] = torch.rand(heads, generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))
     biased = draw(st.booleans())
-    extras: dict[str, object] = {}
+    extras: dict[str, Any] = {}
     if more:
         extras["stored"] = draw(st.sampled_from([None, torch.int8]))
         extras["v_head_dim"] = draw(st.none() | st.sampled_from([16, 24, 40]))
         extras["learning"] = draw(st.sampled_from(["q", "k", "v", "qk", "kv", "qkv"])) + "b" * biased
         extras["lse_gradient"] = extras["learning"] != "v" and draw(st.booleans())  # of v lse does not depend
+        if draw(st.booleans()):
+            logits = st.lists(st.sampled_from([-50.0, -1.0, 0.0, 2.0, 50.0]), min_size=heads, max_size=heads)
+            options["sinks"] = torch.tensor(draw(logits))
+            extras["learning"] += "s"
         if draw(st.booleans()):
             most = min(length or 20, 20) - 1
             options["segment_offset"] = torch.tensor(
@@ -78,7 +83,7 @@ def attention_calls(
             )
     case = random_case(
         batch=batch,
-        heads=kv_heads * group,
+        heads=heads,
         kv_heads=kv_heads,
         queries=queries,
         tokens=tokens,

@@ -5,9 +5,9 @@
     python tests/kernels/random_calls.py --calls decoding --minutes 60             # `decode_attention`, what it stores
     python tests/kernels/random_calls.py --backend sdpa --minutes 60
 
-Draws what `attention_strategy` or `decoding_strategy` draws, every turn from another seed, and in every other turn with
-grids so small that programs share their tiles, or a ring its splits. Ends at the first call that errs, with its
-arguments and the seed that finds it again.
+Draws what `attention_strategy` or `decoding_strategy` draws, sinks included, every turn from another seed, and in every
+other turn with grids so small that programs share their tiles, or a ring its splits. Ends at the first call that errs,
+with its arguments and the seed that finds it again.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from decoding_strategy import Step, assert_step_agrees_with_oracle, decoding_ste
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
+from dsmr_kernels import memory_attention
 from dsmr_kernels.cases import Case
 from dsmr_kernels.testing import assert_agrees_with_oracle
 
@@ -49,9 +50,26 @@ def _turn(
         agrees(call, backend)
         counts["calls"] += 1
         counts["with a bias"] += "distance_bias" in call.options
+        counts["with sinks"] += "sinks" in call.options
         counts["with an int8 memory"] += call.memory is not None and call.memory.k.dtype == torch.int8
 
     calls()
+
+
+def _plain_results(case: Case, backend: str) -> list[torch.Tensor]:
+    leaves = {name: getattr(case, name).detach() for name in "qkv"}
+    wanted = [leaves[name].requires_grad_() for name in case.learning]
+    out = memory_attention(*leaves.values(), case.memory, **case.options, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, wanted, case.grad)]
+
+
+def assert_agrees(case: Case, backend: str) -> None:
+    """With the oracle, and where such calls are prepared, the third with the first, bit for bit."""
+    assert_agrees_with_oracle(case, backend)
+    besides = ("piece_start", "alibi_slopes", "distance_bias", "sinks")
+    if not (isinstance(case.options["segment_offset"], torch.Tensor) or any(name in case.options for name in besides)):
+        first, _, third = [_plain_results(case, backend) for _ in range(3)]
+        assert all(torch.equal(x, y) for x, y in zip(first, third, strict=True)), "a prepared call gives other bits"
 
 
 def _processors(count: int, device: torch.device) -> int:
@@ -76,11 +94,11 @@ def main() -> int:
     how: dict[str, Any] = {"dtypes": (torch.bfloat16, torch.float16) if VIRTUAL else (torch.float32, torch.float16)}
     how["head_dims"] = (16, 20) if asked.backend == "triton" else (1, 8, 10, 16)
     if asked.calls == "attention":
-        drawn, agrees = attention_calls(**how, most_tokens=36, most_heads=2, more=True), assert_agrees_with_oracle
+        drawn, agrees = attention_calls(**how, most_tokens=36, most_heads=2, more=True), assert_agrees
     else:
         drawn, agrees = decoding_steps(**how), assert_step_agrees_with_oracle
     usual = training.LEAST_KEYS, training.LEAST_QUERIES
-    counts = {"calls": 0, "with a bias": 0, "with an int8 memory": 0, "with shared tiles": 0}
+    counts = {"calls": 0, "with a bias": 0, "with sinks": 0, "with an int8 memory": 0, "with shared tiles": 0}
     end, said, number = time.monotonic() + 60 * asked.minutes, time.monotonic(), asked.seed
     while time.monotonic() < end:
         shared = number % 2 == 1

@@ -195,8 +195,9 @@ def test_tensors_that_hooks_bring_back_in_another_layout_give_the_same_gradients
 
 
 def calls_of_ours(call: Callable[[], object]) -> int:
-    """How many functions of this package the second of two calls runs."""
-    call()
+    """How many functions of this package the last of four calls runs."""
+    for _ in range(3):  # it is found out, prepared, and known again
+        call()
     seen: list[str] = []
 
     def noted(frame: Any, event: str, argument: Any) -> None:
@@ -237,6 +238,6 @@ def test_little_is_done_in_python_where_a_call_is_like_an_earlier_one(monkeypatc
         forward = calls_of_ours(lambda: attend(case, backend="triton"))
         stepped = calls_of_ours(step)
     # As counted, and a little room.
-    assert forward <= 28
-    assert calls_of_ours(both) <= 58
-    assert stepped <= 46
+    assert forward <= 18
+    assert calls_of_ours(both) <= 34
+    assert stepped <= 43

@@ -2,7 +2,8 @@
 
 `primitives` holds the visibility rule for a tile, `walk` its way over its keys, `forward` and `backward` the kernels,
 `splits` the sharing of tiles in small grids, `bias` the kernels of a learned bias by distance, `configs` tile sizes by
-architecture, `launch` the way to the GPU, `training` that of one call and `limits` how far it reaches; `decode` serves
+architecture, `launch` the way to the GPU, `training` that of one call, `prepared` the short one of a call like an
+earlier one, and `limits` how far it reaches; `decode` serves
 the newest tokens alone, `step` stores them before, `arrivals` tells which program of several is the last; `tuned` reads
 measured tile sizes. `hopper` and `descriptors` are forwards for Hopper that are asked for, `stretches` their way over
 the keys, and `bulk` the way to them.
@@ -20,6 +21,7 @@ from dsmr_kernels.backends.triton import training
 from dsmr_kernels.backends.triton.configs import DTYPES, HEAD_DIMS
 from dsmr_kernels.backends.triton.decode import decode_attention
 from dsmr_kernels.backends.triton.launch import INTERPRETED
+from dsmr_kernels.backends.triton.prepared import prepare
 from dsmr_kernels.backends.triton.step import append_rotated
 from dsmr_kernels.spec import Gradients, Inputs, Needs
 
@@ -61,4 +63,4 @@ def _backward(
     return training.backward(inputs, *result, grad, grad_lse, needs)
 
 
-memory_attention = attention_by(Method("triton", _forward, _backward, lambda inputs: True))
+memory_attention = attention_by(Method("triton", _forward, _backward, lambda inputs: True, prepare))

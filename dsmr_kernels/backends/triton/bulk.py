@@ -104,9 +104,14 @@ def unsupported(inputs: Inputs) -> str | None:
     return None
 
 
+def asked_for() -> bool:
+    """Whether these kernels may be to serve any call."""
+    return bool(serving or _trying)
+
+
 def tile_for(inputs: Inputs) -> Tile | None:
     """The tile with which these kernels compute a call that they are to serve; None leaves it to the others."""
-    if not (serving or _trying):
+    if not asked_for():
         return None
     q = inputs.q
     if _trying:

@@ -55,7 +55,7 @@ _hooks = triton.knobs.runtime
 _address = Tensor.data_ptr
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether somebody, as a profiler, wants to be told of launches."""
     enter, leave = _hooks.launch_enter_hook, _hooks.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
@@ -71,6 +71,22 @@ def _specialised(kernel: Any, tensors: int) -> tuple[list[int], list[int]]:
     if they are 1 or a multiple of 16."""
     watched = [i for i, p in enumerate(kernel.params) if not (p.is_constexpr or p.do_not_specialize)]
     return [i for i in watched if i < tensors], [i - tensors for i in watched if i >= tensors]
+
+
+def _straight(compiled: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """What Triton 3.7's launcher for NVIDIA's parts calls, in C, and what it hands over between stream and arguments,
+    of a kernel that needs no scratch memory; None of any other.
+
+    In Python it then does nothing but to find that out, at every launch, for as long as the call itself takes.
+    """
+    run = compiled.run
+    if not triton.__version__.startswith("3.7.") or type(run).__name__ != "CudaLauncher":
+        return None
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None
+    before = compiled.function, run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata
+    nothing = (None,) * 5  # no metadata for hooks, none of the two hooks, none of the two scratch memories
+    return run.launch, (*before, *nothing, run.arg_annotations, run.kernel_signature)
 
 
 class Launch:
@@ -94,7 +110,10 @@ class Launch:
     ) -> None:
         self.kernel, self.grid, self.device, self.numbers = kernel, grid, device, numbers
         self.constants, self.options = constants, options
+        self.by_address = False  # whether whoever has addresses may call `at`
         self._run: Any = None  # Triton's launcher, called as Triton itself calls it
+        self._straight: Any = None  # what that one calls in turn, where it is known to do nothing else
+        self._arguments: tuple[Any, ...] = ()  # of it, between stream and addresses
         self._runner: Any = None  # what Triton offers for calling it, which tells hooks, too
         self._loaded: tuple[Any, ...] = ()  # the launcher's arguments between stream and addresses
         self._behind: tuple[Any, ...] = ()  # and those behind the addresses
@@ -125,10 +144,10 @@ class Launch:
         large = _AMD and any(x.untyped_storage().nbytes() >> 31 for x in tensors)
         known = self._key is not None and not (bits & 15 or large)
         if known and (self._runner is not None or self._find()):
-            if self._run is None or _hooked():
+            if self._run is None or hooked():
                 self._runner(*(addresses if BY_ADDRESS else tensors), *self._behind)
             else:
-                self._run(*self.grid, stream, *self._loaded, *addresses, *self._behind)
+                self.at(stream, *addresses)
             return
         compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
         if known and compiled is not None:
@@ -139,6 +158,14 @@ class Launch:
             order = [self.constants[p.name] for p in self.kernel.params if p.is_constexpr]
             _compiled[self._key] = compiled, order
 
+    def at(self, stream: int, *addresses: int) -> None:
+        """The same, of what has been found, of tensors that lie at these addresses, multiples of 16, where
+        nobody wants to be told of it (`hooked`)."""
+        if self._straight is None:
+            self._run(*self.grid, stream, *self._loaded, *addresses, *self._behind)
+        else:
+            self._straight(*self.grid, stream, *self._arguments, (*addresses, *self._behind))
+
     def _find(self) -> bool:
         """Whether what this launch asks for has been compiled."""
         assert self._key is not None
@@ -148,6 +175,9 @@ class Launch:
             self._runner = compiled[self.grid]
             if BY_ADDRESS:  # without hooks, and what would be handed to them
                 self._loaded, self._run = (compiled.function, compiled.packed_metadata, *(None,) * 3), compiled.run
+                if (straight := _straight(compiled)) is not None:
+                    self._straight, self._arguments = straight
+                self.by_address = not _AMD
         return self._runner is not None
 
 

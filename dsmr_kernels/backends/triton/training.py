@@ -81,7 +81,7 @@ def _tensors(inputs: Inputs) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     return (q, k, v, *ring, pieces, slopes, q if offsets is None else offsets), (configs.generation, many, *tables)
 
 
-def _read(inputs: Inputs) -> tuple[tuple[Tensor, ...], "_Plans"]:
+def read(inputs: Inputs) -> tuple[tuple[Tensor, ...], "Plans"]:
     """The tensors that the kernels over queries begin with, and the launches of the call."""
     tensors, tables = _tensors(inputs)
     kept = None if inputs.alike is None else inputs.alike.plans
@@ -295,7 +295,7 @@ def _dbias(of: _Signature, grad: tuple[tuple[int, ...], tuple[int, ...]]) -> tup
     return launch, blocks, config.bn
 
 
-class _Plans:
+class Plans:
     """The launches of the calls of a signature."""
 
     def __init__(self, of: _Signature) -> None:
@@ -322,10 +322,10 @@ class _Plans:
         return found
 
 
-_plans = functools.lru_cache(_KEPT)(_Plans)
+_plans = functools.lru_cache(_KEPT)(Plans)
 
 
-def _room(x: Tensor) -> Tensor:
+def room(x: Tensor) -> Tensor:
     """An empty contiguous tensor of the shape of `x`; `torch.empty` takes three times as long to be told that shape,
     and to be told a memory format takes time, too."""
     return torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -339,24 +339,29 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         rows = q.shape[:3]
         return q.new_empty((*rows, inputs.v.shape[3])), q.new_empty(rows, dtype=torch.float32)
     if (tile := bulk.tile_for(inputs)) is not None:
-        out = _room(q)
+        out = room(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=device)
         capacity = 0 if inputs.memory is None else inputs.memory.capacity
         bulk.forward(inputs, tile, bounded(inputs.spec, inputs.k.shape[2], capacity), out, lse)
         return out, lse
-    tensors, plans = _read(inputs)
-    plan, shape = plans.forward, plans.out_shape
-    out = _room(q) if shape[3] == q.shape[3] else torch.empty(shape, dtype=q.dtype, device=device)
+    tensors, plans = read(inputs)
+    shape = plans.out_shape
+    out = room(q) if shape[3] == q.shape[3] else torch.empty(shape, dtype=q.dtype, device=device)
     lse = torch.empty_strided(*plans.lse, dtype=torch.float32, device=device)  # quicker than `torch.empty`
     with launching.on(device):
-        stream = launching.stream_of(device)
-        if plan.together is None:
-            plan.launch.start(stream, *tensors, out, lse)
-        else:
-            parts = plan.parts(*shape, like=q), plan.parts(*shape[:3], like=q)
-            plan.launch.start(stream, *tensors, *parts)
-            plan.together.start(stream, *parts, out, lse)
+        start_forward(launching.stream_of(device), plans, tensors, out, lse)
     return out, lse
+
+
+def start_forward(stream: int, plans: Plans, tensors: tuple[Tensor, ...], out: Tensor, lse: Tensor) -> None:
+    """Launch the forward of `tensors`, as `read` gives them."""
+    plan, shape = plans.forward, plans.out_shape
+    if plan.together is None:
+        plan.launch.start(stream, *tensors, out, lse)
+    else:
+        parts = plan.parts(*shape, like=out), plan.parts(*shape[:3], like=out)
+        plan.launch.start(stream, *tensors, *parts)
+        plan.together.start(stream, *parts, out, lse)
 
 
 def backward(
@@ -364,36 +369,51 @@ def backward(
 ) -> Gradients:
     """The gradients that are needed."""
     q, k, v = inputs.q, inputs.k, inputs.v
-    dq, dk, dv = _room(q) if needs.q else None, _room(k) if needs.k else None, _room(v) if needs.v else None
+    dq, dk, dv = room(q) if needs.q else None, room(k) if needs.k else None, room(v) if needs.v else None
     if q.numel() == 0:
         dbias = torch.zeros_like(inputs.bias) if inputs.bias is not None and needs.bias else None
         return Gradients(dq, None if dk is None else dk.zero_(), None if dv is None else dv.zero_(), dbias)
     out, lse, grad = out.contiguous(), lse.contiguous(), as_rows(grad)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    tensors, plans = _read(inputs)
+    tensors, plans = read(inputs)
     dq_plan, dkv_plan = plans.backward(grad, grad_lse is not None, needs)
     delta, dbias, device = lse, None, q.device  # for the gradient of v alone nothing else is needed
+    if dq_plan is not None:
+        delta = room(lse)
     with launching.on(device):
         stream = launching.stream_of(device)
-        if dq_plan is not None:
-            delta = _room(lse)
-            given = (*tensors, grad, q if grad_lse is None else grad_lse, out, lse, delta)
-            if dq_plan.together is None:
-                dq_plan.launch.start(stream, *given, q if dq is None else dq)
-            else:
-                _in_shares(stream, dq_plan, given, (dq,), q)
-        if dkv_plan is not None:
-            given = (q, k, v, *tensors[-3:], grad, lse, delta)
-            if dkv_plan.together is None:
-                dkv_plan.launch.start(stream, *given, k if dk is None else dk, k if dv is None else dv)
-            else:
-                _in_shares(stream, dkv_plan, given, (dk, dv), k)
+        start_backward(stream, (dq_plan, dkv_plan), tensors, (grad, grad_lse, out, lse, delta), (dq, dk, dv))
         if inputs.bias is not None and inputs.buckets is not None and needs.bias:
             launch, blocks, keys = _dbias(plans.of, (grad.shape, grad.stride()))
             parts = torch.empty((*q.shape[:2], 2, blocks * keys), dtype=torch.float32, device=device)
             launch.start(stream, *tensors, grad, lse, delta, parts)
             dbias = bucketed(parts, inputs.bias, inputs.buckets, _distances(inputs), keys)
     return Gradients(dq, dk, dv, dbias)
+
+
+def start_backward(
+    stream: int,
+    plans: tuple[_Plan | None, _Plan | None],
+    tensors: tuple[Tensor, ...],
+    given: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
+    results: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Launch `Plans.backward` of `tensors`, as `read` gives them, of the gradients of out and lse, of out, lse and what
+    is written between, for the gradients of q, k and v that are needed."""
+    (dq_plan, dkv_plan), (grad, grad_lse, out, lse, delta), (dq, dk, dv) = plans, given, results
+    q, k, v = tensors[:3]
+    if dq_plan is not None:
+        of_queries = (*tensors, grad, q if grad_lse is None else grad_lse, out, lse, delta)
+        if dq_plan.together is None:
+            dq_plan.launch.start(stream, *of_queries, q if dq is None else dq)
+        else:
+            _in_shares(stream, dq_plan, of_queries, (dq,), q)
+    if dkv_plan is not None:
+        of_keys = (q, k, v, *tensors[-3:], grad, lse, delta)
+        if dkv_plan.together is None:
+            dkv_plan.launch.start(stream, *of_keys, k if dk is None else dk, k if dv is None else dv)
+        else:
+            _in_shares(stream, dkv_plan, of_keys, (dk, dv), k)
 
 
 def _in_shares(
