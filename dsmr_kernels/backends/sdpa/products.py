@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmr_kernels.backends.sdpa.plan import Group, Part, cut, pairs_of, parts_of, sources_of
+from dsmr_kernels.backends.sdpa.plan import Group, Part, Plan, cut, parts_of, sources_of
 from dsmr_kernels.backends.sdpa.workers import in_parallel, shares
 from dsmr_kernels.quantise import dequantise
 from dsmr_kernels.spec import Gradients, Inputs, Needs
@@ -71,10 +71,10 @@ class Call:
         self.in_order = inputs.alibi is not None or inputs.bias is not None or inputs.spec.visibility == "sliding"
         self.height = max(BLOCK_QUERIES // self.members, 16)  # queries of a block
 
-    def parts(self, plan: list[Group]) -> list[Part]:
+    def parts(self, plan: Plan) -> list[Part]:
         """As many heads each as fill a tile, but several parts for every thread where there are heads enough."""
-        count, parts = shares(pairs_of(plan) * self.inputs.q.shape[1], self.inputs.q.shape[3]), list[Part]()
-        for group in plan:
+        count, parts = shares(plan.pairs * self.inputs.q.shape[1], self.inputs.q.shape[3]), list[Part]()
+        for group in plan.groups:
             if not (size := math.prod(self.largest(group)) * self.work.itemsize):
                 continue
             most = TILE_BYTES * (torch.get_num_threads() if count == 1 else 1) // size
@@ -363,7 +363,7 @@ class Above(NamedTuple):
     dbias: Tensor
 
 
-def forward(inputs: Inputs, plan: list[Group], work: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def forward(inputs: Inputs, plan: Plan, work: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of the whole call, computed in `work`; lse only if it is wanted, in float32 or wider."""
     call, q = Call(inputs, work), inputs.q
     out = q.new_empty((*q.shape[:3], inputs.v.shape[3]))
@@ -387,7 +387,7 @@ def _added(total: Tensor | None, part: Tensor, above: int, dtype: torch.dtype) -
 
 def backward(
     inputs: Inputs,
-    plan: list[Group],
+    plan: Plan,
     work: torch.dtype,
     result: tuple[Tensor, Tensor],
     grad: Tensor,
