@@ -138,9 +138,14 @@ class Part(NamedTuple):
     heads: slice
 
 
-def cut(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
-    """Stretches of `step` from `start` to `stop`; the last may be shorter."""
-    return ((at, min(at + step, stop)) for at in range(start, stop, step))
+def cut(start: int, stop: int, step: int, grain: int = 1) -> Iterator[tuple[int, int]]:
+    """Stretches of `step` from `start` to `stop`; the last may be shorter, and then what goes beyond a multiple of
+    `grain`, which divides `step`, is one of its own."""
+    even = stop - (stop - start) % grain
+    for at in range(start, even, step):
+        yield at, min(at + step, even)
+    if even < stop:
+        yield even, stop
 
 
 def parts_of(group: Group, kv_heads: int, shares: int, most: int) -> list[Part]:
