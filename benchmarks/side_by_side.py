@@ -5,7 +5,7 @@
     taskset -c 0,1 python -m benchmarks.side_by_side # on two cores of many
 
 Every shape is checked against the float64 oracle before it is timed. Reported are medians over rounds, and the median
-of the rounds' ratios.
+of the rounds' ratios; short calls, of which one that was held up says little, take more rounds than are asked for.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,17 @@ GRID = [
 ]
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 DTYPES = (torch.float32, torch.bfloat16)
+SECONDS, MOST_ROUNDS = 0.5, 99  # rounds are added until a row's pass has taken so long
 
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def enough(calls: list[Callable[[], Any]], rounds: int) -> int:
+    """How many rounds to take, `rounds` at least."""
+    took = sum(max(seconds[0], 1e-6) for seconds in in_turn(calls, 1))
+    return max(rounds, min(MOST_ROUNDS, int(SECONDS / took)))
 
 
 def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -57,16 +65,19 @@ def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     check(case, "sdpa", concatenated)
     row: dict[str, Any] = {"shape": asdict(shape), "label": str(shape), "dtype": name_of(dtype)}
     for key, kind in zip(PASSES, (forward, forward_backward), strict=True):
-        mine, theirs, product = in_turn([kind(ours, case), kind(concatenated, case), matmul_rate(dtype, 1024)], rounds)
+        calls = [kind(ours, case), kind(concatenated, case)]
+        mine, theirs = in_turn(calls, enough(calls, rounds))
         row[key] = {
+            "rounds": len(mine),
             "dsmr_ms": 1e3 * statistics.median(mine),
             "sdpa_ms": 1e3 * statistics.median(theirs),
             "speedup": statistics.median(b / a for a, b in zip(mine, theirs, strict=True)),
         }
         if key == "forward":
-            rates = [shape.forward_flops * p / (a * 2 * 1024**3) for a, p in zip(mine, product, strict=True)]
-            row[key]["gflops"] = shape.forward_flops / statistics.median(mine) / 1e9
-            row[key]["share_of_matmul"] = statistics.median(rates)
+            rate = shape.forward_flops / statistics.median(mine)
+            (product,) = in_turn([matmul_rate(dtype, 1024)], rounds)
+            row[key]["gflops"] = rate / 1e9
+            row[key]["share_of_matmul"] = rate * statistics.median(product) / (2 * 1024**3)
     return row
 
 
@@ -129,7 +140,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure the grid, print the table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each shape")
+    parser.add_argument("--rounds", type=int, default=9, help="least timed rounds of each shape")
     parser.add_argument("--shapes", type=int, nargs="+", metavar="N", help="which of the grid, by number, from 0")
     parser.add_argument("--busy", action="store_true", help="with another program on one core")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,8 @@ def test_the_instruction_set_and_the_other_program_stand_in_what_is_written(
     assert written["busy"] == busy
     assert [row["dtype"] for row in written["rows"]] == ["float32", "bfloat16"]
     assert (tmp_path / f"{stem}.png").exists()
+
+
+def test_short_calls_take_more_rounds_than_are_asked_for() -> None:
+    assert side_by_side.enough([lambda: None], 3) == side_by_side.MOST_ROUNDS
+    assert side_by_side.enough([lambda: time.sleep(0.2)], 3) == 3

@@ -16,7 +16,7 @@ from dsmr_kernels.backends.sdpa import flash, products
 from dsmr_kernels.backends.sdpa.decode import decode_attention
 from dsmr_kernels.backends.sdpa.finite import kept_apart
 from dsmr_kernels.backends.sdpa.masked import Masked
-from dsmr_kernels.backends.sdpa.plan import Group, pairs_of, plan_call
+from dsmr_kernels.backends.sdpa.plan import Plan, plan_call
 from dsmr_kernels.backends.sdpa.tuned import choose
 from dsmr_kernels.rotary import append_rotated
 from dsmr_kernels.spec import Gradients, Inputs, Needs
@@ -40,9 +40,9 @@ def _may_look(inputs: Inputs) -> bool:
     return inputs.q.device.type == "cpu"
 
 
-def _small(inputs: Inputs, plan: list[Group]) -> bool:
+def _small(inputs: Inputs, plan: Plan) -> bool:
     heads, queries = inputs.q.shape[1:3]
-    return queries < PRODUCTS_QUERIES or pairs_of(plan) * heads < PRODUCTS_PAIRS
+    return queries < PRODUCTS_QUERIES or plan.pairs * heads < PRODUCTS_PAIRS
 
 
 def _dtype_of_products(inputs: Inputs) -> torch.dtype:
@@ -56,7 +56,7 @@ def _keeps_result(inputs: Inputs) -> bool:
     return _may_look(inputs) and inputs.q.dtype != torch.float64  # for which a log-sum-exp in float32 says too little
 
 
-def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, list[Group] | None]:
+def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, Plan | None]:
     if not _may_look(inputs):
         return *Masked(inputs).forward(), None
     plan, dtype = plan_call(inputs), inputs.q.dtype
@@ -66,6 +66,8 @@ def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, list[Group] | None]
     by_flash = finite and dtype != torch.float64 and flash.serves(inputs)
     if by_flash and (choice.engine == "flash" or _small(inputs, plan)):
         out, lse = flash.forward(inputs, plan, choice.dtype)
+        if inputs.recorded and flash.makes_backward(inputs, plan):
+            plan = plan._replace(by_flash=True)
     else:
         plain = choice.engine == "products" and flash.plain(inputs)
         out, lse = products.forward(inputs, plan, choice.dtype if plain else _dtype_of_products(inputs))
@@ -74,7 +76,7 @@ def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, list[Group] | None]
 
 def _backward(
     inputs: Inputs,
-    plan: list[Group] | None,
+    plan: Plan | None,
     result: tuple[Tensor, Tensor] | None,
     grad: Tensor,
     grad_lse: Tensor | None,
@@ -82,6 +84,8 @@ def _backward(
 ) -> Gradients:
     if not _may_look(inputs):
         return Masked(inputs).backward(grad, grad_lse, needs)
+    if plan is not None and plan.by_flash and result is not None and grad_lse is None:
+        return flash.backward(inputs, plan, result, grad, needs)
     plan, work = plan_call(inputs) if plan is None else plan, _dtype_of_products(inputs)
     if result is None:
         out, lse = products.forward(inputs._replace(recorded=True), plan, work)

@@ -12,6 +12,8 @@ from dsmr_kernels.ring import ring_slices
 from dsmr_kernels.spec import Inputs
 from dsmr_kernels.visibility import Run, runs_of_row
 
+_MOST_PLANS = 64  # that calls alike keep; beyond, all are made anew
+
 
 class Group(NamedTuple):
     """Rows that share a plan: the same runs and the same write position in the ring."""
@@ -19,6 +21,15 @@ class Group(NamedTuple):
     rows: slice
     position: int
     runs: tuple[Run, ...]
+
+
+class Plan(NamedTuple):
+    """What a call's rows see. `pairs`: query-key pairs of a query head, over all rows, the masked ones too; `by_flash`:
+    the flash kernel makes the backward."""
+
+    groups: tuple[Group, ...]
+    pairs: int
+    by_flash: bool = False
 
 
 class Source(NamedTuple):
@@ -49,21 +60,41 @@ def _piece_starts(piece_start: Tensor | None, rows: int) -> list[list[tuple[int,
     return result
 
 
-def plan_call(inputs: Inputs) -> list[Group]:
-    """Group the rows by what they see. Rows in the same situation, the usual case, make one group."""
-    q, k, memory, piece_start, spec = inputs.q, inputs.k, inputs.memory, inputs.piece_start, inputs.spec
-    rows, queries = q.shape[0], range(k.shape[2] - q.shape[2], k.shape[2])
+def plan_call(inputs: Inputs) -> Plan:
+    """Group the rows by what they see. Rows in the same situation, the usual case, make one group.
+
+    Calls alike leave their plans for the next ones, by what the memory holds and where: the layers of a model make the
+    same call, and a short one takes a few operators' time to plan.
+    """
+    memory, kind, rows = inputs.memory, inputs.alike, inputs.q.shape[0]
     capacity = 0 if memory is None else memory.capacity
-    held = memory.length.tolist() if memory is not None and capacity else [0] * rows
-    ring = [position % capacity for position in memory.position.tolist()] if memory is not None and capacity else held
-    pieces = _piece_starts(piece_start, rows)
+    if memory is None or capacity == 0:
+        held = ring = [0] * rows
+    else:
+        held, ring = memory.length.tolist(), [position % capacity for position in memory.position.tolist()]
+    if kind is None or inputs.piece_start is not None or inputs.offsets is not None:
+        return _plan(inputs, held, ring)
+    key = ("seen", *held, *ring)
+    plan: Plan | None = kind.plans.get(key)
+    if plan is None:
+        if len(kind.plans) >= _MOST_PLANS:
+            kind.plans.clear()
+        plan = kind.plans[key] = _plan(inputs, held, ring)
+    return plan
+
+
+def _plan(inputs: Inputs, held: list[int], ring: list[int]) -> Plan:
+    """The plan where each row's memory holds so many tokens and is written next at such a slot."""
+    q, k, spec, rows = inputs.q, inputs.k, inputs.spec, len(held)
+    queries = range(k.shape[2] - q.shape[2], k.shape[2])
+    pieces = _piece_starts(inputs.piece_start, rows)
     offsets = [spec.segment_offset] * rows if inputs.offsets is None else inputs.offsets.tolist()
     situations = list(zip(held, ring, pieces, offsets, strict=True))
     if situations and situations.count(situations[0]) == rows:
         spans = [slice(0, rows)]
     else:
         spans = [slice(row, row + 1) for row in range(rows)]
-    return [
+    groups = tuple(
         Group(
             span,
             ring[span.start],
@@ -78,7 +109,8 @@ def plan_call(inputs: Inputs) -> list[Group]:
             ),
         )
         for span in spans
-    ]
+    )
+    return Plan(groups, _pairs_of(groups))
 
 
 def sources_of(low: int, stop: int, position: int, capacity: int, in_order: bool) -> list[Source]:
@@ -106,9 +138,14 @@ class Part(NamedTuple):
     heads: slice
 
 
-def cut(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
-    """Stretches of `step` from `start` to `stop`; the last may be shorter."""
-    return ((at, min(at + step, stop)) for at in range(start, stop, step))
+def cut(start: int, stop: int, step: int, grain: int = 1) -> Iterator[tuple[int, int]]:
+    """Stretches of `step` from `start` to `stop`; the last may be shorter, and then what goes beyond a multiple of
+    `grain`, which divides `step`, is one of its own."""
+    even = stop - (stop - start) % grain
+    for at in range(start, even, step):
+        yield at, min(at + step, even)
+    if even < stop:
+        yield even, stop
 
 
 def parts_of(group: Group, kv_heads: int, shares: int, most: int) -> list[Part]:
@@ -128,10 +165,9 @@ def parts_of(group: Group, kv_heads: int, shares: int, most: int) -> list[Part]:
     return parts
 
 
-def pairs_of(plan: list[Group]) -> int:
-    """Query-key pairs of a query head, over all rows, the masked ones too."""
+def _pairs_of(groups: tuple[Group, ...]) -> int:
     pairs = 0
-    for group in plan:
+    for group in groups:
         rows = group.rows.stop - group.rows.start
         pairs += rows * sum((run.stop - run.start) * (run.stop - run.low(run.start)) for run in group.runs)
     return pairs

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmr_kernels.backends.sdpa.plan import Group, Part, cut, pairs_of, parts_of, sources_of
+from dsmr_kernels.backends.sdpa.plan import Group, Part, Plan, cut, parts_of, sources_of
 from dsmr_kernels.backends.sdpa.workers import in_parallel, shares
 from dsmr_kernels.quantise import dequantise
 from dsmr_kernels.spec import Gradients, Inputs, Needs
@@ -27,6 +27,10 @@ from dsmr_kernels.visibility import Run
 BLOCK_QUERIES, BLOCK_KEYS = 512, 512
 DIAGONAL_KEYS = 256  # of a tile at a block's causal edge: half as many save products, and cost as much in operators
 TILE_BYTES = 1 << 22  # of a tile's scores, on each core: a quarter as many cost an eighth more time, in operators
+# Products in less than float32 are compiled for every shape that they meet, half a mebibyte and some milliseconds each
+# (oneDNN, which keeps a thousand of them): pieces that begin anywhere would show it ever new ones. A last tile of keys
+# is cut to a multiple of this, with the rest a tile of its own, and a row that a new piece cuts computes in float32.
+GRAIN = 32
 LOG2E = math.log2(math.e)  # base-2 exponentials are three times as fast as natural ones
 LIMIT = 2.0**64  # of a row's sum, above which a score may be out of range against its pivot
 
@@ -71,10 +75,10 @@ class Call:
         self.in_order = inputs.alibi is not None or inputs.bias is not None or inputs.spec.visibility == "sliding"
         self.height = max(BLOCK_QUERIES // self.members, 16)  # queries of a block
 
-    def parts(self, plan: list[Group]) -> list[Part]:
+    def parts(self, plan: Plan) -> list[Part]:
         """As many heads each as fill a tile, but several parts for every thread where there are heads enough."""
-        count, parts = shares(pairs_of(plan) * self.inputs.q.shape[1], self.inputs.q.shape[3]), list[Part]()
-        for group in plan:
+        count, parts = shares(plan.pairs * self.inputs.q.shape[1], self.inputs.q.shape[3]), list[Part]()
+        for group in plan.groups:
             if not (size := math.prod(self.largest(group)) * self.work.itemsize):
                 continue
             most = TILE_BYTES * (torch.get_num_threads() if count == 1 else 1) // size
@@ -122,7 +126,8 @@ class Job:
             for start, stop in itertools.pairwise(edges):
                 # Stacked queries of a group have no common first row; their blocks are low, and lose less.
                 diagonal = not source.memory and start >= block.begin and self.call.members == 1
-                for a, b in cut(start, stop, min(DIAGONAL_KEYS, BLOCK_KEYS) if diagonal else BLOCK_KEYS):
+                step = min(DIAGONAL_KEYS, BLOCK_KEYS) if diagonal else BLOCK_KEYS
+                for a, b in cut(start, stop, step, 1 if self.call.exact else math.gcd(step, GRAIN)):
                     first = low + source.column + a - source.start
                     taken = not source.memory and a >= taking
                     yield Tile(source.memory, a, b, first, taken, first if diagonal else block.begin)
@@ -363,13 +368,31 @@ class Above(NamedTuple):
     dbias: Tensor
 
 
-def forward(inputs: Inputs, plan: list[Group], work: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def forward(inputs: Inputs, plan: Plan, work: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """(out, lse) of the whole call, computed in `work`; lse only if it is wanted, in float32 or wider."""
-    call, q = Call(inputs, work), inputs.q
+    q = inputs.q
     out = q.new_empty((*q.shape[:3], inputs.v.shape[3]))
-    lse = q.new_empty(q.shape[:3], dtype=call.wide) if inputs.wants_lse else None
-    in_parallel(lambda part: Job(call, part).forward(out, lse), call.parts(plan))
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(work, torch.float32)) if inputs.wants_lse else None
+    in_parallel(lambda one: Job(*one).forward(out, lse), _work(inputs, plan, work))
     return out, lse
+
+
+def _work(inputs: Inputs, plan: Plan, work: torch.dtype) -> list[tuple[Call, Part]]:
+    """What the jobs of a call are, those of rows that a new piece cuts anywhere in float32."""
+    call = Call(inputs, work)
+    cut_rows = [] if call.exact else [group for group in plan.groups if _is_cut(group)]
+    if not cut_rows:
+        return [(call, part) for part in call.parts(plan)]
+    wide, others = Call(inputs, call.wide), [group for group in plan.groups if not _is_cut(group)]
+    return [
+        (one, part)
+        for one, groups in ((wide, cut_rows), (call, others))
+        for part in one.parts(plan._replace(groups=tuple(groups)))
+    ]
+
+
+def _is_cut(group: Group) -> bool:
+    return len(group.runs) > 1 and any((run.stop - run.start) % GRAIN for run in group.runs)
 
 
 def _below(above: int, *rows: Tensor) -> tuple[Tensor, ...]:
@@ -387,7 +410,7 @@ def _added(total: Tensor | None, part: Tensor, above: int, dtype: torch.dtype) -
 
 def backward(
     inputs: Inputs,
-    plan: list[Group],
+    plan: Plan,
     work: torch.dtype,
     result: tuple[Tensor, Tensor],
     grad: Tensor,
@@ -395,16 +418,16 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """The gradients of the whole call, computed in `work`, given its output and log-sum-exp."""
-    call, q, k, v, bias = Call(inputs, work), inputs.q, inputs.k, inputs.v, inputs.bias
+    q, k, v, bias, wide = inputs.q, inputs.k, inputs.v, inputs.bias, torch.promote_types(work, torch.float32)
     needs = needs._replace(bias=needs.bias and bias is not None)
     shapes = (k.shape, v.shape, (*q.shape[:2], 0 if bias is None else bias.shape[1]))
     dk, dv, dbias = (
-        torch.zeros(shape if need else 0, dtype=call.wide, device=q.device)
+        torch.zeros(shape if need else 0, dtype=wide, device=q.device)
         for shape, need in zip(shapes, needs[1:], strict=True)
     )
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     above = Above(*result, grad, grad_lse, needs, dq, dk, dv, dbias)
-    in_parallel(lambda part: Job(call, part).backward(above), call.parts(plan))
+    in_parallel(lambda one: Job(*one).backward(above), _work(inputs, plan, work))
     return Gradients(
         dq if needs.q else None,
         dk.to(k.dtype) if needs.k else None,
