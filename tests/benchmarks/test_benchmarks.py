@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import (
     report,
@@ -365,3 +366,19 @@ def test_a_profile_of_a_step_finds_every_kind_of_work() -> None:
     assert all(share > 0 for share in found.values()), found
     assert seconds > 0
     assert copies > 0
+
+
+@pytest.mark.parametrize("name", ["ours, full", "ours, two_scale"])
+def test_the_floor_of_a_step_makes_as_many_products_as_are_counted(name: str) -> None:
+    """Of one layer and its head, by hand; of attention, of what tokens see of memory and segment."""
+    sizes = Sizes(2, 64, 2, 16, 32, 1, vocabulary=40)
+    training = Training(sizes, CONTENDERS[name])
+    with FlopCounterMode(display=False) as layers:
+        step_profile.products_of_layers(training)()
+    assert layers.get_total_flops() == 3 * 2 * 16 * (2 * (4 * 64 * 64 + 2 * 64 * 256) + 64 * 40)
+    with FlopCounterMode(display=False) as attention:
+        step_profile.products_of_attention(training)()
+    model: Any = training.contender.model
+    seen = sum(model.config.schedule.horizons) * 5 + 2 * 8 * 7
+    assert attention.get_total_flops() == 2 * 2 * 16 * 32 * seen
+    assert all(seconds > 0 for seconds in step_profile.floor(training, turns=1))
