@@ -1,13 +1,13 @@
 """Short calls on a CPU: as few operators as there can be, and the results of every other call."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from dsmr_kernels import memory_attention
-from dsmr_kernels.backends.sdpa import flash, plan, tuned, workers
+from dsmr_kernels.backends.sdpa import plan, tuned
 from dsmr_kernels.backends.sdpa.processor import Choice
 from dsmr_kernels.cases import random_case
 from dsmr_kernels.spec import Inputs
@@ -35,18 +35,6 @@ def _the_table_again() -> Iterator[None]:
     tuned.use(None)
 
 
-def _counted(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
-    """A list that grows by one at every call of a function of `flash`."""
-    calls, function = list[str](), getattr(flash, name)
-
-    def counting(*given: Any) -> Any:
-        calls.append(name)
-        return function(*given)
-
-    monkeypatch.setattr(flash, name, counting)
-    return calls
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_a_short_call_agrees_with_the_oracle(name: str, dtype: torch.dtype) -> None:
@@ -54,46 +42,9 @@ def test_a_short_call_agrees_with_the_oracle(name: str, dtype: torch.dtype) -> N
     assert_agrees_with_oracle(random_case(**{"dtype": dtype, "kv_heads": 4, **CASES[name]}), "sdpa")
 
 
-def test_the_kernel_makes_the_backward_of_a_short_call_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = _counted(monkeypatch, "backward")
-    run(random_case(kv_heads=4, **CASES["wrapped, seen in part"]), "sdpa")
-    assert calls
-    for other in ("segments", "keys before the queries", "grouped heads", "gradient of the log-sum-exp"):
-        calls.clear()
-        run(random_case(**{"kv_heads": 4, **CASES[other]}), "sdpa")
-        assert not calls, other
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_keys_are_concatenated_where_the_past_is_no_longer_than_the_call(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = _counted(monkeypatch, "_attend_joined")
-    for computed_in in {dtype, F32}:
-        tuned.use({(dtype, "forward"): Choice("flash", computed_in)})
-        assert_agrees_with_oracle(random_case(kv_heads=4, dtype=dtype, seen=[57, 57], horizon=31), "sdpa")
-        assert_agrees_with_oracle(random_case(kv_heads=4, dtype=dtype, seen=[57, 57], horizon=34), "sdpa")
-    assert len(calls) == len({dtype, F32})
-
-
-def test_the_threads_meet_once_in_the_backward_of_a_short_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash, "threads", lambda: 2)
-    cuts: list[int] = []
-
-    def counting(job: Callable[[Any], None], parts: list[Any]) -> None:
-        cuts.append(len(parts))
-        workers.in_parallel(job, parts)
-
-    monkeypatch.setattr(flash, "in_parallel", counting)
-    case = random_case(kv_heads=4, **CASES["full memory"])
-    assert_agrees_with_oracle(case, "sdpa")
-    assert cuts == [2]
-
-
 @pytest.mark.parametrize("slot", [0, 7, 29])
 @pytest.mark.parametrize("side", ["k", "v"])
 def test_a_broken_token_of_the_memory_breaks_all_who_see_it(side: str, slot: int) -> None:
-    """Concatenated, as kept apart."""
     for queries in (33, 20):
         case = random_case(kv_heads=4, queries=queries, capacity=30, seen=[30, 30], horizon=30)
         assert case.memory is not None

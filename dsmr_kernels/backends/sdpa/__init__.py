@@ -66,8 +66,6 @@ def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, Plan | None]:
     by_flash = finite and dtype != torch.float64 and flash.serves(inputs)
     if by_flash and (choice.engine == "flash" or _small(inputs, plan)):
         out, lse = flash.forward(inputs, plan, choice.dtype)
-        if inputs.recorded and flash.makes_backward(inputs, plan):
-            plan = plan._replace(by_flash=True)
     else:
         plain = choice.engine == "products" and flash.plain(inputs)
         out, lse = products.forward(inputs, plan, choice.dtype if plain else _dtype_of_products(inputs))
@@ -84,8 +82,6 @@ def _backward(
 ) -> Gradients:
     if not _may_look(inputs):
         return Masked(inputs).backward(grad, grad_lse, needs)
-    if plan is not None and plan.by_flash and result is not None and grad_lse is None:
-        return flash.backward(inputs, plan, result, grad, needs)
     plan, work = plan_call(inputs) if plan is None else plan, _dtype_of_products(inputs)
     if result is None:
         out, lse = products.forward(inputs._replace(recorded=True), plan, work)

@@ -1,27 +1,21 @@
 """PyTorch's flash kernel, over each source apart, merged by log-sum-exp; a call's forward by it: over memory, earlier
-tokens and the run itself. A short call is over before more than the fewest operators have paid: where its past is no
-longer than itself its keys are concatenated, and in float32 the kernel makes its backward too, with gradients of memory
-that nobody wants."""
+tokens and the run itself. A short call is over before more than the fewest operators have paid: nothing is copied or
+cut that can be taken whole."""
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
 from dsmr_kernels.backends.sdpa.plan import Part, Plan, Source, parts_of, sources_of
-from dsmr_kernels.backends.sdpa.workers import in_parallel, shares, threads
+from dsmr_kernels.backends.sdpa.workers import in_parallel, shares
 from dsmr_kernels.quantise import dequantise
-from dsmr_kernels.spec import Gradients, Inputs, Needs
+from dsmr_kernels.spec import Inputs
 from dsmr_kernels.visibility import Run
 
 # Private to PyTorch, but the only way to the log-sum-exp; without it, `products` serves.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 AVAILABLE = _FLASH is not None
-
-# Query-key pairs of a call, over all heads, at a head_dim of 64: with fewer it is a short one, of some 3 ms.
-SHORT_PAIRS = 3 << 19
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -63,21 +57,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple
     )
 
 
-def _short(inputs: Inputs, plan: Plan) -> bool:
-    """Whether a call is a short one, of rows that see the same stretch of the past and one segment."""
-    q, groups = inputs.q, plan.groups
-    pairs = plan.pairs * q.shape[1] * q.shape[3] // 64
-    return pairs < SHORT_PAIRS and len(groups) == 1 and len(groups[0].runs) == 1
-
-
-def _joins(inputs: Inputs, plan: Plan) -> bool:
-    """Whether the keys of a call of one run should be concatenated: a short one, and no more past than is its own. Not
-    of one query: its key may be NaN, and the kernel overlooks NaN where there is nothing else."""
-    run = plan.groups[0].runs[0]
-    past, own = run.start - run.floor, run.stop - run.start
-    return 0 < past <= own > 1 and inputs.k.shape[1] == inputs.q.shape[1] and _short(inputs, plan)
-
-
 def _one_key(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`attend` to one key, whose score the kernel would take for a masked one if it is NaN."""
     grouped = q.unflatten(1, (k.shape[1], -1))  # [b, Hkv, G, n, D]
@@ -101,8 +80,7 @@ def forward(inputs: Inputs, plan: Plan, work: torch.dtype) -> tuple[Tensor, Tens
     count, groups = shares(plan.pairs * q.shape[1], q.shape[3]), plan.groups
     if count == 1 and len(groups) == 1 and len(groups[0].runs) == 1:  # a small call notices each operator: no copy
         part = Part(groups[0], groups[0].rows, slice(0, kv_heads))
-        joined = _joins(inputs, plan)
-        out, lse = (_attend_joined if joined else _attend_run)(inputs, part, groups[0].runs[0], work)
+        out, lse = _attend_run(inputs, part, groups[0].runs[0], work)
         return _in(q.dtype, out), lse if inputs.wants_lse else None
     parts = [part for group in groups for part in parts_of(group, kv_heads, count, q.shape[0] * kv_heads)]
     found = [q.new_empty((*q.shape[:3], inputs.v.shape[3]))]
@@ -136,77 +114,6 @@ def _attend_run(inputs: Inputs, part: Part, run: Run, work: torch.dtype) -> tupl
         if inputs.wants_lse or source is not sources[-1]:
             lse = torch.logaddexp(more_lse, lse)
     return out, lse
-
-
-def _attend_joined(inputs: Inputs, part: Part, run: Run, work: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`_attend_run` by one kernel over keys that are concatenated: merging, and another turn of all threads, would take
-    longer."""
-    assert _FLASH is not None
-    q, k, memory = inputs.q, inputs.k, inputs.memory
-    shift, capacity = k.shape[2] - q.shape[2], memory.capacity if memory else 0
-    sources = sources_of(run.floor, run.start, part.group.position, capacity, False)
-    sources.append(Source(False, run.start, run.stop, 0))
-    stored = work if memory is None or memory.k_scale is not None else q.dtype  # cast once, when all are side by side
-    sides = [_sides(inputs, part, x, stored) for x in sources]
-    k, v = (_in(work, torch.cat(xs, 2)) for xs in zip(*sides, strict=True))
-    block = _cut(q, part.rows, part.heads, run.start - shift, run.stop - shift, work)
-    return _FLASH(block, k, v, 0.0, False, attn_mask=_hidden(block.shape[2], k.shape[2], work), scale=inputs.spec.scale)
-
-
-@functools.lru_cache(4)
-def _hidden(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores of the newest queries: -inf where a key is newer, (queries, keys)."""
-    with torch.inference_mode(False):
-        return torch.full((queries, keys), -torch.inf, dtype=dtype, device="cpu").triu_(keys - queries + 1)
-
-
-def makes_backward(inputs: Inputs, plan: Plan) -> bool:
-    """Whether `backward` can serve a call that `forward` has served, and is faster than own products: all of the past
-    lies in memory, which takes no gradients."""
-    return (
-        _FLASH_BACKWARD is not None
-        and inputs.q.dtype == torch.float32
-        and inputs.q.shape[:3] == inputs.k.shape[:3]
-        and _short(inputs, plan)
-    )
-
-
-def backward(inputs: Inputs, plan: Plan, result: tuple[Tensor, Tensor], grad: Tensor, needs: Needs) -> Gradients:
-    """The gradients of the whole call, given its output and log-sum-exp over all sources.
-
-    A job for each thread, as its operators are few and long: one meeting of the threads, and no waiting for the lock.
-    """
-    group, kv_heads, jobs = plan.groups[0], inputs.k.shape[1], threads()
-    grad = grad if grad.stride(3) == 1 else grad.contiguous()
-    parts = parts_of(group, kv_heads, jobs, inputs.q.shape[0] * kv_heads)
-    if len(parts) == 1:
-        found = _gradients(inputs, parts[0], result, grad, needs)
-    else:
-        found = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3])
-
-        def fill(part: Part) -> None:
-            for whole, own in zip(found, _gradients(inputs, part, result, grad, needs), strict=True):
-                whole[part.rows, part.heads] = own
-
-        in_parallel(fill, parts)
-    return Gradients(*(x if need else None for x, need in zip(found, needs, strict=False)))
-
-
-def _gradients(
-    inputs: Inputs, part: Part, result: tuple[Tensor, Tensor], grad: Tensor, needs: Needs
-) -> tuple[Tensor, ...]:
-    """A part's (dq, dk, dv): those of its own keys, and what memory adds to dq."""
-    assert _FLASH_BACKWARD is not None
-    memory, scale, run = inputs.memory, inputs.spec.scale, part.group.runs[0]
-    here = part.rows, part.heads, 0, run.stop
-    q, k, v, grad, out = (_cut(x, *here, x.dtype) for x in (*inputs[:3], grad, result[0]))
-    lse = result[1][part.rows, part.heads]
-    dq, dk, dv = _FLASH_BACKWARD(grad, q, k, v, out, lse, 0.0, True, scale=scale)
-    for source in sources_of(run.floor, 0, part.group.position, memory.capacity if memory else 0, False):
-        if needs.q:
-            sides = _sides(inputs, part, source, q.dtype)
-            dq += _FLASH_BACKWARD(grad, q, *sides, out, lse, 0.0, False, scale=scale)[0]
-    return dq, dk, dv
 
 
 def _sides(inputs: Inputs, part: Part, source: Source, work: torch.dtype) -> tuple[Tensor, Tensor]:

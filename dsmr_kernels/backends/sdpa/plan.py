@@ -24,12 +24,10 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a call's rows see. `pairs`: query-key pairs of a query head, over all rows, the masked ones too; `by_flash`:
-    the flash kernel makes the backward."""
+    """What a call's rows see. `pairs`: query-key pairs of a query head, over all rows, the masked ones too."""
 
     groups: tuple[Group, ...]
     pairs: int
-    by_flash: bool = False
 
 
 class Source(NamedTuple):

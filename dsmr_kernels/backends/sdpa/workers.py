@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 # beside another program a region would be by far. The choice never depends on the load, since sums would round
 # otherwise. Each thread's work is cut into a share for every so many as the second, but no more than `MOST_SHARES`:
 # more shares are fairer where a core is taken, and each costs operators of its own, which weigh more in a short call.
-SHARED_PAIRS, SHARE_PAIRS, MOST_SHARES = 9 << 17, 1 << 24, 4
+SHARED_PAIRS, SHARE_PAIRS, MOST_SHARES = 1 << 21, 1 << 24, 4
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -41,12 +41,6 @@ def _region() -> Callable[..., None] | None:
     return entry
 
 
-def threads() -> int:
-    """How many `in_parallel` has."""
-    count = torch.get_num_threads()
-    return count if count > 1 and _region() is not None else 1
-
-
 def shares(pairs: int, dim: int) -> int:
     """Into how many jobs a call should be cut for `in_parallel`; 1 where its operators should rather have all cores.
 
@@ -54,10 +48,10 @@ def shares(pairs: int, dim: int) -> int:
         pairs: query-key pairs of the call, over all heads.
         dim: the keys' head_dim.
     """
-    pairs, count = pairs * dim // 64, threads()
-    if count == 1 or pairs < SHARED_PAIRS:
+    pairs, threads = pairs * dim // 64, torch.get_num_threads()
+    if threads == 1 or pairs < SHARED_PAIRS or _region() is None:
         return 1
-    return count * min(max(pairs // SHARE_PAIRS, 1), MOST_SHARES)
+    return threads * min(max(pairs // SHARE_PAIRS, 1), MOST_SHARES)
 
 
 def in_parallel(job: Callable[[Any], None], arguments: Sequence[Any]) -> None:
