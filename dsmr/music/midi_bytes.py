@@ -85,11 +85,14 @@ def read_bytes(data: bytes, *, ends: bool = True) -> MidiBytes:
         raise MidiBytesError(f"not a readable MIDI file: it is of type {kind}, and there are types 0, 1 and 2")
     tracks: list[npt.NDArray[np.int64]] = []
     tempos: list[tuple[int, int]] = []
-    last, behind = 0, 0
-    for number, track in enumerate(_tracks(data, 8 + length)):
-        events, tick, lost = _read_track(track, number, tempos, ends)
+    last, behind, whole = 0, 0, True
+    chunks, left_over = _tracks(data, 8 + length)
+    for number, track in enumerate(chunks):
+        events, tick, lost, whole = _read_track(track, number, tempos, ends)
         tracks.append(events)
         last, behind = max(last, tick), behind + lost
+    if left_over and not whole:
+        raise MidiBytesError(_wrong_length(len(chunks)))
     per_second = _frames(division) if division & 0x8000 else None
     if division == 0:
         raise MidiBytesError("without a measure of time: its header gives 0 ticks to a quarter note")
@@ -113,10 +116,15 @@ def _frames(division: int) -> Fraction:
     return FRAME_RATES[rate] * ticks
 
 
-def _tracks(data: bytes, at: int) -> list[bytes]:
-    """The contents of every track chunk, as many as there are; chunks of other kinds are passed over."""
+def _wrong_length(number: int) -> str:
+    return f"damaged: its track {number} does not end where its length says"
+
+
+def _tracks(data: bytes, at: int) -> tuple[list[bytes], bool]:
+    """The contents of every track chunk, as many as there are, and whether bytes stand behind the last chunk; chunks of
+    other kinds are passed over."""
     found: list[bytes] = []
-    whole = True  # whether the last track ended with the event that says so
+    whole = True  # whether the last track may have ended with the event that says so
     while at < len(data):
         name, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "big")
         is_chunk = at + 8 + length <= len(data) and all(32 <= letter < 127 for letter in name)
@@ -125,24 +133,26 @@ def _tracks(data: bytes, at: int) -> list[bytes]:
         if not is_chunk:
             # A few bytes behind the last track do no harm, unless they are music that a wrong length hides.
             if found and (not whole or b"MTrk" in data[at:]):
-                raise MidiBytesError(f"damaged: its track {len(found)} does not end where its length says")
-            break
+                raise MidiBytesError(_wrong_length(len(found)))
+            return found, True
         if len(found) == MOST_TRACKS:
             raise MidiBytesError(f"damaged: it holds more than {MOST_TRACKS:,} tracks")
         if name == b"MTrk":
             found.append(data[at + 8 : at + 8 + length])
             whole = found[-1][-3:] == b"\xff\x2f\x00"
         at += 8 + length
-    return found
+    return found, False
 
 
 def _read_track(
     data: bytes, number: int, tempos: list[tuple[int, int]], ends: bool
-) -> tuple[npt.NDArray[np.int64], int, int]:
-    """A track's events, the tick at which it ends, and how many note-ons stand behind its end; tempos are appended."""
+) -> tuple[npt.NDArray[np.int64], int, int, bool]:
+    """A track's events, the tick at which it ends, how many note-ons stand behind its end, and whether its last event
+    is that end; tempos are appended."""
     # Lean on purpose, also where that is not pretty: this is run for every event of a corpus.
     found: list[int] = []  # tick, status, and the place of the first data byte, packed into one integer
     ended: tuple[int, int] | None = None  # at which tick, and how many events were found until then
+    whole = False
     append, size = found.append, len(data)
     at = tick = status = 0
     try:
@@ -163,8 +173,9 @@ def _read_track(
                 if byte >= 0xF0:
                     event = at
                     at = _pass_system(data, at, byte, tick, tempos if ended is None else [])
-                    if byte == 0xFF and data[event:at] == b"\x2f\x00" and ended is None:
-                        ended = tick, len(found)
+                    if byte == 0xFF and data[event:at] == b"\x2f\x00":
+                        whole = at == size
+                        ended = ended or (tick, len(found))
                     continue
                 status = byte
             if status < 0xA0:
@@ -195,7 +206,7 @@ def _read_track(
     events[:, 0], events[:, 1], events[:, 2] = packed >> 32, number, packed >> 24 & 0xFF
     place = packed & 0xFFFFFF
     events[:, 3], events[:, 4] = values[place], values[place + 1]
-    return events, last, lost
+    return events, last, lost, whole
 
 
 def _number(data: bytes, at: int) -> tuple[int, int]:

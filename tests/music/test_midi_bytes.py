@@ -159,6 +159,13 @@ def test_only_what_can_be_a_name_begins_a_chunk() -> None:
     refused(midi(one + other[:-1]), "its track 2 is cut short")
 
 
+def test_a_length_that_hides_music_behind_a_text_that_looks_like_the_end_is_damage() -> None:
+    whole = track((0, on(60)), (0, b"\xff\x01\x03\xff\x2f\0"), (5, on(62)))
+    assert len(read_bytes(midi(whole)).events) == 2
+    shorter = whole.index(b"\x01\x03\xff\x2f\0") + 5 - 8
+    refused(midi(whole[:4] + shorter.to_bytes(4, "big") + whole[8:]), "its track 1 does not end where its length says")
+
+
 def test_sequences_of_type_2_that_hold_nothing_do_not_count() -> None:
     assert read_bytes(midi(track(), track((0, on(60))), track(), kind=2)).tracks == 3
     refused(midi(track((0, on(60))), track((0, on(60))), kind=2), "of type 2, 2 sequences")
@@ -172,7 +179,7 @@ def test_the_limits_are_those_that_are_said() -> None:
     refused(bytes(8 << 20), "does not begin with a MIDI header")
     refused(bytes((8 << 20) + 1), "more than 8 MiB")
     chunk = track()
-    assert len(midi_bytes._tracks(chunk * 65_535, 0)) == 65_535
+    assert len(midi_bytes._tracks(chunk * 65_535, 0)[0]) == 65_535
     with pytest.raises(MidiBytesError, match="more than 65,535 tracks"):
         midi_bytes._tracks(chunk * 65_536, 0)
     far = [(2**28 - 1, b"\xff\x01\0")] * 8
