@@ -149,12 +149,20 @@ def _waiting(tokens: Any, streams: int, size: int, path: object) -> np.ndarray |
 
 
 def _check_fits(state: DSMRState, model: DSMRModel, path: object) -> None:
-    """`UserError` unless the state's memories and recent tokens have the shapes of this model's."""
+    """`UserError` unless the state's memories and recent tokens have the shapes of this model's, and it is somewhere
+    in one of its segments."""
     found, own = ([tuple(x.shape[1:]) for m in one.memories for x in (m.k, m.v)] for one in (state, model.new_state(1)))
     if found != own or state.recent.shape[1] != model.config.recall:
         raise UserError(f"{path} does not fit this model: its memories have the shapes {found}, this one's {own}")
     if state.aligned:
-        raise UserError(f"{path} is no stream: its memories begin with a segment, and music is played token by token")
+        raise UserError(
+            f"{path} cannot be played on: its memories have no room for a segment in progress, only for whole ones"
+        )
+    if state.offset >= model.config.segment_length:
+        raise UserError(
+            f"{path} does not fit this model: it is {state.offset:,} tokens into a segment of "
+            f"{model.config.segment_length:,}"
+        )
 
 
 def _contents(path: str | os.PathLike[str], model: Model) -> tuple[Any, dict[str, str], dict[str, Any]]:

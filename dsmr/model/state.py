@@ -224,9 +224,9 @@ class MemoryState:
 
 
 def _offset(saved: Any) -> int:
-    """How far into a segment a saved state is."""
+    """What a saved state says of its `phase`; `ValueError` for what no stream comes to."""
     if not 0 <= (offset := int(saved)) < 2**62:
-        raise ValueError(f"its offset is {offset}, and nothing has been read before 0")
+        raise ValueError(f"its offset is {offset}, which is no number of tokens that a stream has read")
     return offset
 
 

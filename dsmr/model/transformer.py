@@ -370,6 +370,9 @@ class DSMRModel(nn.Module):
                 "segment_offset of each row needs a state that is not aligned, and a schedule that keeps the newest "
                 f"tokens, but this one is {self.config.schedule}"
             )
+        if state.offset >= self.config.segment_length:
+            length = self.config.segment_length
+            raise ValueError(f"the state is {state.offset:,} tokens into a segment, but the model's have {length:,}")
         parts = self._parts(tokens.shape[1], state.offset)
         read = [self._read(tokens[:, part], state, _within(piece_start, part), segment_offset) for part in parts]
         x = read[0] if len(read) == 1 else torch.cat(read, 1)

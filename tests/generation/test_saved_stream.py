@@ -107,8 +107,14 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(tsd, tmp_path):
         load_player(tmp_path / "bare", model, tsd)
     player.state.aligned = True
     save_player(tmp_path / "segments", player)
-    with pytest.raises(UserError, match="segments is no stream: its memories begin with a segment"):
+    with pytest.raises(
+        UserError, match="segments cannot be played on: its memories have no room for a segment in progress"
+    ):
         load_player(tmp_path / "segments", model, tsd)
+    player.state.aligned, player.state.offset = False, 12
+    save_player(tmp_path / "beyond", player)
+    with pytest.raises(UserError, match="beyond does not fit this model: it is 12 tokens into a segment of 12"):
+        load_player(tmp_path / "beyond", model, tsd)
     with pytest.raises(ValueError, match="the state holds 2 streams, but 1 are to be played"):
         Player.begin(model, [1], state=model.new_state(2))
 

@@ -187,6 +187,17 @@ def test_a_state_of_another_model_is_refused_and_nothing_changes(other: dict, me
     assert error(play_on(model, state), play_on(model, played(model))) < 1e-12
 
 
+@pytest.mark.parametrize("retention", ["newest", "uniform"])
+@pytest.mark.parametrize("offset", [LENGTH, 2**60])
+def test_a_state_that_is_beyond_a_segment_is_refused_and_not_cut_into_segments(retention: str, offset: int) -> None:
+    """Cutting took memory without bound."""
+    model = tiny(schedule=f"uniform(layers=2, horizon=11, retention={retention})")
+    state = played(model)
+    state.offset = offset
+    with pytest.raises(ValueError, match=f"the state is {offset:,} tokens into a segment, but the model's have 7"):
+        play_on(model, state)
+
+
 def test_a_dictionary_whose_tensors_do_not_fit_is_refused_and_nothing_changes() -> None:
     model = tiny()
     state = played(model)
