@@ -47,9 +47,11 @@ class Heard:
         return self._stored + len(self._newest)
 
     def __iter__(self) -> Iterator[int]:
-        for start in range(0, self._stored, CHUNK):
-            yield from self._read(start, CHUNK).tolist()
-        yield from self._newest
+        at = 0
+        while at < len(self):  # which may grow meanwhile
+            part = self._read(at, CHUNK).tolist() if at < self._stored else self._newest[at - self._stored :].tolist()
+            yield from part
+            at += len(part)
 
     def _read(self, start: int, count: int) -> npt.NDArray[np.int32]:
         """Tokens from the file."""

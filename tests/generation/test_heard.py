@@ -22,14 +22,14 @@ def test_all_tokens_are_there_in_their_order(count: int) -> None:
     assert list(kept) == [*tokens, 5]
 
 
-def test_what_is_read_while_it_grows_is_what_was_there() -> None:
-    kept = Heard(range(3 * CHUNK + 10))  # so that reading stops in the middle of the file
+@pytest.mark.parametrize("read", [5, 3 * CHUNK + 5])
+def test_what_is_read_while_it_grows_is_whole_as_of_a_list(read: int) -> None:
+    kept = Heard(range(3 * CHUNK + 10))  # so that reading stops in the file, or in what is not written yet
     reading = iter(kept)
-    first = [next(reading) for _ in range(5)]
+    first = [next(reading) for _ in range(read)]
     for token in range(2 * CHUNK):
         kept.append(token)
-    assert first == [0, 1, 2, 3, 4]
-    assert list(kept) == [*range(3 * CHUNK + 10), *range(2 * CHUNK)]
+    assert [*first, *reading] == list(kept) == [*range(3 * CHUNK + 10), *range(2 * CHUNK)]
 
 
 def test_memory_does_not_grow_with_the_stream_and_the_file_is_written_a_chunk_at_a_time() -> None:
