@@ -49,6 +49,8 @@ def main() -> int:
     parser.add_argument("--part", type=float, default=15.0, help="minutes after which it is killed")
     parser.add_argument("--settled", type=float, default=2.0, help="minutes after which a process may not grow")
     asked = parser.parse_args()
+    if asked.part <= asked.settled:
+        parser.error(f"a part of {asked.part:g} minutes ends before its process has settled, in {asked.settled:g}")
     with tempfile.TemporaryDirectory() as name:
         corpus, run = Path(name) / "songs", Path(name) / "run"
         dsmr = [sys.executable, "-m", "dsmr"]
@@ -75,7 +77,7 @@ def judged(run: Path, grown: list[int]) -> int:
     steps = [one["step"] for one in records if one["kind"] == "train"]
     losses = [one["loss"] for one in records if one["kind"] == "train"]
     head, tail = (sum(some) / len(some) for some in (losses[:100], losses[-100:]))
-    in_order = steps == sorted(set(steps)) and len(steps) > 200
+    in_order = steps == list(range(1, len(steps) + 1)) and len(steps) > 200
     print(
         f"{steps[-1]:,} steps told in {len(steps):,} lines, {len(records) - len(steps):,} validations, "
         f"killed {len(grown) - 1} times; grew by {max(grown) / 2**10:,.0f} KiB at most; loss {head:.3f} to {tail:.3f}"
