@@ -8,8 +8,9 @@ A fault (`planted_faults.py`) is planted in a copy of the tree, and the quick te
 the first fails: only those that run the statement with the fault (`reach.py` has watched them once), because the others
 cannot tell, and the quickest first. Each is given four times the processor's time that it takes without a fault, and
 five seconds. What survives is printed as a diff, to be looked at: either a test is missing, or the program means the
-same (`EQUIVALENT` says which and why; those are not counted). mutmut and cosmic-ray do the same for a whole package,
-with a process that imports PyTorch for each fault; here one process has imported it and is forked.
+same (`EQUIVALENT` says which and why; those are not counted). One process has imported PyTorch and is forked for each
+fault. cosmic-ray starts a process for each, which would import it; mutmut 3 forks too, and tells by function, not by
+statement, which tests run a fault.
 """
 
 import argparse
