@@ -43,3 +43,18 @@ def test_every_extra_stands_in_the_table_of_extras() -> None:
     table = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/install.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(extras) > 5
     assert sorted(table) == sorted(extras)
+
+
+def test_the_map_of_the_rooms_names_every_file_of_them() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)/` \| [^|]* \| ([^|]*) \| [^|]* \|$", text, re.MULTILINE))
+    rooms = {path.parent.name: path.parent for path in ROOT.glob("dsmr/*/__init__.py")}
+    assert set(rows) == set(rooms)
+    for name, files in rows.items():
+        named = set(re.findall(r"`(\w+)/?`", files))
+        there = {path.stem for path in rooms[name].glob("*.py")} - {"__init__"}
+        folders = {path.parent.name for path in rooms[name].glob("*/__init__.py")}
+        inside = {path.stem for path in rooms[name].glob("*/*.py")}
+        assert named <= there | folders | inside, name
+        if name != "cli":  # a file for each command
+            assert there | folders <= named, name
