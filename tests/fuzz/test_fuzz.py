@@ -1,6 +1,7 @@
 """Whatever is done to a file of ours, opening it gives what it meant or a sentence that names it: some cases of each.
 
-The same by the hour: `python tests/fuzz/formats.py`. What such hours found stands below, as the cases that they were.
+The same by the hour: `python tests/fuzz/formats.py`. What such hours found has tests of its own,
+below or beside the door that it concerned.
 """
 
 import json
