@@ -125,12 +125,14 @@ def test_a_runtime_that_computes_otherwise_is_a_sentence(folder, tmp_path, capfd
     write_json(tmp_path / "export.json", about, sealed=True)
     with pytest.raises(UserError, match=r"model\.onnx gives other numbers here .* export it again with --portable"):
         ExportedModel.load(tmp_path)
-    graph = (tmp_path / "model.onnx").read_bytes().replace(b"GroupQueryAttention", b"GroupQueryAttentiom")
-    (tmp_path / "model.onnx").write_bytes(graph)
-    write_json(tmp_path / "export.json", {**about, "file": sum_of(tmp_path / "model.onnx")}, sealed=True)
-    with pytest.raises(UserError, match=r"model\.onnx cannot be opened: .* --portable"):
-        ExportedModel.load(tmp_path)
-    assert "EP Error" not in capfd.readouterr().out  # what the runtime prints where it tries again in vain
+    graph = (tmp_path / "model.onnx").read_bytes()
+    for other in (b"GroupQueryAttentiom", b"GroupQueryAttentio\xe4"):
+        (tmp_path / "model.onnx").write_bytes(graph.replace(b"GroupQueryAttention", other))
+        write_json(tmp_path / "export.json", {**about, "file": sum_of(tmp_path / "model.onnx")}, sealed=True)
+        with pytest.raises(UserError, match=r"model\.onnx cannot be opened: .* --portable"):
+            ExportedModel.load(tmp_path)
+    # The second name makes the runtime's own sentence no UTF-8: it would print that, and try the same once more.
+    assert capfd.readouterr().out == ""
 
 
 def test_what_a_player_needs_is_what_the_package_names():
