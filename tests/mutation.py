@@ -263,7 +263,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         tree = copy_of_the_tree(Path(name).resolve())
         kept = asked.keep or Path(name)
-        kept.mkdir(exist_ok=True)
+        kept.mkdir(parents=True, exist_ok=True)
         reach = {module: parts_of(tree, module, kept) for module in dict.fromkeys(fault.module for fault in chosen)}
         for module in sources:  # else the compiled one would be taken for one with a fault, if it has the same size
             for compiled in (tree / module).parent.glob(f"__pycache__/{Path(module).stem}.*"):
