@@ -141,6 +141,20 @@ def test_every_write_in_place_counts(backend: str) -> None:
             out.sum().backward()
 
 
+def test_a_write_to_any_tensor_of_a_memory_is_noticed() -> None:
+    """Scales, too; and that something was written at all is what a recomputation asks."""
+    for dtype, count in ((torch.float32, 4), (torch.int8, 6)):
+        memory = KVMemory.empty(2, 2, 6, 16, dtype=dtype)
+        assert not memory.moved
+        for x in memory.tensors().values():
+            before = memory.versions()
+            x.zero_()
+            assert len(before) == count
+            assert sum(a != b for a, b in zip(before, memory.versions(), strict=True)) == 1
+        memory.append(heads(2, 2, 1, 16), heads(2, 2, 1, 16))
+        assert memory.moved
+
+
 @pytest.mark.slow
 @every
 def test_strides_do_not_matter(backend: str) -> None:
