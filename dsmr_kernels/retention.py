@@ -72,8 +72,8 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(x: int) -> int:
-    return x - 2**64 if x >= 2**63 else x
+# Of SplitMix64, as 64 bits with a sign.
+_STEP, _FIRST, _SECOND = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def hashed(seeds: Tensor, numbers: Tensor) -> Tensor:
@@ -81,9 +81,9 @@ def hashed(seeds: Tensor, numbers: Tensor) -> Tensor:
     SplitMix64 (Steele et al., 2014), twice."""
     x = seeds
     for more in (1, numbers):
-        x = x + more * _signed(0x9E3779B97F4A7C15)
-        x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-        x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+        x = x + more * _STEP
+        x = (x ^ _shifted(x, 30)) * _FIRST
+        x = (x ^ _shifted(x, 27)) * _SECOND
         x = x ^ _shifted(x, 31)
     return _shifted(x, 32)
 

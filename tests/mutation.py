@@ -37,8 +37,12 @@ from reach import Part, Reach
 
 ROOT = Path(__file__).resolve().parents[1]
 _OF_KERNELS = (
-    *(f"tests/kernels/test_{name}.py" for name in ("visibility", "memory", "retention", "memory_value", "quantised")),
-    *(f"tests/kernels/test_{name}.py" for name in ("decode", "call_options", "attention", "not_finite", "arrivals")),
+    *(f"tests/kernels/test_{name}.py" for name in ("visibility", "memory", "retention", "reading_retained")),
+    *(
+        f"tests/kernels/test_{name}.py"
+        for name in ("memory_value", "quantised", "decode", "call_options", "attention", "not_finite", "arrivals")
+    ),
+    "tests/kernels/test_recomputation.py",
     *("-k", "not triton"),
 )
 _OF_MUSIC = (

@@ -119,7 +119,7 @@ def load_player(
             sampling or saved,
             vocabulary,
             generators=generators,
-            dtype=dtype or about["dtype"],
+            dtype=dtype or resolve_precision(about["dtype"], model),
         )
         player.on_one_instant = check(json.loads(about["on_one_instant"]), [Natural], path)
         if len(player.on_one_instant) != state.batch:

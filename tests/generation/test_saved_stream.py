@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dsmr.console.errors import UserError
 from dsmr.generation.player import Limits, Player
@@ -105,6 +107,11 @@ def test_what_does_not_belong_together_is_refused_in_a_sentence(tsd, tmp_path):
     player.state.save(tmp_path / "bare")
     with pytest.raises(UserError, match="bare is not a stream saved by"):
         load_player(tmp_path / "bare", model, tsd)
+    with safe_open(tmp_path / "stream", "pt") as file:
+        about = {key: value for key, value in file.metadata().items() if key != "seal"}
+    save_file(load_file(tmp_path / "stream"), tmp_path / "typeless", about | {"dtype": "float33"})
+    with pytest.raises(UserError, match="typeless is not a saved stream: unknown dtype 'float33'"):
+        load_player(tmp_path / "typeless", model, tsd)
     player.state.aligned = True
     save_player(tmp_path / "segments", player)
     with pytest.raises(

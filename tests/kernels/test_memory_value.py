@@ -141,6 +141,20 @@ def test_every_write_in_place_counts(backend: str) -> None:
             out.sum().backward()
 
 
+def test_a_write_to_any_tensor_of_a_memory_is_noticed() -> None:
+    """Scales, too; and that something was written at all is what a recomputation asks."""
+    for dtype, count in ((torch.float32, 4), (torch.int8, 6)):
+        memory = KVMemory.empty(2, 2, 6, 16, dtype=dtype)
+        assert not memory.moved
+        for x in memory.tensors().values():
+            before = memory.versions()
+            x.zero_()
+            assert len(before) == count
+            assert sum(a != b for a, b in zip(before, memory.versions(), strict=True)) == 1
+        memory.append(heads(2, 2, 1, 16), heads(2, 2, 1, 16))
+        assert memory.moved
+
+
 @pytest.mark.slow
 @every
 def test_strides_do_not_matter(backend: str) -> None:
@@ -272,9 +286,16 @@ def test_rows_may_advance_by_different_numbers(capacity: int, dtype: torch.dtype
     memory = KVMemory.empty(3, 2, capacity, 16, dtype=dtype)
     alone = [KVMemory.empty(1, 2, capacity, 16, dtype=dtype) for _ in range(3)]
     elsewhere = memory.clone()
-    for counts in ([2, 0, 5], [3, 3, 3], [0, 6, 1], [6, 1, 0]):
+    pieces = torch.tensor([[-1] * 6, [1] * 6, [-1, 1, 1, 1, 1, 1]], dtype=torch.int32)
+    begun = torch.zeros(3, 6, dtype=torch.int32)  # a piece begins, also in the row that takes nothing of it
+    for counts, starts in (
+        ([2, 0, 5], None),
+        ([3, 3, 3], pieces),
+        ([0, 6, 1], None),
+        ([4, 0, 1], begun),
+        ([6, 1, 0], None),
+    ):
         k, v = heads(3, 2, 6, 16), heads(3, 2, 6, 16)
-        starts = torch.tensor([[-1] * 6, [1] * 6, [-1, 1, 1, 1, 1, 1]], dtype=torch.int32) if counts[0] == 3 else None
         number = torch.tensor(counts)
         memory.append(k, v, starts, counts=number)
         with pytest.MonkeyPatch.context() as patch:
@@ -290,7 +311,7 @@ def test_rows_may_advance_by_different_numbers(capacity: int, dtype: torch.dtype
                 assert torch.equal(found[row], expected[0])
             assert whole.position[row] == ring.position[0]
     assert isinstance(memory.seen, torch.Tensor)
-    assert memory.seen.tolist() == [11, 10, 9]
+    assert memory.seen.tolist() == [15, 10, 10]
     with pytest.raises(ValueError, match=r"counts must lie between 0 and the 6 tokens of the call, got \[7, 0, 0\]"):
         memory.append(k, v, counts=torch.tensor([7, 0, 0]))
 

@@ -142,6 +142,8 @@ def test_what_cannot_be_read_right_is_refused_with_the_reason(tmp_path: Path, ca
 def test_a_type_2_file_of_one_sequence_and_a_tempo_of_0_that_lasts_no_time_are_read(tmp_path: Path) -> None:
     assert notes_of(tmp_path / "a.mid", midi(track(*melody(60)), kind=2)) == [(0, 0.5, 60)]
     assert notes_of(tmp_path / "a.mid", midi(track((0, tempo(0)), (0, tempo(500_000)), *melody(60)))) == [(0, 0.5, 60)]
+    late = track(*melody(60), (0, tempo(0)), (0, tempo(500_000)), *melody(62))
+    assert notes_of(tmp_path / "b.mid", midi(late)) == [(0, 0.5, 60), (0.5, 0.5, 62)]
 
 
 @pytest.mark.parametrize("limit", ["midi_bytes.LARGEST", "midi_file.MOST_NOTES"])

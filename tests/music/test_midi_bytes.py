@@ -57,6 +57,10 @@ def test_the_events_are_strikes_ends_and_what_ends_notes_or_moves_the_pedal() ->
     assert rows(*every, ends=False) == strikes
 
 
+def test_a_strike_without_velocity_is_none() -> None:
+    assert read_bytes(midi(track((1, on(60)), (1, on(60, 0)), (1, off(60))))).is_strike.sum() == 1
+
+
 def test_every_kind_of_event_has_its_length_on_every_channel() -> None:
     """Two data bytes, but one of a change of program and of a channel's pressure (MIDI 1.0)."""
     for status in range(0x80, 0xF0):
