@@ -30,8 +30,6 @@ from dsmr.corpus.pool import cores
 
 CALLERS = {  # whatever runs inside of these
     "_Node": "attention",
-    "_SwiftNode": "attention",
-    "_SwiftNodeBackward": "attention",
     "_NodeBackward": "attention",
     "Optimizer.step#AdamW.step": "AdamW",
     CLIPPING: "clipping",
@@ -105,8 +103,8 @@ def products_of_layers(training: Training) -> Callable[[], None]:
 
 
 def products_of_attention(training: Training) -> Callable[[], None]:
-    """What multiplies as a step's attention does: scores, their gradients, and three to five sums weighed by them.
-    Memory takes no gradient, and of a segment a token sees half; tiles stay in the cache."""
+    """What multiplies as a step's attention does: scores in both passes, their gradients, and sums weighed by them for
+    the output, dQ and, but for memory, dK and dV. Of a segment a token sees half; tiles stay in the cache."""
     sizes = training.sizes
     model: Any = training.contender.model
     heads, dim = sizes.batch * sizes.heads, sizes.width // sizes.heads

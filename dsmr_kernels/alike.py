@@ -26,8 +26,8 @@ except ImportError:
 
 _MOST = 4096  # kinds of calls; beyond, all are found out anew
 _known: dict[tuple[Any, ...], Alike] = {}
-_FEW = 4  # kinds of calls with the same options and shapes: by strides, by who learns, by autocast
-# Options and shapes -> kinds, each with what says whether tensors are as theirs.
+_FEW = 4  # kinds of calls with the same device, options and shapes: by strides, by who learns, by autocast
+# Device, options and shapes -> kinds, each with what says whether tensors are as theirs.
 _again: dict[tuple[Any, ...], list[tuple[Any, Alike]]] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)  # a subclass may be anything, sizes without a number included
 
@@ -103,7 +103,7 @@ def keep(key: tuple[Any, ...], kind: Alike) -> Alike | None:
 def recall(q: Any, k: Any, v: Any, memory: Any, *options: Any) -> Alike | None:
     """What `learn_again` was told of a call like this one."""
     try:
-        kinds = _again.get((q.shape, type(memory), *options))
+        kinds = _again.get((q.device, q.shape, type(memory), *options))
         if kinds is not None:
             if memory is None:
                 tensors: tuple[Any, ...] = q, k, v
@@ -124,22 +124,20 @@ def learn_again(kind: Alike, q: Tensor, k: Tensor, v: Tensor, memory: Ring | Non
 
     It then knows tensors by type, dtype, device, shape, strides, by whether they require a gradient, and by what else
     PyTorch would dispatch them by: none that a transform has wrapped, an inference tensor or one under autocast passes
-    for one that is none.
+    for one that is none. A call in which a tensor is there twice is known by its key alone.
     """
     if guards_of is None or (memory is not None and (memory.mark is not None or memory.storage()[2:])):
         return
     tensors: tuple[Tensor, ...] = q, k, v
     if memory is not None:
         tensors += memory.k, memory.v, memory.length, memory.position
-    if any(type(x) not in _PLAIN for x in tensors):
+    if any(type(x) not in _PLAIN for x in tensors) or len({*map(id, tensors)}) < len(tensors):
         return
     sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
     are_alike = guards_of(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    if not are_alike(*tensors):  # as where one of them is there twice
-        return
     if len(_again) >= _MOST:
         _again.clear()
-    kinds = _again.setdefault((q.shape, type(memory), *options), [])
+    kinds = _again.setdefault((q.device, q.shape, type(memory), *options), [])
     if len(kinds) >= _FEW:
         kinds.clear()
     kinds.append((are_alike, kind))

@@ -40,7 +40,7 @@ class MemorySnapshot(Ring):
     def held(self) -> "MemorySnapshot":
         """Another view of the same, to be let go of apart."""
         view = _view(self, self.seen)
-        view._lease = None if self._lease is None else Lease(self._lease.holders)
+        view._lease = self.leased_anew()
         return view
 
     __copy__ = held
@@ -203,7 +203,7 @@ class KVMemory(Ring):
         seen = self.seen.clone() if isinstance(self.seen, Tensor) else self.seen
         view = _view(self, seen)
         if not torch.compiler.is_compiling():
-            view._lease = Lease(self._holders)
+            view._lease = self.leased_anew()
         return view
 
     def leased_anew(self) -> Lease | None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_memories import BACKENDS
 
 from dsmr_kernels import (
     KVMemory,
     alike,
     append_rotated,
-    available_backends,
     decode_attention,
     dispatch,
     memory_attention,
@@ -23,7 +23,7 @@ from dsmr_kernels import (
 from dsmr_kernels.cases import Case, random_case
 from dsmr_kernels.tolerance import error
 
-needs_triton = pytest.mark.skipif("triton" not in available_backends(), reason="needs Triton or its interpreter")
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton that takes CPU tensors")
 
 
 @pytest.fixture(autouse=True)

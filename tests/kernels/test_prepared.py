@@ -4,19 +4,28 @@
 """
 
 import gc
+import importlib
+import itertools
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from small_memories import BACKENDS
 from torch import Tensor
 
-from dsmr_kernels import KVMemory, alike, available_backends, memory_attention
+from dsmr_kernels import KVMemory, alike, memory_attention
 from dsmr_kernels.backends import autograd
 from dsmr_kernels.cases import Case, random_case
+from dsmr_kernels.spec import Alike
 
-pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="needs Triton or its interpreter")
+if "triton" not in BACKENDS:
+    pytest.skip("needs Triton that takes CPU tensors, as in its interpreter", allow_module_level=True)
+
+from dsmr_kernels.backends.triton import bulk, configs, launch
+from dsmr_kernels.backends.triton import prepared as room_of
 
 
 @pytest.fixture(autouse=True)
@@ -210,8 +219,6 @@ def test_an_inference_memory_is_refused_outside_also_once_it_was_known_inside() 
 
 
 def test_other_tiles_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsmr_kernels.backends.triton import configs
-
     case = small()
     prepared(case)
     (kind,) = alike._known.values()
@@ -248,3 +255,157 @@ def test_a_frozen_call_costs_no_gradient_of_it(monkeypatch: pytest.MonkeyPatch) 
     found = torch.autograd.grad(out, (case.q, case.v), case.grad)
     assert asked == [(True, False, True)]
     assert [x.shape for x in found] == [case.q.shape, case.v.shape]
+
+
+def noted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    """The function, which then leaves its first argument in `calls`."""
+
+    def called(*given: Any, **named: Any) -> Any:
+        calls.append(given[0])
+        return function(*given, **named)
+
+    return called
+
+
+def test_while_other_kernels_may_serve_nothing_is_prepared_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, made = small(), list[Any]()
+    monkeypatch.setattr(room_of.Prepared, "__init__", noted(room_of.Prepared.__init__, made))
+    monkeypatch.setattr(bulk, "serving", {("cuda:0", 128, torch.float16)})
+    for _ in range(4):
+        attend(case)
+    assert not made
+
+
+def test_a_tensor_that_is_there_twice_has_no_guards_made_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, made = small(), list[Any]()
+    monkeypatch.setattr(alike, "guards_of", noted(alike.guards_of, made))
+    case.v = case.k
+    prepared(case)
+    assert not made
+    case.v = case.k.detach().requires_grad_()
+    prepared(case)
+    assert len(made) == 1
+
+
+def test_devices_do_not_displace_each_others_kinds() -> None:
+    """As where one process trains on eight of them."""
+    kind = Alike(None)
+    for device in ("cpu", "meta"):
+        x, y, z = torch.empty(3, 1, 2, 5, 16, device=device).unbind()
+        alike.learn_again(kind, x, y, z, None, "options")
+        assert alike.recall(x, y, z, None, "options") is kind
+    assert [len(kinds) for kinds in alike._again.values()] == [1, 1]
+
+
+NEEDS = [needs for needs in itertools.product([True, False], repeat=3) if any(needs)]
+
+
+@pytest.mark.parametrize("remembering", [True, False])
+def test_kernels_are_handed_addresses_as_they_are_handed_tensors(
+    remembering: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU: in the interpreter nothing is launched by address."""
+    case = small(seen=[20] if remembering else None)
+    out = prepared(case)
+    torch.autograd.grad(out, (case.q, case.k, case.v), case.grad)
+    (kind,) = alike._known.values()
+    swift = kind.swift.prepared
+    memory = case.memory
+    stored = (memory.k, memory.v, memory.length, memory.position) if remembering else None
+    launched: list[tuple[str, Any, list[int]]] = []
+
+    def by_tensor(self: Any, stream: int, *tensors: Tensor) -> None:
+        launched.append(("tensors", self, [x.data_ptr() for x in tensors]))
+
+    def by_address(self: Any, stream: int, *addresses: int) -> None:
+        launched.append(("addresses", self, [*addresses]))
+
+    rooms = [torch.empty(4096) for _ in range(6)]
+
+    def again(how: bool, call: Callable[[], object]) -> list[tuple[str, Any, list[int]]]:
+        """What is launched, by address or not, where rooms for results are the same each time."""
+        given = iter(rooms)
+        monkeypatch.setattr(room_of, "room", lambda x: next(given)[: x.numel()].view(x.shape))
+        monkeypatch.setattr(torch, "empty_strided", lambda size, *_, **__: next(given)[: math.prod(size)].view(size))
+        for plan in (swift._plans.forward, *(plan for plans, _ in swift._backwards.values() for plan in plans if plan)):
+            plan.launch.by_address = how
+        launched.clear()
+        call()
+        return [*launched]
+
+    monkeypatch.setattr(launch.Launch, "start", by_tensor)
+    monkeypatch.setattr(launch.Launch, "at", by_address)
+
+    def forward() -> object:
+        return swift.forward(case.q, case.k, case.v, stored)
+
+    def assert_alike(call: Callable[[], object], launches: int, straight: bool) -> None:
+        for _ in range(2):  # what is launched by the first is told apart before the second
+            found = again(True, call)
+        expected = again(False, call)
+        assert [who for who, _, _ in expected] == ["tensors"] * launches
+        assert [who for who, _, _ in found] == ["addresses" if straight else "tensors"] * launches
+        assert [launch for _, launch, _ in found] == [launch for _, launch, _ in expected]
+        assert [at for _, _, at in found] == [at for _, _, at in expected]
+
+    assert_alike(forward, 1, True)
+    out, lse = torch.empty(1, 2, 5, 16), torch.empty(1, 2, 5)
+    for needs in NEEDS:
+        kinds = (needs[0] or needs[1]) + (needs[1] or needs[2])
+        assert_alike(
+            lambda needs=needs: swift.backward(case.q, case.k, case.v, stored, out, lse, case.grad, needs),
+            kinds,
+            kinds == 2,
+        )
+    case.k = torch.cat([case.k.new_zeros(1), case.k.detach().flatten()])[1:].view_as(case.k)  # not aligned
+    assert_alike(forward, 1, False)
+
+
+class _Launcher:
+    """What Triton compiles, with its own launcher for NVIDIA's parts, which tells what it calls in C."""
+
+    def __init__(self) -> None:
+        self.called: list[tuple[Any, ...]] = []
+        nvidia = importlib.import_module("triton.backends.nvidia.driver")
+        run = self.run = nvidia.CudaLauncher.__new__(nvidia.CudaLauncher)
+        run.launch, run.num_ctas = lambda *given: self.called.append(given), 1
+        run.global_scratch_size = run.profile_scratch_size = 0
+        run.global_scratch_align = run.profile_scratch_align = 1
+        run.launch_cooperative_grid, run.launch_pdl = "cooperative", "pdl"
+        run.arg_annotations, run.kernel_signature = "annotations", "signature"
+        self.function, self.packed_metadata = "function", "metadata"
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return self.called.append
+
+
+def test_what_is_called_in_c_is_what_tritons_launcher_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not launch.triton.__version__.startswith("3.7."):
+        pytest.skip("another Triton is called as it offers")
+    compiled, order = _Launcher(), []
+
+    class Noted(launch.Launch):
+        def __setattr__(self, name: str, value: Any) -> None:
+            order.append(name)
+            super().__setattr__(name, value)
+
+    one = Noted(None, (2, 3, 1), torch.device("cpu"), (), (7, 0.5), {}, {})
+    one._key = ("a launch",)
+    monkeypatch.setitem(launch._compiled, one._key, (compiled, ["constant"]))
+    order.clear()
+    assert one._find()
+    # Another thread may launch in between: it sees nothing whose arguments are not there.
+    for what, arguments in (("_runner", "_behind"), ("_run", "_loaded"), ("_straight", "_arguments")):
+        assert order.index(arguments) < order.index(what)
+    assert order.index("_run") < order.index("by_address")
+    one.at(5, 16, 32)
+    one._straight = None
+    one.at(5, 16, 32)
+    assert compiled.called[0] == compiled.called[1]
+    assert compiled.called[0][:5] == (2, 3, 1, 5, "function")
+    assert compiled.called[0][-1] == (16, 32, 7, 0.5, "constant")
+    for name in ("global_scratch_size", "profile_scratch_size"):  # which only Triton knows how to get
+        monkeypatch.setattr(compiled.run, name, 128)
+        assert launch._straight(compiled) is None
+        monkeypatch.setattr(compiled.run, name, 0)
+    assert launch._straight(compiled) is not None

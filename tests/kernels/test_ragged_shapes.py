@@ -1,12 +1,27 @@
 """Pieces begin anywhere, and products in bfloat16 are compiled for every shape: a stream may not show ever new ones."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmr_kernels import KVMemory, memory_attention
+from dsmr_kernels.backends.sdpa import tuned
+from dsmr_kernels.backends.sdpa.processor import Choice
 from dsmr_kernels.backends.sdpa.products import GRAIN
+from dsmr_kernels.cases import random_case
+from dsmr_kernels.testing import run
 
+BF16 = torch.bfloat16
 LENGTH, HORIZON = 64, 192
+
+
+@pytest.fixture(autouse=True)
+def _as_where_bfloat16_is_fast() -> Iterator[None]:
+    tuned.use({(BF16, "forward"): Choice("products", BF16), (BF16, "backward"): Choice("products", BF16)})
+    yield
+    tuned.use(None)
 
 
 class Products(TorchDispatchMode):
@@ -54,3 +69,12 @@ def test_a_stream_soon_shows_products_no_new_shapes() -> None:
     odd = {size for tensors in shapes for shape in tensors for size in shape if size > GRAIN and size % GRAIN}
     assert shapes
     assert not odd
+
+
+def test_segments_of_any_length_keep_their_dtype() -> None:
+    """A stream shows one length of them, however odd; float32 would take up to twice as long."""
+    sizes = {"queries": 150, "kv_heads": 4, "capacity": 60, "seen": [90, 90], "horizon": 60, "dtype": BF16}
+    for length, is_shown in ((50, True), (40, False)):  # three whole segments; three and a part
+        with Products() as products:
+            run(random_case(**sizes, segment_length=length), "sdpa")
+        assert bool(products.shapes) == is_shown

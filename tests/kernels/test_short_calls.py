@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsmr_kernels import memory_attention
+from dsmr_kernels import alike, memory_attention
 from dsmr_kernels.backends.sdpa import plan, tuned
 from dsmr_kernels.backends.sdpa.processor import Choice
 from dsmr_kernels.cases import random_case
@@ -75,4 +75,15 @@ def test_calls_alike_follow_their_memory(monkeypatch: pytest.MonkeyPatch) -> Non
             )
             torch.testing.assert_close(found, right)
         case.memory.append(case.k, case.v)
-    assert len(planned) <= 4 + 1  # the first call of a kind leaves nothing, the second finds where it may
+    assert len(planned) == 4  # one for each place that the memory is at
+
+
+def test_long_plans_are_not_kept() -> None:
+    """A call of many segments is long, and calls of any number of them would add up."""
+    alike.forget()
+    for queries, is_kept in ((plan._MOST_RUNS, True), (plan._MOST_RUNS + 1, False)):
+        case = random_case(queries=queries, capacity=9, seen=[9, 9], horizon=9, segment_length=1)
+        for _ in range(2):
+            memory_attention(case.q, case.k, case.v, case.memory, **case.options, backend="sdpa")
+        *_, kind = alike._known.values()
+        assert bool(kind.plans) == is_kept

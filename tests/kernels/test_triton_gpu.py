@@ -51,6 +51,26 @@ def test_kernels_agree_with_oracle(name: str, dtype: torch.dtype) -> None:
     assert_agrees_with_oracle(case_of(dtype=dtype, **SERVED[name]), "triton")
 
 
+@pytest.mark.parametrize("name", ["memory wrapped", "no memory", "gradients across segments", "sliding"])
+def test_a_prepared_call_launches_by_address_and_gives_the_same_bits(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dsmr_kernels.backends.triton import launch
+
+    monkeypatch.undo()  # tensors that lie anywhere are launched as others are
+    case, by_address = case_of(dtype=torch.bfloat16, **SERVED[name]), []
+    usual = launch.Launch.at
+    monkeypatch.setattr(launch.Launch, "at", lambda self, *given: (by_address.append(self), usual(self, *given))[1])
+    leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    found = []
+    for _ in range(5):
+        out = memory_attention(*leaves, case.memory, **case.options, backend="triton")
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, case.grad)])
+    assert type(out.grad_fn).__name__ == "_SwiftNodeBackward"
+    assert by_address
+    assert all(torch.equal(x, y) for again in found[1:] for x, y in zip(again, found[0], strict=True))
+
+
 LARGE = {
     "one segment": {"queries": 1024, "capacity": 4096, "seen": [9000, 3000], "horizon": 4096},
     "odd sizes": {"queries": 1001, "capacity": 2047, "seen": [2500, 1], "horizon": 1999},

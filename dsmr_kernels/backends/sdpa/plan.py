@@ -13,6 +13,7 @@ from dsmr_kernels.spec import Inputs
 from dsmr_kernels.visibility import Run, runs_of_row
 
 _MOST_PLANS = 64  # that calls alike keep; beyond, all are made anew
+_MOST_RUNS = 64  # of a plan that is kept; a call of more takes long, whoever plans it, and a run 200 bytes
 
 
 class Group(NamedTuple):
@@ -62,7 +63,7 @@ def plan_call(inputs: Inputs) -> Plan:
     """Group the rows by what they see. Rows in the same situation, the usual case, make one group.
 
     Calls alike leave their plans for the next ones, by what the memory holds and where: the layers of a model make the
-    same call, and a short one takes a few operators' time to plan.
+    same call, and a short one takes a few operators' time to plan. Those of many runs, of long calls, are not kept.
     """
     memory, kind, rows = inputs.memory, inputs.alike, inputs.q.shape[0]
     capacity = 0 if memory is None else memory.capacity
@@ -75,9 +76,11 @@ def plan_call(inputs: Inputs) -> Plan:
     key = ("seen", *held, *ring)
     plan: Plan | None = kind.plans.get(key)
     if plan is None:
-        if len(kind.plans) >= _MOST_PLANS:
-            kind.plans.clear()
-        plan = kind.plans[key] = _plan(inputs, held, ring)
+        plan = _plan(inputs, held, ring)
+        if sum(len(group.runs) for group in plan.groups) <= _MOST_RUNS:
+            if len(kind.plans) >= _MOST_PLANS:
+                kind.plans.clear()
+            kind.plans[key] = plan
     return plan
 
 

@@ -29,7 +29,8 @@ DIAGONAL_KEYS = 256  # of a tile at a block's causal edge: half as many save pro
 TILE_BYTES = 1 << 22  # of a tile's scores, on each core: a quarter as many cost an eighth more time, in operators
 # Products in less than float32 are compiled for every shape that they meet, half a mebibyte and some milliseconds each
 # (oneDNN, which keeps a thousand of them): pieces that begin anywhere would show it ever new ones. A last tile of keys
-# is cut to a multiple of this, with the rest a tile of its own, and a row that a new piece cuts computes in float32.
+# is cut to a multiple of this, with the rest a tile of its own, and a row that is cut within a segment, by a new piece
+# or by where the call begins or ends, computes in float32. Whole segments have one length, whatever it is.
 GRAIN = 32
 LOG2E = math.log2(math.e)  # base-2 exponentials are three times as fast as natural ones
 LIMIT = 2.0**64  # of a row's sum, above which a score may be out of range against its pivot
@@ -378,12 +379,12 @@ def forward(inputs: Inputs, plan: Plan, work: torch.dtype) -> tuple[Tensor, Tens
 
 
 def _work(inputs: Inputs, plan: Plan, work: torch.dtype) -> list[tuple[Call, Part]]:
-    """What the jobs of a call are, those of rows that a new piece cuts anywhere in float32."""
-    call = Call(inputs, work)
-    cut_rows = [] if call.exact else [group for group in plan.groups if _is_cut(group)]
+    """What the jobs of a call are, those of rows that are cut within a segment in float32."""
+    call, whole = Call(inputs, work), inputs.spec.segment_length
+    cut_rows = [] if call.exact else [group for group in plan.groups if _is_cut(group, whole)]
     if not cut_rows:
         return [(call, part) for part in call.parts(plan)]
-    wide, others = Call(inputs, call.wide), [group for group in plan.groups if not _is_cut(group)]
+    wide, others = Call(inputs, call.wide), [group for group in plan.groups if not _is_cut(group, whole)]
     return [
         (one, part)
         for one, groups in ((wide, cut_rows), (call, others))
@@ -391,8 +392,10 @@ def _work(inputs: Inputs, plan: Plan, work: torch.dtype) -> list[tuple[Call, Par
     ]
 
 
-def _is_cut(group: Group) -> bool:
-    return len(group.runs) > 1 and any((run.stop - run.start) % GRAIN for run in group.runs)
+def _is_cut(group: Group, whole: int | None) -> bool:
+    """Whether one of several runs has a length that is neither a multiple of `GRAIN` nor that of a `whole` segment."""
+    sizes = [run.stop - run.start for run in group.runs]
+    return len(sizes) > 1 and any(size % GRAIN and size != whole for size in sizes)
 
 
 def _below(above: int, *rows: Tensor) -> tuple[Tensor, ...]:

@@ -176,7 +176,7 @@ class Launch:
             if BY_ADDRESS:  # without hooks, and what would be handed to them
                 self._loaded, self._run = (compiled.function, compiled.packed_metadata, *(None,) * 3), compiled.run
                 if (straight := _straight(compiled)) is not None:
-                    self._straight, self._arguments = straight
+                    self._arguments, self._straight = straight[1], straight[0]  # in this order, likewise
                 self.by_address = not _AMD
         return self._runner is not None
 

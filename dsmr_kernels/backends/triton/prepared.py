@@ -116,9 +116,10 @@ def _as_read(q: Tensor, k: Tensor, v: Tensor, stored: Stored | None) -> tuple[Te
 
 
 def prepare(inputs: Inputs) -> Prepared | None:
-    """Of a call in which nothing takes part but q, k, v and a memory in their dtype; None if it cannot be prepared."""
+    """Of a call in which nothing takes part but q, k, v and a memory in their dtype; None if it cannot be prepared, or
+    would be outdated at once."""
     memory = inputs.memory
-    if not inputs.q.numel():
+    if not inputs.q.numel() or bulk.asked_for():
         return None
     if memory is not None:
         counters = memory.length.is_contiguous() and memory.position.is_contiguous()
