@@ -57,8 +57,9 @@ def enough(calls: list[Callable[[], Any]], rounds: int) -> int:
     return max(rounds, min(MOST_ROUNDS, int(SECONDS / took)))
 
 
-def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """One row of the table, correctness first."""
+def measure(shape: Shape, dtype: torch.dtype, rounds: int, busy: bool = False) -> dict[str, Any]:
+    """One row of the table, correctness first; beside the machine's own product, unless it is `busy`, since the product
+    would then be another moment's."""
     case = shape.case(dtype)
     concatenated = MaskedSDPA(case)
     check(case, "dsmr", ours)
@@ -73,7 +74,7 @@ def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
             "sdpa_ms": 1e3 * statistics.median(theirs),
             "speedup": statistics.median(b / a for a, b in zip(mine, theirs, strict=True)),
         }
-        if key == "forward":
+        if key == "forward" and not busy:
             rate = shape.forward_flops / statistics.median(mine)
             (product,) = in_turn([matmul_rate(dtype, 1024)], rounds)
             row[key]["gflops"] = rate / 1e9
@@ -83,16 +84,16 @@ def measure(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    lines = [
-        "| shape | dtype | forward, ms | concatenated | speed-up | of the matrix product "
-        "| forward + backward, ms | concatenated | speed-up |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    shares = all("share_of_matmul" in row["forward"] for row in rows)
+    columns = ["shape", "dtype", "forward, ms", "concatenated", "speed-up", *["of the matrix product"] * shares]
+    columns += ["forward + backward, ms", "concatenated", "speed-up"]
+    lines = [f"| {' | '.join(columns)} |", f"|---|---|{'--:|' * (len(columns) - 2)}"]
     for row in rows:
         f, b = row["forward"], row["forward_backward"]
+        share = f"| {100 * f['share_of_matmul']:.0f} % " if shares else ""
         lines.append(
             f"| {row['label']} | {row['dtype']} | {f['dsmr_ms']:.1f} | {f['sdpa_ms']:.1f} | {f['speedup']:.2f} × "
-            f"| {100 * f['share_of_matmul']:.0f} % | {b['dsmr_ms']:.1f} | {b['sdpa_ms']:.1f} | {b['speedup']:.2f} × |"
+            f"{share}| {b['dsmr_ms']:.1f} | {b['sdpa_ms']:.1f} | {b['speedup']:.2f} × |"
         )
     return "\n".join(lines)
 
@@ -151,7 +152,7 @@ def main() -> None:
     machine = describe(torch.device("cpu"))
     with spinning() if arguments.busy else contextlib.nullcontext():
         for done, (shape, dtype) in enumerate(work, 1):
-            rows.append(measure(shape, dtype, arguments.rounds))
+            rows.append(measure(shape, dtype, arguments.rounds, arguments.busy))
             print(f"{done} of {len(work)}: {shape}, {name_of(dtype)}", file=sys.stderr, flush=True)
     said, markdown = summary(rows), table(rows)
     print(f"{markdown}\n\n{said}")

@@ -45,3 +45,12 @@ def test_the_instruction_set_and_the_other_program_stand_in_what_is_written(
 def test_short_calls_take_more_rounds_than_are_asked_for() -> None:
     assert side_by_side.enough([lambda: None], 3) == side_by_side.MOST_ROUNDS
     assert side_by_side.enough([lambda: time.sleep(0.2)], 3) == 3
+
+
+def test_a_busy_table_says_nothing_of_a_product_of_another_moment() -> None:
+    passed = {"dsmr_ms": 1.0, "sdpa_ms": 2.0, "speedup": 2.0}
+    row = {"label": "a", "dtype": "float32", "forward": passed, "forward_backward": passed}
+    idle = {**row, "forward": {**passed, "share_of_matmul": 0.5}}
+    assert "of the matrix product" not in side_by_side.table([row])
+    assert side_by_side.table([row]).splitlines()[2] == "| a | float32 | 1.0 | 2.0 | 2.00 × | 1.0 | 2.0 | 2.00 × |"
+    assert side_by_side.table([idle]).splitlines()[2].count("| 50 % |") == 1
