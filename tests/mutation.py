@@ -76,6 +76,8 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 """Each module, and the tests that concern it."""
 EQUIVALENT: dict[str, str] = {
+    "dsmr_kernels/appending.py: if k_scale is not None and v_scale is not None:: k_scale is not None and v_scale is "
+    "not None → (k_scale is not None or v_scale is not None)": "a memory has both scales or none",
     **dict.fromkeys(
         ("dsmr/generation/heard.py: CHUNK = 1 << 12: 12 → 13", "dsmr/generation/heard.py: CHUNK = 1 << 12: 1 → 2"),
         "any size will do that is small beside the rest of a process",

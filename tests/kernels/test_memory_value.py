@@ -155,6 +155,15 @@ def test_a_write_to_any_tensor_of_a_memory_is_noticed() -> None:
         assert memory.moved
 
 
+def test_what_is_not_held_is_shown_as_zeros_whatever_the_capacity() -> None:
+    for capacity in (1, 3):
+        memory = KVMemory.empty(1, 2, capacity, 16)
+        memory.append(heads(1, 2, 4, 16), heads(1, 2, 4, 16))
+        memory.reset()
+        k, v, mask = memory.ordered()
+        assert not any(x.any() for x in (k, v, mask))
+
+
 @pytest.mark.slow
 @every
 def test_strides_do_not_matter(backend: str) -> None:
