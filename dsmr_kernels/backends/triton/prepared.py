@@ -2,7 +2,8 @@
 
 For the calls that a model makes at every step: queries, keys, values and a memory in their dtype or none, all of them
 as in an earlier call (`dsmr_kernels.alike`) but for where they lie. Everything else goes through `training`, whose
-plans these are, and gives the same bits.
+plans these are, and gives the same bits. Forward and backward gather addresses each for itself: a function for both
+would be a call of Python, of which there are to be few.
 """
 
 from typing import Any
