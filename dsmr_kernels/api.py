@@ -6,12 +6,13 @@ common (`dsmr_kernels.alike`), everything else for each.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dsmr_kernels import alike, border, watch
 from dsmr_kernels.dispatch import Choice, asked_for, choose
 from dsmr_kernels.memory import KVMemory, MemorySnapshot, may_look
 from dsmr_kernels.ring import Ring
-from dsmr_kernels.spec import Alike, AttentionSpec, Inputs, layout, learning, with_sinks
+from dsmr_kernels.spec import Alike, AttentionSpec, Inputs, has_tangent, layout, learning, with_sinks
 from dsmr_kernels.visibility import VISIBILITIES
 
 
@@ -87,7 +88,8 @@ def memory_attention(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
-        RuntimeError: in a recomputation (activation checkpointing), if the memory has moved on since.
+        RuntimeError: in a recomputation (activation checkpointing), if the memory has moved on since; if q, k, v or
+            the bias has a tangent (forward-mode differentiation), which the reference alone carries on.
 
     Examples:
         Sinks and a bias by distance, both learned; the buckets widen with distance::
@@ -117,7 +119,7 @@ def memory_attention(
             horizon, segment_length, by_row, None if by_row else segment_offset, visibility, detach_segments, scale,
             with_lse, asked, biased,
         )  # fmt: skip
-        plain = not (by_row or with_lse or biased or watch.every)
+        plain = not (by_row or with_lse or biased or watch.every or forward_ad._current_level >= 0)
         plain = plain and piece_start is None and alibi_slopes is None and distance_buckets is None
         types = type(horizon), type(segment_length), type(segment_offset), type(scale)
         kind = alike.recall(q, k, v, memory, options, types) if plain else None
@@ -243,7 +245,7 @@ def decode_attention(
         kind = alike.found(key)
     if kind is None:
         border.check_query(q)
-    if torch.is_grad_enabled() and q.requires_grad:
+    if (torch.is_grad_enabled() and q.requires_grad) or has_tangent(q):
         raise RuntimeError("decode_attention gives no gradient, but q requires one: call it under torch.no_grad()")
     if kind is None:
         if not isinstance(memory, (KVMemory, MemorySnapshot)):
@@ -334,7 +336,8 @@ def append_rotated(
         border.check_angles(cos, sin, q)
     if memory.mark is not None:
         border.check_room(memory, q.shape[2])
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if learns or has_tangent(q, k, v):
         raise RuntimeError("append_rotated is for inference: call it under torch.no_grad()")
     if kind is not None and kind.choice.stands():
         return kind.choice.module.append_rotated(q, k, v, memory, cos, sin, kind)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dsmr_kernels.ring import Ring
 
@@ -57,6 +58,14 @@ def learning(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
     """Whether a backward may follow."""
     return torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether any of them is differentiated forwards (`torch.func.jvp`, `torch.autograd.forward_ad`). It needs asking
+    before a kernel is launched, which PyTorch does not see: the result would have no tangent, and nobody would know."""
+    return forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
     )
 
 

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from dsmr_kernels.memory import MOVED, KVMemory, MemorySnapshot, in_backward
-from dsmr_kernels.spec import Alike, AttentionSpec, Gradients, Inputs, Needs, Prepared, Stored, layout, learning
+from dsmr_kernels.spec import (
+    Alike,
+    AttentionSpec,
+    Gradients,
+    Inputs,
+    Needs,
+    Prepared,
+    Stored,
+    has_tangent,
+    layout,
+    learning,
+)
 
 
 @dataclass(frozen=True)
@@ -406,6 +417,11 @@ def attention_by(method: Method) -> Callable[[Inputs], tuple[Tensor, Tensor | No
             result = operator(*_pack(inputs))
             return result[0], result[1] if inputs.spec.return_lse else None
         q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
+        if has_tangent(q, k, v, bias):
+            raise RuntimeError(
+                f"memory_attention cannot be differentiated forwards (jvp) with the {method.name} backend; "
+                'use backend="reference", which can'
+            )
         if not learning(q, k, v, bias):
             out, lse, _ = _forward(method, inputs)
         else:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_memories import BACKENDS
+from torch.autograd import forward_ad
 
 from dsmr_kernels import (
     KVMemory,
@@ -100,6 +101,11 @@ def test_whether_a_gradient_is_asked_for_is_looked_at_in_every_call() -> None:
         decode_attention(q.clone().requires_grad_(), case.memory)
     with pytest.raises(RuntimeError, match="append_rotated is for inference"):
         append_rotated(q, k.clone().requires_grad_(), v, case.memory)
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="decode_attention gives no gradient"):
+            decode_attention(forward_ad.make_dual(q, q), case.memory)
+        with pytest.raises(RuntimeError, match="append_rotated is for inference"):
+            append_rotated(q, k, forward_ad.make_dual(v, v), case.memory)
     assert not attend(case).requires_grad
     case.v.requires_grad_()
     assert attend(case).requires_grad

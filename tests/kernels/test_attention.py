@@ -11,6 +11,7 @@ import torch
 from attention_cases import CASES, pieces
 from attention_strategy import attention_calls
 from hypothesis import given, settings
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmr_kernels import KVMemory, append_rotated, available_backends, decode_attention, memory_attention
@@ -255,6 +256,46 @@ def test_double_backward_is_refused_with_a_sentence(backend: str) -> None:
     (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         dq.sum().backward()
+
+
+@fast
+def test_forward_differentiation_is_refused_with_a_sentence(backend: str) -> None:
+    case = random_case(seen=[57, 57], horizon=40)
+    q, k, v = case.q, case.k, case.v
+
+    def attend(q: torch.Tensor, how: str = backend) -> torch.Tensor:
+        out = memory_attention(q, k, v, case.memory, horizon=40, backend=how)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    with pytest.raises(RuntimeError, match="cannot be differentiated forwards"):
+        torch.func.jvp(attend, (q,), (torch.ones_like(q),))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="cannot be differentiated forwards"):
+        attend(forward_ad.make_dual(q, torch.ones_like(q)))
+    with forward_ad.dual_level():  # nothing here has a tangent
+        torch.testing.assert_close(attend(q), attend(q, "reference"), rtol=1e-4, atol=1e-4)
+
+
+def test_forward_differentiation_of_the_reference_is_its_gradient_and_leaves_memory_out() -> None:
+    case = random_case(seen=[57, 57], horizon=40)
+    q, step = case.q, torch.randn_like(case.q)
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        out = memory_attention(q, case.k, case.v, case.memory, horizon=40, backend="reference")
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    _, tangent = torch.func.jvp(attend, (q,), (step,))
+    leaf = q.detach().requires_grad_()
+    (dq,) = torch.autograd.grad(attend(leaf).sum(), leaf)
+    torch.testing.assert_close(tangent.sum(), (dq * step).sum(), rtol=1e-4, atol=1e-4)
+
+    memory = case.memory.clone()
+    with forward_ad.dual_level():
+        memory.append(forward_ad.make_dual(case.k, torch.ones_like(case.k)), case.v)
+        out = memory_attention(q, case.k, case.v, memory, horizon=40, backend="reference")
+        assert isinstance(out, torch.Tensor)
+        assert forward_ad.unpack_dual(out).tangent is None
 
 
 @fast

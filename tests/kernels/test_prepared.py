@@ -15,6 +15,7 @@ import pytest
 import torch
 from small_memories import BACKENDS
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dsmr_kernels import KVMemory, alike, memory_attention
 from dsmr_kernels.backends import autograd
@@ -164,6 +165,16 @@ def test_a_second_differentiation_says_which_backend_can() -> None:
     (grad,) = torch.autograd.grad(attend(case).square().sum(), case.q, create_graph=True)
     with pytest.raises(RuntimeError, match='use backend="reference", which can'):
         grad.sum().backward()
+
+
+def test_forward_differentiation_is_refused_rather_than_left_out() -> None:
+    case = small()
+    prepared(case)
+    q = case.q.detach()
+    with forward_ad.dual_level():
+        for x in (forward_ad.make_dual(q, torch.ones_like(q)), forward_ad.make_dual(case.q, torch.ones_like(q))):
+            with pytest.raises(RuntimeError, match='use backend="reference", which can'):
+                memory_attention(x, case.k, case.v, case.memory, **case.options | {"backend": "triton"})
 
 
 def test_what_hooks_bring_back_in_another_layout_is_read_as_it_lies() -> None:
