@@ -54,6 +54,12 @@ def run(
     data: Annotated[
         Path | None, typer.Option(help="The corpus, where it is not where the table says.", show_default="the table's")
     ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Models or cells of the table, such as full,fhcr-s0.", show_default="all")
+    ] = None,
+    finished: Annotated[
+        Path | None, typer.Option(help="Rows of cells finished elsewhere, not to be run.", show_default="none")
+    ] = None,
 ) -> None:
     """Train and measure every cell of a table. Stop it, kill it: the same command goes on where it was.
 
@@ -61,11 +67,23 @@ def run(
     next cell, each on a GPU of its own.
     """
     from dsmr.console.ranks import LONG, Ranks, together
+    from dsmr.experiments.rows import read_rows
     from dsmr.experiments.runner import run_table
     from dsmr.experiments.table import Table
 
+    cells = Table.load(table)
+    if only is not None:
+        cells = cells.only([name.strip() for name in only.split(",")])
+    if finished is not None:
+        rows = read_rows(finished)
+        try:
+            cells = cells.without(rows)
+        except UserError as error:
+            raise UserError(f"{finished}: {error}") from error
+        if not cells.cells:
+            raise UserError(f"nothing is left to run: {finished} has a row of every cell that was asked for")
     with together(Ranks, "cpu", nccl=False, patience=LONG) as ranks:
-        result = run_table(Table.load(table), out, jobs=jobs, data=data, graph=graph, ranks=ranks)
+        result = run_table(cells, out, jobs=jobs, data=data, graph=graph, ranks=ranks)
     if result.failed and result.signal is None and ranks.first:
         raise UserError("; ".join(f"{key} failed: {why}" for key, why in result.failed.items()))
     if result.exit_code:
@@ -75,7 +93,7 @@ def run(
 @group.command("report")
 @command
 def report(
-    results: Annotated[Path, typer.Argument(help="A folder of `run`, or a file of rows.", show_default=False)],
+    results: Annotated[list[Path], typer.Argument(help="Folders of `run`, files of rows; the first of a cell counts.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the report.", show_default="RESULTS/report")
     ] = None,
@@ -85,8 +103,8 @@ def report(
     from dsmr.experiments.report import write_report
     from dsmr.experiments.rows import read_rows
 
-    found = read_rows(results)
-    folder = out if out is not None else (results if results.is_dir() else results.parent) / "report"
+    found, first = read_rows(*results), results[0]
+    folder = out if out is not None else (first if first.is_dir() else first.parent) / "report"
     for line in write_report(found, folder, rows_path=rows):
         console().print(line, highlight=False, markup=False, soft_wrap=True)
 

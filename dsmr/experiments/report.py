@@ -34,14 +34,14 @@ def write_report(rows: Sequence[dict[str, Any]], out: str | Path, *, rows_path: 
 def markdown(rows: Sequence[dict[str, Any]], lines: Sequence[Line], pictures: Sequence[str]) -> str:
     """The report: what was trained and measured, the table, returns by distance, the pictures."""
     first = rows[0]
-    measured = first["measured"]
+    machines = dict.fromkeys(f"{row['measured']['device']}, {row['measured']['dtype']}" for row in rows)
     tokens = sorted({row["trained_tokens"] for row in rows})
     said = [
         f"# {first['table']}",
         "",
         f"{first['parameters'] / 1e6:.1f} M parameters, {' or '.join(f'{n:,}' for n in tokens)} tokens of training, "
         f"{first['corpus']}, {first['split']} split ({first['pieces']} pieces, {first['tokens']:,} tokens); "
-        f"{measured['device']}, {measured['dtype']}; tokeniser {first['tokenizer_hash'][:16]}.",
+        f"{' or '.join(machines)}; tokeniser {first['tokenizer_hash'][:16]}.",
         "Losses in nats; KRCU and Retain-k in nats a token. ± is the standard deviation over seeds.",
         "",
     ]

@@ -75,24 +75,36 @@ FIGURES = {
 """What is said of each row, by name."""
 
 
-def read_rows(results: str | Path) -> list[dict[str, Any]]:
-    """The rows of finished cells, of a folder that `run` wrote or of a file of rows; in the order of the presets."""
-    path = Path(results)
+def read_rows(*results: str | Path) -> list[dict[str, Any]]:
+    """The rows of finished cells, of folders that `run` wrote or of files of rows; in the order of the presets. Of a
+    cell that several of them have, the first one's row counts."""
+    named = ", ".join(map(str, results))
+    rows = [row for path in results for row in _rows_of(Path(path))]
+    if len(tables := sorted({f"{row['table']} ({row['corpus']})" for row in rows})) > 1:
+        raise UserError(f"{named}: rows of several tables, {' and '.join(tables)}, which one report cannot hold")
+    cells: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["seed"]), row)
+    found = list(cells.values())
+    _check_alike(found, named)
+    known = [*PRESETS, *CONTROLS]
+    order = {name: place for place, name in enumerate(known)}
+    return sorted(found, key=lambda row: (order.get(row["model"], len(known)), row["model"], row["seed"]))
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of one folder or file."""
     if path.is_dir():
         rows = [read_row(row) for row in sorted(path.glob("cells/*/row.json"))]
         if not rows:
             raise UserError(f"{path} has no finished cell to report")
-    elif path.exists():
-        found = read_json(path)
-        if not isinstance(found, list) or not found:
-            raise UserError(f"{path} is not a file of rows")
-        rows = [checked_row(row, f"{path}, row {place},") for place, row in enumerate(found, 1)]
-    else:
+        return rows
+    if not path.exists():
         raise UserError(f"there are no results at {path}")
-    _check_alike(rows, path)
-    known = [*PRESETS, *CONTROLS]
-    order = {name: place for place, name in enumerate(known)}
-    return sorted(rows, key=lambda row: (order.get(row["model"], len(known)), row["model"], row["seed"]))
+    found = read_json(path)
+    if not isinstance(found, list) or not found:
+        raise UserError(f"{path} is not a file of rows")
+    return [checked_row(row, f"{path}, row {place},") for place, row in enumerate(found, 1)]
 
 
 def read_row(path: Path) -> dict[str, Any]:
@@ -110,7 +122,7 @@ def checked_row(row: Any, where: object) -> dict[str, Any]:
     return row
 
 
-def _check_alike(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def _check_alike(rows: Sequence[dict[str, Any]], path: str) -> None:
     """`UserError` where two rows of a model were not measured alike, so that they have no mean."""
     first: dict[str, Any] = {}
     for row in rows:

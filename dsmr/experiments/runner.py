@@ -67,6 +67,8 @@ def run_table(
     """Run all cells of `table` that are not finished into the folder `out`; `data` names the corpus elsewhere, `graph`
     trains by CUDA graphs.
 
+    Some cells alone: `table.only(names)`, or `table.without(rows)` that were finished elsewhere.
+
     Of several `ranks`, which see the same folder, whichever is free takes the next cell; the first holds the folder's
     lock, composes the corpus, and speaks. Raises `UserError`, before any work, for a folder that another runner works
     in or that holds another table, and for measurements that the corpus cannot serve.

@@ -17,8 +17,8 @@ Unknown keys are refused with the nearest known one.
 """
 
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -163,6 +163,34 @@ class Table:
             check(cell.model.schedule, size)
             table.config(cell, "corpus", "run").model_config(3)
         return table
+
+    def only(self, names: Sequence[str]) -> "Table":
+        """The same with some of its cells, each named by its key, or all of a model by the model's name."""
+        known = [*dict.fromkeys(cell.model.name for cell in self.cells), *(cell.key for cell in self.cells)]
+        for name in names:
+            if name not in known:
+                raise UserError(f"the table {self.name} has no cell and no model '{name}'{nearest(name, known)}")
+        return replace(self, cells=tuple(c for c in self.cells if c.key in names or c.model.name in names))
+
+    def without(self, rows: Iterable[Mapping[str, Any]]) -> "Table":
+        """The same without the cells that have `rows`, finished elsewhere; `UserError` for rows of another table."""
+        cells = {cell.key: cell for cell in self.cells}
+        for row in rows:
+            key = f"{row['model']}-s{row['seed']}"
+            if row["table"] != self.name:
+                raise UserError(f"the row of {key} is of the table {row['table']}, not of {self.name}")
+            cell = cells.pop(key, None)
+            if cell is None:
+                continue
+            steps = self.config(cell, "", "").steps  # else so many as an hour or an epoch had
+            for name, value in (
+                ("schedule", str(cell.model.schedule)),
+                ("settings", cell.model.settings),
+                ("steps", row.get("steps") if steps is None else steps),
+            ):
+                if row.get(name) != value:
+                    raise UserError(f"the row of {key} has the {name} {row.get(name)}, but the table has {value}")
+        return replace(self, cells=tuple(cells.values()))
 
     def config(self, cell: Cell, data: str, out: str) -> TrainConfig:
         """What a cell is trained with; `UserError` for settings that cannot be."""

@@ -3,9 +3,9 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from made_up_rows import made_up
 from typer.testing import CliRunner
 
 from dsmr.cli.app import app
@@ -14,47 +14,6 @@ from dsmr.experiments.report import write_report
 from dsmr.experiments.rows import lines_of, rank_correlation, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def made_up(model: str, seed: int, nats: float, **more: Any) -> dict[str, Any]:
-    interval = {"mean": 0.01 * nats, "low": 0.0, "high": 0.2}
-    return {
-        "format": 1,
-        "table": "made-up",
-        "model": model,
-        "title": model,
-        "preset": model,
-        "our_reading": "",
-        "seed": seed,
-        "schedule": "none(layers=2)",
-        "settings": {},
-        "kv_bytes": 1024 * len(model),
-        "parameters": 1_500_000,
-        "steps": 10,
-        "trained_tokens": 1000,
-        "corpus": "made up",
-        "split": "validation",
-        "pieces": 2,
-        "tokens": 100,
-        "tokenizer_hash": "0" * 64,
-        "nats_per_note": nats,
-        "perplexity": 2 * nats,
-        "krcu": {
-            "reset": 8,
-            "auc": interval,
-            "reset_bin": interval,
-            "tail": interval,
-            "bins": [
-                {"start": 8 + 4 * b, "end": 12 + 4 * b, "pieces": 2, "tokens": 8, "delta": interval} for b in range(3)
-            ],
-        },
-        "retain": [{"k": 1024, "delta": interval, "beyond": interval, "tokens_beyond": 5}],
-        "returns": {"by_distance": [{"start": 10, "end": 20, "returns": 3, "saved": 0.5 * nats}]},
-        "by_label": [{"label": "elsewhere", "tokens": 90, "nats_per_token": nats / 4}],
-        "learning": [[500, nats + 1], [1000, nats]],
-        "measured": {"tokens_per_second": 100.0, "peak_bytes": 2**20, "device": "a CPU", "dtype": "float32"},
-        **more,
-    }
 
 
 ROWS = [made_up("none", 0, 12.0), made_up("two_scale", 1, 10.0), made_up("two_scale", 0, 11.0), made_up("mine", 0, 9.0)]
@@ -110,6 +69,36 @@ def test_the_report_has_a_table_and_pictures(tmp_path: Path) -> None:
     assert "![bars](bars.png)" in result.stdout
     assert read_rows(tmp_path / "kept.json") == read_rows(tmp_path / "rows.json")
     assert len(json.loads((tmp_path / "out" / "report.json").read_text())) == 3
+
+
+def test_rows_of_several_machines_become_one_report(tmp_path: Path) -> None:
+    """The first of a cell counts, and each machine is named."""
+    there = {"tokens_per_second": 900.0, "peak_bytes": 2**30, "device": "a GPU", "dtype": "bfloat16"}
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS[1:]))
+    cell = tmp_path / "run" / "cells" / "none-s0"
+    cell.mkdir(parents=True)
+    (cell / "row.json").write_text(json.dumps(made_up("none", 0, 12.0, measured=there)))
+    other = tmp_path / "run" / "cells" / "mine-s0"
+    other.mkdir()
+    (other / "row.json").write_text(json.dumps(made_up("mine", 0, 8.0)))
+    sources = [str(tmp_path / "run"), str(tmp_path / "rows.json")]
+    arguments = [*sources, "--out", str(tmp_path / "out"), "--rows", str(tmp_path / "rows.json")]
+    result = CliRunner().invoke(app, ["experiments", "report", *arguments])
+    assert result.exit_code == 0, result.stderr
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "a CPU, float32" in text
+    assert "a GPU, bfloat16" in text
+    kept = read_rows(tmp_path / "rows.json")  # a file that is read may be the one that all go into
+    assert [(row["model"], row["nats_per_note"]) for row in kept] == [
+        ("two_scale", 11.0), ("two_scale", 10.0), ("none", 12.0), ("mine", 8.0),
+    ]  # fmt: skip
+
+
+def test_rows_of_two_tables_make_no_report(tmp_path: Path) -> None:
+    for name, row in (("a", ROWS[0]), ("b", made_up("none", 0, 12.0, table="another"))):
+        (tmp_path / name).write_text(json.dumps([row]))
+    with pytest.raises(UserError, match=r"rows of several tables, another .* and made-up"):
+        read_rows(tmp_path / "a", tmp_path / "b")
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up_rows import made_up
 from rich.console import Console
 from several_ranks import in_threads, start_ranks
 from small_table import small_corpus, small_table, toml
@@ -301,6 +302,29 @@ def test_cells_at_once_are_spread_over_the_gpus(data: Path, tmp_path: Path, no_w
     began.clear()
     run_table(eight_cells(data, "cpu"), tmp_path / "cpu", jobs=8, console=quiet())
     assert {gpu for _, gpu, _ in began} == {"2,0"}
+
+
+def test_the_program_runs_the_cells_that_it_is_asked_for(data: Path, tmp_path: Path, no_work: None) -> None:
+    table, out = tmp_path / "small.toml", str(tmp_path / "out")
+    table.write_text(toml(small_table(data, cells={"full": [0], "none": [0, 1, 2]})))
+    rows = [{**made_up("none", 0, 1.0), "table": "small", "settings": {}, "schedule": "none(layers=2)", "steps": 24}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    def asked(*more: str) -> str:
+        began.clear()
+        result = CliRunner().invoke(app, ["experiments", "run", str(table), "--out", out, *more])
+        return "" if result.exit_code == 0 else result.stderr
+
+    assert not asked("--only", "none-s2, full")
+    assert [key for key, _, _ in began] == ["full-s0", "none-s2"]
+    assert not asked("--finished", str(tmp_path / "rows.json"))
+    assert [key for key, _, _ in began] == ["none-s1"]
+    assert "nothing is left to run" in asked("--only", "none-s0", "--finished", str(tmp_path / "rows.json"))
+    assert "no cell and no model 'nine'" in asked("--only", "nine")
+    rows[0]["steps"] = 25
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert "rows.json: the row of none-s0 has the steps 25" in asked("--finished", str(tmp_path / "rows.json"))
+    assert not began
 
 
 def test_ranks_deal_the_cells_and_all_know_how_they_ended(

@@ -1,5 +1,6 @@
 """Tables are read and checked before any work: what cannot be is a sentence that names the nearest known word."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,34 @@ def test_the_program_says_it_in_one_line(tmp_path: Path) -> None:
         assert words in result.stderr
         assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_some_cells_may_be_asked_for_by_model_or_by_name() -> None:
+    table = Table.parse(small_table(cells={"full": [0, 2], "none": [5], "fhcr": [0, 1]}))
+    assert [cell.key for cell in table.only(["fhcr", "full-s2"]).cells] == ["fhcr-s0", "full-s2", "fhcr-s1"]
+    assert table.only(["none"]).settings() == table.settings()  # a folder may be gone on with in parts
+    with pytest.raises(UserError, match=r"has no cell and no model 'ful': did you mean 'full'"):
+        table.only(["none", "ful"])
+
+
+def test_cells_that_have_a_row_are_left_out_and_rows_of_others_refused() -> None:
+    models = {"mine": {"preset": "full", "lr": 0.25}}
+    table = Table.parse(small_table(models=models, cells={"full": [0, 1], "mine": [0]}))
+    full, mine = table.cells[0], table.cells[1]
+    row = {"table": "small", "model": "full", "seed": 0, "settings": {}, "steps": table.train["steps"]}
+    row["schedule"] = str(full.model.schedule)
+    assert [cell.key for cell in table.without([row]).cells] == ["mine-s0", "full-s1"]
+    assert table.without([{**row, "seed": 7}, {**row, "model": "gone"}]).cells == table.cells
+    of_mine = {**row, "model": "mine", "settings": mine.model.settings}
+    assert [cell.key for cell in table.without([row, of_mine]).cells] == ["full-s1"]
+    for name, value, words in (
+        ("table", "large", "full-s0 is of the table large, not of small"),
+        ("schedule", "none(layers=2)", "full-s0 has the schedule none"),
+        ("settings", {"lr": 0.5}, "full-s0 has the settings {'lr': 0.5}, but the table has {}"),
+        ("steps", 7, "full-s0 has the steps 7"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            table.without([{**row, name: value}])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda path: path.stem)
