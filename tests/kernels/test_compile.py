@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing  # not there unasked in PyTorch 2.14
 
 from dsmr_kernels import KVMemory, available_backends, memory_attention
 from dsmr_kernels.cases import Case, random_case
