@@ -112,6 +112,17 @@ def test_of_several_tempos_at_one_moment_the_last_counts_and_before_the_first_it
     assert [note.duration / 10_000 for note in piano.notes] == [0.5, 0.5, 1, 1, 0.5, 0.5]
 
 
+def test_a_tempo_from_tick_0_on_replaces_120_and_one_from_tick_1_on_does_not() -> None:
+    for begins, seconds in ((0, 2.0), (1, 1.85)):
+        score = symusic.Score(10)
+        score.tempos.append(symusic.Tempo(begins, 30))
+        track = symusic.Track(program=0, is_drum=False)
+        track.notes.append(symusic.Note(0, 10, 60, 64))
+        score.tracks.append(track)
+        (note,) = module.rewrite(score)[0].tracks[0].notes
+        assert (note.time, note.duration) == (0, round(seconds * 10_000))
+
+
 def test_notes_come_by_onset_pitch_length_and_strength_and_last_a_tick_at_least() -> None:
     score = score_of([])
     wanted = [(0, 1, 60, 9), (0, 10, 60, 3), (0, 10, 60, 5), (0, 20, 60, 1), (0, 5, 61, 1), (10, 5, 59, 1)]
