@@ -102,6 +102,8 @@ def test_a_rank_takes_its_part_of_what_is_whole(rank: int, rows: list[int]) -> N
     found = ranks._part(whole, like)
     assert found.shape == like.shape
     assert torch.equal(found.to_local(), whole[rows])
+    # Of its own: training writes to it, and it must not hold on to the whole.
+    assert found.to_local().untyped_storage().nbytes() == whole[rows].nbytes
     count, plain = torch.tensor(3.0), torch.zeros(5)
     assert ranks._part(count, like) is count
     assert ranks._part(plain, plain) is plain
