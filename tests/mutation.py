@@ -82,6 +82,11 @@ EQUIVALENT: dict[str, str] = {
         ("dsmr/generation/heard.py: CHUNK = 1 << 12: 12 → 13", "dsmr/generation/heard.py: CHUNK = 1 << 12: 1 → 2"),
         "any size will do that is small beside the rest of a process",
     ),
+    "dsmr_kernels/backends/reference.py: if bias is not None and buckets is not None:: bias is not None and buckets "
+    "is not None → (bias is not None or buckets is not None)": "the border refuses a bias without buckets, and buckets "
+    "without a bias",
+    "dsmr_kernels/retention.py: return torch.where(place << level == numbers, slot, -1): 1 → 2": "who is passed by has "
+    "a negative slot, whichever",
     "dsmr_kernels/memory.py: self._written = -1 if compiling else this_backward(): 1 → 2": "no backward pass has a "
     "negative number",
     **dict.fromkeys(

@@ -242,7 +242,13 @@ def test_a_memory_made_in_inference_mode_may_be_used_anywhere() -> None:
         memory = a_memory()
         view = memory.snapshot()
         memory.append(heads(2, 2, 2, 16), heads(2, 2, 2, 16))  # copies first
-        others = [memory.clone(), memory.to(dtype=torch.float64), memory.select([1, 0]), memory.repeat(2)]
+        others = [
+            KVMemory.empty(2, 2, 6, 16),
+            memory.clone(),
+            memory.to(dtype=torch.float64),
+            memory.select([1, 0]),
+            memory.repeat(2),
+        ]
         assert view.seen == 9
     memory.append(heads(2, 2, 2, 16), heads(2, 2, 2, 16))
     leaf = q.clone().requires_grad_()
@@ -316,11 +322,11 @@ def test_rows_may_advance_by_different_numbers(capacity: int, dtype: torch.dtype
         for row, (ring, count) in enumerate(zip(alone, counts, strict=True)):
             here = slice(row, row + 1)
             ring.append(k[here, :, :count], v[here, :, :count], None if starts is None else starts[here, :count])
-    for row, ring in enumerate(alone):
-        for whole in (memory, elsewhere):
-            for found, expected in zip(whole.ordered(), ring.ordered(), strict=True):
-                assert torch.equal(found[row], expected[0])
-            assert whole.position[row] == ring.position[0]
+        for row, ring in enumerate(alone):  # after each call, because a new piece hides what went wrong before it
+            for whole in (memory, elsewhere):
+                for found, expected in zip(whole.ordered(), ring.ordered(), strict=True):
+                    assert torch.equal(found[row], expected[0])
+                assert whole.position[row] == ring.position[0]
     assert isinstance(memory.seen, torch.Tensor)
     assert memory.seen.tolist() == [18, 11, 16]
     with pytest.raises(ValueError, match=r"counts must lie between 0 and the 6 tokens of the call, got \[7, 0, 0\]"):

@@ -61,7 +61,7 @@ def test_tempo_changes_keep_the_seconds_of_notes(name: str, tmp_path: Path) -> N
     assert report.seconds == pytest.approx(expected[-1] + beat / 2, abs=0.01)
 
     fine = read_midi(tmp_path / "a.mid")
-    assert [tempo.qpm for tempo in fine.tempos] == [120]
+    assert [(tempo.time, tempo.qpm) for tempo in fine.tempos] == [(0, 120)]
     np.testing.assert_allclose([note.time / 10_000 for note in fine.tracks[0].notes], expected, atol=0.0001)
 
 
@@ -317,6 +317,8 @@ def test_decoding_nothing_gives_an_empty_piano_track(tmp_path: Path) -> None:
     for token in (words.size, -1):
         with pytest.raises(ValueError, match=rf"\[0, {words.size}\), got {token} to {token}"):
             decode([token], words)
+    with pytest.raises(ValueError, match=f"got 0 to {words.size}"):
+        decode([0, words.size], words)
     assert decode([words.size - 1], words).tracks[0].name == "Piano"
 
 
