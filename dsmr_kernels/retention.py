@@ -170,7 +170,8 @@ def _passes(tokens: int, room: int, filled: int) -> list[tuple[bool, int]]:
     if filled == WITHIN:
         return [(False, tokens)]
     if filled == UNKNOWN:
-        return [(True, min(tokens, room))] * (1 + -(-tokens // room))
+        # The fullest row has room for one token, or has to choose first and then has room for all.
+        return [(True, min(tokens, room))] * (1 + -(-(tokens - 1) // room))
     found = []
     while tokens:
         found.append((filled == 0, min(tokens, room - filled)))

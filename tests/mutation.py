@@ -82,6 +82,13 @@ EQUIVALENT: dict[str, str] = {
         ("dsmr/generation/heard.py: CHUNK = 1 << 12: 12 → 13", "dsmr/generation/heard.py: CHUNK = 1 << 12: 1 → 2"),
         "any size will do that is small beside the rest of a process",
     ),
+    "dsmr_kernels/backends/reference.py: if bias is not None and buckets is not None:: bias is not None and buckets "
+    "is not None → (bias is not None or buckets is not None)": "the border refuses a bias without buckets, and buckets "
+    "without a bias",
+    "dsmr_kernels/retention.py: return torch.where(place << level == numbers, slot, -1): 1 → 2": "who is passed by has "
+    "a negative slot, whichever",
+    "dsmr_kernels/memory.py: self._written = -1 if compiling else this_backward(): 1 → 2": "no backward pass has a "
+    "negative number",
     **dict.fromkeys(
         (
             "dsmr_kernels/appending.py: tokens = k.shape[2] if k.dim() == 4 else -1: -1 → (1)",
@@ -106,9 +113,9 @@ EQUIVALENT: dict[str, str] = {
     **dict.fromkeys(
         (
             "dsmr/music/midi_bytes.py: changes = np.array(tempos, dtype=np.int64).reshape(-1, 2): 1 → 2",
-            "dsmr/music/midi_bytes.py: table = np.array(notes, dtype=np.int64).reshape(-1, 4): 1 → 2",
-            "dsmr/music/midi_bytes.py: return Sounding(np.insert(table, 1, length, axis=1), np.array(pedals, "
-            "dtype=np.int64).reshape(-1, 2), never): 1 → 2 (3)",
+            "dsmr/music/midi_bytes.py: table = np.array(notes, dtype=np.int64).reshape(-1, 5): 1 → 2",
+            "dsmr/music/midi_bytes.py: return Sounding(table, np.array(pedals, dtype=np.int64).reshape(-1, 2), never): "
+            "1 → 2",
             "dsmr/music/tokenizer.py: ids = np.asarray(tokens, dtype=np.int64).reshape(-1): 1 → 2",
         ),
         "to NumPy any negative size is the one to be worked out",

@@ -267,7 +267,7 @@ def write_corpus(
                 raise
             raise UserError(f"cannot write {out}: {describe(reason)}") from reason
     if not labelled:
-        (out / LABELS).unlink(missing_ok=True)
+        (out / LABELS).unlink()  # the empty one, made before anybody knew
     return Corpus.open(out, verify=False)
 
 

@@ -6,7 +6,6 @@ running status goes on behind system-exclusive and meta events, as files that re
 that nothing ends are ended by a stated rule rather than forgotten.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -238,6 +237,9 @@ def _pass_system(data: bytes, at: int, status: int, tick: int, tempos: list[tupl
 
 # Where notes end.
 
+Voice = list[tuple[int, int | None]]
+"""The strikes and ends of one pitch since it was last silent: tick, and the number of the strike, None for an end."""
+
 
 def pair(midi: MidiBytes) -> Sounding:
     """Every strike with its end, the first struck of a pitch ending first.
@@ -245,24 +247,26 @@ def pair(midi: MidiBytes) -> Sounding:
     Strikes that are not all ended (fewer ends than strikes since the pitch was last silent) end at the next strike of
     their pitch, or at its end where that comes first, or at the end of the piece.
     """
-    voices: dict[tuple[int, int, int], list[tuple[int, int]]] = {}  # track, channel, pitch: (tick, strike or -1)
+    voices: dict[tuple[int, int, int], Voice] = {}  # by track, channel and pitch, of those that sound
     depth: dict[tuple[int, int, int], int] = {}  # strikes less ends, since the pitch was last silent
     sounding: dict[tuple[int, int], set[int]] = {}  # so that a million "all notes off" do not visit every pitch
-    notes: list[tuple[int, int, int, int]] = []
+    notes: list[list[int]] = []  # tick, tick of the end once that is known, pitch, velocity, whether it is percussion
     pedals: list[tuple[int, int]] = []
     held: dict[tuple[int, int], int] = {}
     for tick, track, status, one, two in _rows(midi.events):
         channel = status & 15
-        if status < 0xA0:
+        if status < 0xB0:
             key = (track, channel, one)
             if status >= 0x90 and two:
                 voices.setdefault(key, []).append((tick, len(notes)))
-                notes.append((tick, one, two, channel == DRUMS))
+                notes.append([tick, tick, one, two, channel == DRUMS])
                 depth[key] = depth.get(key, 0) + 1
                 sounding.setdefault((track, channel), set()).add(one)
-            elif depth.get(key):
-                voices[key].append((tick, -1))
+            elif key in voices:
+                voices[key].append((tick, None))
                 depth[key] -= 1
+                if depth[key] == 0:
+                    _end_in_order(voices.pop(key), notes)
         elif one == PEDAL:
             if two >= 64:
                 held.setdefault((track, channel), tick)
@@ -270,15 +274,16 @@ def pair(midi: MidiBytes) -> Sounding:
                 pedals.append((start, tick - start))
         elif one in SILENCE:
             for pitch in sounding.pop((track, channel), ()):
-                if depth[track, channel, pitch]:
-                    voices[track, channel, pitch].append((tick, -2))
-                    depth[track, channel, pitch] = 0
+                if (key := (track, channel, pitch)) in voices:
+                    _end_by(tick, voices.pop(key), notes)
+                    del depth[key]
     pedals += [(start, midi.last_tick - start) for start in held.values() if start < midi.last_tick]
-    ends = [0] * len(notes)
-    never = sum(_end_voice(voice, midi.last_tick, ends) for voice in voices.values())
-    table = np.array(notes, dtype=np.int64).reshape(-1, 4)
-    length = np.array(ends, dtype=np.int64) - table[:, 0]
-    return Sounding(np.insert(table, 1, length, axis=1), np.array(pedals, dtype=np.int64).reshape(-1, 2), never)
+    for voice in voices.values():
+        _end_by(midi.last_tick, voice, notes)
+    never = sum(depth.values())
+    table = np.array(notes, dtype=np.int64).reshape(-1, 5)
+    table[:, 1] -= table[:, 0]
+    return Sounding(table, np.array(pedals, dtype=np.int64).reshape(-1, 2), never)
 
 
 def _rows(events: npt.NDArray[np.int64]) -> Iterator[list[int]]:
@@ -287,29 +292,16 @@ def _rows(events: npt.NDArray[np.int64]) -> Iterator[list[int]]:
         yield from events[start : start + (1 << 16)].tolist()
 
 
-def _end_voice(voice: list[tuple[int, int]], last_tick: int, ends: list[int]) -> int:
-    """Fill in the ends of one pitch's strikes; returns how many of them the file leaves open."""
-    never = 0
-    waiting: list[tuple[int, int]] = []  # since the pitch was last silent
-    depth = 0
-    for tick, what in [*voice, (last_tick, -3)]:
-        if what >= 0:
-            depth += 1
-        elif depth == 0:
-            continue
-        elif what == -1:
-            depth -= 1
-        waiting.append((tick, what))
-        if depth == 0:
-            begun = [strike for _, strike in waiting if strike >= 0]
-            for strike, end in zip(begun, (at for at, kind in waiting if kind == -1), strict=True):
-                ends[strike] = end
-        elif what < -1:
-            for (_, strike), (following, _) in itertools.pairwise(waiting):
-                if strike >= 0:
-                    ends[strike] = following
-            never += depth if what == -3 else 0
-        else:
-            continue
-        waiting, depth = [], 0
-    return never
+def _end_in_order(voice: Voice, notes: list[list[int]]) -> None:
+    """Each strike of a pitch has its end, the first the first."""
+    begun = [strike for _, strike in voice if strike is not None]
+    for strike, end in zip(begun, (tick for tick, strike in voice if strike is None), strict=True):
+        notes[strike][1] = end
+
+
+def _end_by(last: int, voice: Voice, notes: list[list[int]]) -> None:
+    """Of a pitch's strikes some have no end: each ends with what comes next of its pitch, at the latest at `last`."""
+    following = [*(tick for tick, _ in voice[1:]), last]
+    for (_, strike), end in zip(voice, following, strict=True):
+        if strike is not None:
+            notes[strike][1] = end

@@ -172,13 +172,10 @@ def rewrite(score: Any, ticks_per_quarter: int = FINE_TICKS_PER_QUARTER) -> tupl
 def _tempo_map(score: Any) -> Callable[[npt.NDArray[Any]], npt.NDArray[np.float64]]:
     """A function from ticks of `score` to seconds, in double precision (symusic's own seconds are single)."""
     changes = score.tempos.numpy()
-    times, mspq = changes["time"].astype(np.int64), changes["mspq"].astype(np.float64)
+    # MIDI's default of 120 qpm comes first. Of several changes at one tick each but the last lasts no time.
+    times, mspq = np.append(np.int64(0), changes["time"]), np.append(500_000.0, changes["mspq"])
     order = np.argsort(times, kind="stable")
     times, mspq = times[order], mspq[order]
-    last_of_its_tick = np.append(times[1:] != times[:-1], True) if times.size else np.zeros(0, dtype=bool)
-    times, mspq = times[last_of_its_tick], mspq[last_of_its_tick]
-    if times.size == 0 or times[0] > 0:
-        times, mspq = np.insert(times, 0, 0), np.insert(mspq, 0, 500_000.0)  # MIDI's default: 120 qpm
     per_tick = mspq / 1e6 / score.ticks_per_quarter
     starts = np.concatenate([[0.0], np.cumsum(np.diff(times) * per_tick[:-1])])
 

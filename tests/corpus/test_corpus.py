@@ -300,6 +300,23 @@ def test_what_is_no_corpus_is_named(tmp_path: Path) -> None:
             Corpus.open(tmp_path / "c")
 
 
+def test_a_digest_is_of_the_tokens_and_of_where_pieces_begin(tmp_path: Path) -> None:
+    corpus = tiny_corpus(tmp_path / "c")
+    content = corpus.tokens.astype("<u2").tobytes() + corpus.offsets.astype("<i8").tobytes()
+    assert corpus.digest == hashlib.sha256(content).hexdigest()
+
+
+def test_what_was_just_written_is_not_read_through_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Corpus._open_directory
+    asked = []
+    monkeypatch.setattr(
+        Corpus, "_open_directory", lambda where, verify: (asked.append(verify), opened(where, verify))[1]
+    )
+    tiny_corpus(tmp_path / "c")
+    Corpus.open(tmp_path / "c")
+    assert asked == [False, True]
+
+
 def test_an_unfinished_corpus_does_not_open(tmp_path: Path) -> None:
     tiny_corpus(tmp_path / "c")
     (tmp_path / "c" / "manifest.json").unlink()

@@ -71,8 +71,9 @@ def test_values_may_have_a_head_dim_of_their_own(backend: str, head_dims: tuple[
         assert error(found, exact) < 2e-5
 
 
-@pytest.mark.slow
-@every
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=[pytest.mark.slow] * (name != "reference")) for name in BACKENDS]
+)
 def test_each_row_may_be_at_its_own_place_in_a_segment(backend: str) -> None:
     case = random_case(batch=3, queries=20, capacity=30, seen=[40, 7, 0], horizon=9)
     offsets = torch.tensor([0, 4, 6])

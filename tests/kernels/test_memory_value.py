@@ -242,7 +242,13 @@ def test_a_memory_made_in_inference_mode_may_be_used_anywhere() -> None:
         memory = a_memory()
         view = memory.snapshot()
         memory.append(heads(2, 2, 2, 16), heads(2, 2, 2, 16))  # copies first
-        others = [memory.clone(), memory.to(dtype=torch.float64), memory.select([1, 0]), memory.repeat(2)]
+        others = [
+            KVMemory.empty(2, 2, 6, 16),
+            memory.clone(),
+            memory.to(dtype=torch.float64),
+            memory.select([1, 0]),
+            memory.repeat(2),
+        ]
         assert view.seen == 9
     memory.append(heads(2, 2, 2, 16), heads(2, 2, 2, 16))
     leaf = q.clone().requires_grad_()
@@ -297,12 +303,14 @@ def test_rows_may_advance_by_different_numbers(capacity: int, dtype: torch.dtype
     elsewhere = memory.clone()
     pieces = torch.tensor([[-1] * 6, [1] * 6, [-1, 1, 1, 1, 1, 1]], dtype=torch.int32)
     begun = torch.zeros(3, 6, dtype=torch.int32)  # a piece begins, also in the row that takes nothing of it
+    at_last = torch.tensor([[-1, -1, *[2] * 4], [0] * 6, [*[-1] * 5, 5]], dtype=torch.int32)  # with the last one taken
     for counts, starts in (
         ([2, 0, 5], None),
         ([3, 3, 3], pieces),
         ([0, 6, 1], None),
         ([4, 0, 1], begun),
         ([6, 1, 0], None),
+        ([3, 1, 6], at_last),
     ):
         k, v = heads(3, 2, 6, 16), heads(3, 2, 6, 16)
         number = torch.tensor(counts)
@@ -314,15 +322,32 @@ def test_rows_may_advance_by_different_numbers(capacity: int, dtype: torch.dtype
         for row, (ring, count) in enumerate(zip(alone, counts, strict=True)):
             here = slice(row, row + 1)
             ring.append(k[here, :, :count], v[here, :, :count], None if starts is None else starts[here, :count])
-    for row, ring in enumerate(alone):
-        for whole in (memory, elsewhere):
-            for found, expected in zip(whole.ordered(), ring.ordered(), strict=True):
-                assert torch.equal(found[row], expected[0])
-            assert whole.position[row] == ring.position[0]
+        for row, ring in enumerate(alone):  # after each call, because a new piece hides what went wrong before it
+            for whole in (memory, elsewhere):
+                for found, expected in zip(whole.ordered(), ring.ordered(), strict=True):
+                    assert torch.equal(found[row], expected[0])
+                assert whole.position[row] == ring.position[0]
     assert isinstance(memory.seen, torch.Tensor)
-    assert memory.seen.tolist() == [15, 10, 10]
+    assert memory.seen.tolist() == [18, 11, 16]
     with pytest.raises(ValueError, match=r"counts must lie between 0 and the 6 tokens of the call, got \[7, 0, 0\]"):
         memory.append(k, v, counts=torch.tensor([7, 0, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_rows_that_advance_alike_are_stored_alike_by_the_way_that_never_looks(dtype: torch.dtype) -> None:
+    from dsmr_kernels.appending import append
+
+    memory = KVMemory.empty(2, 2, 5, 16, dtype=dtype)
+    elsewhere = memory.clone()
+    for count in (1, 3, 0, 5, 7, 2):
+        k, v = heads(2, 2, count, 16), heads(2, 2, count, 16)
+        memory.append(k, v)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            scales = (elsewhere.k_scale, elsewhere.v_scale)
+            append(elsewhere.k, elsewhere.v, *scales, elsewhere.length, elsewhere.position, k, v, None, None)
+        for found, expected in zip(elsewhere.ordered(), memory.ordered(), strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("compiling", [False, True])

@@ -125,6 +125,21 @@ def test_an_append_inside_a_backward_is_refused() -> None:
         assert torch.equal(memory.k, held)
 
 
+def test_what_a_compiled_call_has_written_is_of_no_backward_whatever_its_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compiled code cannot ask for the number; the first of a process have small ones."""
+    memory = KVMemory.empty(2, 2, 6, 16)
+    with monkeypatch.context() as compiling, torch.no_grad():
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        memory.unshare()
+    memory.check_read()
+    for number in range(4):
+        monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda number=number: number)
+        with pytest.raises(RuntimeError, match="may have moved on since"):
+            memory.check_read()
+
+
 @every
 def test_a_backward_may_run_twice_while_nothing_is_appended(backend: str) -> None:
     memory, q = a_memory(), heads(2, 4, 5, 16).requires_grad_()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from retained_rows import DIM, HEADS, a_set, drawn, holds, policies, rows_of, tokens
 
 from dsmr_kernels import KVMemory
-from dsmr_kernels.retention import hashed
+from dsmr_kernels.retention import UNKNOWN, _passes, hashed
 
 
 def test_the_hash_is_that_of_the_oracle() -> None:
@@ -176,6 +176,14 @@ def test_rows_that_move_take_their_sample_with_them(retention: str) -> None:
     assert moved is not memory
     assert holds(moved) == expected
     assert (moved.retention, moved.room) == (memory.retention, 3)
+
+
+def test_rows_whose_segments_differ_take_as_many_stretches_as_one_of_them_may_need() -> None:
+    """Each is a round of copies, so that one more would be paid at every token."""
+    for room in range(1, 9):
+        for count in range(1, 30):
+            alone = [len(_passes(count, room, filled)) for filled in range(room)]
+            assert _passes(count, room, UNKNOWN) == [(True, min(count, room))] * max(alone)
 
 
 def test_a_whole_reset_begins_a_segment() -> None:

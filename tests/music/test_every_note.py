@@ -118,6 +118,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "no division": (midi(track(*melody(60)), division=0), "0 ticks to a quarter note"),
     "no frames": (midi(track(*melody(60)), division=0xE700), "25 frames a second of 0 ticks"),
     "no tempo": (midi(track((0, tempo(0)), *melody(60))), "from tick 0 on its tempo is 0"),
+    "no tempo later": (midi(track(*melody(60), (480, tempo(0)), *melody(62))), "from tick 960 on its tempo is 0"),
     "a tempo cut short": (midi(track((0, b"\xff\x51\x01\x07"), *melody(60))), "change of tempo"),
     "a pitch above 127": (midi(track((0, bytes([0x90, 200, 64])))), "status byte stands where a pitch"),
     "no status": (midi(track((0, bytes([60, 64])), *melody(62))), "holds data where an event should begin"),

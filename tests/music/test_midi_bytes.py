@@ -2,14 +2,17 @@
 
 import itertools
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
+import symusic
 from raw_midi import melody, midi, off, on, tempo, track
 
+from dsmr.console.errors import UserError
 from dsmr.music import midi_bytes, midi_file
 from dsmr.music.midi_bytes import MidiBytes, MidiBytesError, pair, read_bytes
-from dsmr.music.midi_file import read_data
+from dsmr.music.midi_file import count_begun, read_data, read_file
 
 END = b"\xff\x2f\0"
 
@@ -106,6 +109,15 @@ def test_what_stands_behind_the_end_is_counted_and_nothing_else_of_it_matters() 
     assert (found.last_tick, found.tempos.tolist(), len(found.events)) == (7, [], 1)
     for junk in (b"\x05\x06", b"\x90", b"\xff", b"\x81\x81\x81\x81\x81"):
         assert len(read_bytes(_file((3, on(60)), (4, END), (0, junk))).events) == 1
+
+
+def test_the_notes_of_a_refused_file_are_counted_behind_the_end_too(tmp_path: Path) -> None:
+    (tmp_path / "a.mid").write_bytes(_file((0, tempo(0)), *melody(60, 62, 64), (0, END), *melody(65, 67)))
+    with pytest.raises(UserError, match="its tempo is 0"):
+        read_file(tmp_path / "a.mid")
+    assert count_begun(tmp_path / "a.mid") == 5
+    (tmp_path / "a.mid").write_bytes(b"junk")
+    assert count_begun(tmp_path / "a.mid") == count_begun(tmp_path / "none.mid") == 0
 
 
 def test_a_track_that_is_cut_short_is_refused() -> None:
@@ -299,6 +311,13 @@ def test_where_symusic_finds_the_same_its_score_stands(monkeypatch: pytest.Monke
     assert read_data(midi(*same, division=96)).score.ticks_per_quarter == 96
     assert read_data(midi(track())).n_begun == 0
     assert read_data(midi(track((0, tempo(400_000)), (9, tempo(300_000)), (0, on(60)), (1, off(60))))).n_begun == 1
+
+
+def test_a_score_of_other_ticks_does_not_stand() -> None:
+    ours = read_bytes(midi(track(*melody(60)), division=96))
+    for division in (96, 97):
+        theirs = symusic.Score.from_midi(midi(track(*melody(60)), division=division))
+        assert midi_file._agree(theirs, ours) == (division == 96)
 
 
 def test_a_strike_is_told_from_every_other() -> None:

@@ -61,7 +61,7 @@ def test_tempo_changes_keep_the_seconds_of_notes(name: str, tmp_path: Path) -> N
     assert report.seconds == pytest.approx(expected[-1] + beat / 2, abs=0.01)
 
     fine = read_midi(tmp_path / "a.mid")
-    assert [tempo.qpm for tempo in fine.tempos] == [120]
+    assert [(tempo.time, tempo.qpm) for tempo in fine.tempos] == [(0, 120)]
     np.testing.assert_allclose([note.time / 10_000 for note in fine.tracks[0].notes], expected, atol=0.0001)
 
 
@@ -110,6 +110,17 @@ def test_of_several_tempos_at_one_moment_the_last_counts_and_before_the_first_it
     (piano,) = module.rewrite(score)[0].tracks
     assert [note.time / 10_000 for note in piano.notes] == [0, 0.5, 1, 2, 3, 3.5]
     assert [note.duration / 10_000 for note in piano.notes] == [0.5, 0.5, 1, 1, 0.5, 0.5]
+
+
+def test_a_tempo_from_tick_0_on_replaces_120_and_one_from_tick_1_on_does_not() -> None:
+    for begins, seconds in ((0, 2.0), (1, 1.85)):
+        score = symusic.Score(10)
+        score.tempos.append(symusic.Tempo(begins, 30))
+        track = symusic.Track(program=0, is_drum=False)
+        track.notes.append(symusic.Note(0, 10, 60, 64))
+        score.tracks.append(track)
+        (note,) = module.rewrite(score)[0].tracks[0].notes
+        assert (note.time, note.duration) == (0, round(seconds * 10_000))
 
 
 def test_notes_come_by_onset_pitch_length_and_strength_and_last_a_tick_at_least() -> None:
@@ -306,6 +317,8 @@ def test_decoding_nothing_gives_an_empty_piano_track(tmp_path: Path) -> None:
     for token in (words.size, -1):
         with pytest.raises(ValueError, match=rf"\[0, {words.size}\), got {token} to {token}"):
             decode([token], words)
+    with pytest.raises(ValueError, match=f"got 0 to {words.size}"):
+        decode([0, words.size], words)
     assert decode([words.size - 1], words).tracks[0].name == "Piano"
 
 

@@ -312,6 +312,16 @@ def test_one_process_is_a_world_of_one() -> None:
         assert ranks.meet(0.5) == 0.5
 
 
+def test_two_processes_do_not_train_side_by_side_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def together(*_: object, **more: object) -> None:
+        raise AssertionError("they were joined")
+
+    monkeypatch.setattr(joining, "started", lambda: 2)
+    monkeypatch.setattr(joining, "together", together)
+    with pytest.raises(UserError, match="torchrun started 2 processes: say how"), joined(None, 4, "cpu"):
+        pass
+
+
 @pytest.mark.parametrize(
     ("parallel", "world", "kind"),
     [

@@ -77,6 +77,17 @@ def test_what_is_kept_is_what_one_process_keeps(tied: bool) -> None:
         assert_same(ranks.moments(other, its)["state"], kept["optimizer"]["state"])
 
 
+def test_a_layer_that_gives_views_is_no_reason_for_a_warning() -> None:
+    """In PyTorch's words, since whether keys and values are views depends on what computes them."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = DSMRModel(DSMRConfig(11, SCHEDULE, d_model=8, n_heads=1, segment_length=4))
+        ShardedRanks(0, 1, "cpu").placed(model, torch.device("cpu"))
+        warnings.warn("FSDP2-wrapped module (Block) returned a view tensor. An in-place op", stacklevel=1)
+        warnings.warn("FSDP2-wrapped module (Block) is another matter", stacklevel=1)
+    assert [str(one.message)[-6:] for one in said] == ["matter"]
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_measured_is_a_plain_model_of_the_same_weights(tied: bool) -> None:
     model, _ = trained(tied, sharded=True)
@@ -102,6 +113,8 @@ def test_a_rank_takes_its_part_of_what_is_whole(rank: int, rows: list[int]) -> N
     found = ranks._part(whole, like)
     assert found.shape == like.shape
     assert torch.equal(found.to_local(), whole[rows])
+    # Of its own: training writes to it, and it must not hold on to the whole.
+    assert found.to_local().untyped_storage().nbytes() == whole[rows].nbytes
     count, plain = torch.tensor(3.0), torch.zeros(5)
     assert ranks._part(count, like) is count
     assert ranks._part(plain, plain) is plain
