@@ -85,6 +85,8 @@ EQUIVALENT: dict[str, str] = {
     "dsmr_kernels/backends/reference.py: if bias is not None and buckets is not None:: bias is not None and buckets "
     "is not None → (bias is not None or buckets is not None)": "the border refuses a bias without buckets, and buckets "
     "without a bias",
+    "dsmr_kernels/backends/reference.py: return scores.masked_fill(broken.unsqueeze(-2) & seen, torch.nan), values."
+    "masked_fill(broken.unsqueeze(-1), 0.0): -2 → (2)": "values have four dimensions",
     "dsmr_kernels/retention.py: return torch.where(place << level == numbers, slot, -1): 1 → 2": "who is passed by has "
     "a negative slot, whichever",
     "dsmr_kernels/memory.py: self._written = -1 if compiling else this_backward(): 1 → 2": "no backward pass has a "
@@ -124,6 +126,9 @@ EQUIVALENT: dict[str, str] = {
 """Faults that are none, as `--list` prints them, and why."""
 TIMES, MORE = 4.0, 5.0  # what a test takes without a fault, and seconds: beyond that it counts as failed
 MEMORY = 8 << 30  # bytes, of a loop that does not end
+# Looks at what is planted, and seconds between them: some minutes, counted so that time in which all stands still does
+# not count. What waits for others takes no processor's time.
+LOOKS, LOOK = 6000, 0.05
 
 
 def copy_of_the_tree(folder: Path) -> Path:
@@ -227,6 +232,17 @@ def _in_order(tests: list[str], parts: dict[str, Part]) -> list[str]:
     return [name for *_, name in sorted(places)]
 
 
+def _ended(process: int) -> int:
+    """How a process ended; one that is still there after `LOOKS` is ended, and what it has started with it."""
+    for _ in range(LOOKS):
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(LOOK)
+    os.killpg(process, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
 def survives(fault: Fault, tree: Path, parts: dict[str, Part]) -> bool:
     """Whether the tests pass with this fault."""
     reached = [
@@ -243,12 +259,13 @@ def survives(fault: Fault, tree: Path, parts: dict[str, Part]) -> bool:
     if not process:
         code = 1
         try:
+            os.setpgrp()
             resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
             sys.dont_write_bytecode = True  # all but the module with the fault lies there already
             code = _pytest(tree, ["-x", *files], Chosen(tests, parts))
         finally:
             os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    code = _ended(process)
     (tree / fault.module).write_text(fault.source)
     return code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 

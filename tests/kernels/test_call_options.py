@@ -120,6 +120,20 @@ def test_sinks_take_weight_and_learn(backend: str) -> None:
     assert error(out, expected) < 1e-5
 
 
+@every
+def test_what_is_farther_than_all_buckets_has_the_last_column(backend: str) -> None:
+    case, table = random_case(queries=5, capacity=12, seen=[20, 5], horizon=9), torch.randn(4, 4)
+    near = torch.tensor([0, 1, 2, 3])
+    found, exact = (
+        memory_attention(
+            case.q, case.k, case.v, case.memory, **case.options,
+            distance_bias=table, distance_buckets=buckets, backend=backend,
+        )
+        for buckets in (near, torch.tensor([*near, *[3] * 36]))
+    )  # fmt: skip
+    assert error(found, exact) < 1e-6
+
+
 @pytest.mark.slow
 @every
 @pytest.mark.parametrize("visibility", ["segment", "sliding"])

@@ -6,6 +6,7 @@ from small_memories import a_memory, attend, every, heads, new, reentrant, strid
 from torch.utils.checkpoint import checkpoint
 
 from dsmr_kernels import KVMemory
+from dsmr_kernels.backends.reference import first_computation
 
 
 @pytest.mark.slow
@@ -150,3 +151,11 @@ def test_a_backward_may_run_twice_while_nothing_is_appended(backend: str) -> Non
     if backend != "reference":  # which keeps copies
         with pytest.raises(RuntimeError, match="written to in place before the call's backward"):
             torch.autograd.grad(out.sum(), q)
+
+
+def test_a_compiled_call_of_the_reference_knows_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = heads(2, 4, 5, 16)
+    assert torch.equal(first_computation(q), q)
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 3)
+    with pytest.raises(RuntimeError, match="may have moved on since"):
+        first_computation(q)

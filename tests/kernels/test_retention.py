@@ -186,12 +186,17 @@ def test_rows_whose_segments_differ_take_as_many_stretches_as_one_of_them_may_ne
             assert _passes(count, room, UNKNOWN) == [(True, min(count, room))] * max(alone)
 
 
-def test_a_whole_reset_begins_a_segment() -> None:
+@pytest.mark.parametrize(("before", "after"), [(10, 17), (12, 12)])
+def test_a_whole_reset_begins_a_segment(before: int, after: int) -> None:
+    """Also where the memory has chosen after as many tokens before."""
     memory = a_set("random", 5, 3)
-    memory.append(*tokens(2, 10))
+    memory.append(*tokens(2, before))
+    memory.settle()
     memory.reset()
     fresh = a_set("random", 5, 3)
     for each in (memory, fresh):
-        each.append(*tokens(2, 17))
+        each.append(*tokens(2, after))
+        each.settle()
     assert holds(memory) == holds(fresh)
-    assert memory.seen == 17
+    assert torch.equal(memory.length, fresh.length)
+    assert memory.seen == after

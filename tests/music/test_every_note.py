@@ -16,6 +16,7 @@ from raw_midi import melody, midi, off, on, tempo, track
 from small_scores import random_score
 
 from dsmr.console.errors import UserError
+from dsmr.music.midi_file import count_begun
 from dsmr.music.tokenizer import (
     SCHEMES,
     EmptyScoreError,
@@ -155,6 +156,20 @@ def test_a_file_too_large_for_a_piece_is_refused(tmp_path: Path, monkeypatch: py
         read_midi(tmp_path / "a.mid")
     monkeypatch.setattr(f"dsmr.music.{limit}", 1000)
     read_midi(tmp_path / "a.mid")
+
+
+def test_a_file_of_just_the_size_that_is_read_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (tmp_path / "a.mid").write_bytes(midi(track(*melody(*range(40, 60)))))
+    whole = notes_of(tmp_path / "a.mid", (tmp_path / "a.mid").read_bytes())
+    for module in ("midi_bytes", "midi_file"):
+        monkeypatch.setattr(f"dsmr.music.{module}.LARGEST", size)
+    assert notes_of(tmp_path / "a.mid", (tmp_path / "a.mid").read_bytes()) == whole
+    assert count_begun(tmp_path / "a.mid") == len(whole) == 20
+    (tmp_path / "a.mid").write_bytes((tmp_path / "a.mid").read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"a\.mid is too large for one piece"):
+        read_midi(tmp_path / "a.mid")
 
 
 @pytest.mark.slow
