@@ -87,6 +87,15 @@ EQUIVALENT: dict[str, str] = {
     "without a bias",
     "dsmr_kernels/backends/reference.py: return scores.masked_fill(broken.unsqueeze(-2) & seen, torch.nan), values."
     "masked_fill(broken.unsqueeze(-1), 0.0): -2 → (2)": "values have four dimensions",
+    "dsmr/music/midi_file.py: midi = read_bytes(file.read(LARGEST), ends=False): False → True": "the ends of notes are "
+    "not counted",
+    "dsmr_kernels/quantise.py: scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 0.0) + scale * 0  "
+    "# NaN if it is not finite: torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 0.0) + scale * 0 → "
+    "(torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 0.0) - scale * 0)": "0 or NaN, added or subtracted",
+    "dsmr_kernels/retention.py: return [(False, tokens)]: False → True": "who appends within a segment has "
+    "none that is over",
+    "dsmr_kernels/retention.py: levels = torch.arange(62 - kept.bit_length(), device=numbers.device): "
+    "62 - kept.bit_length() → (62 + kept.bit_length())": "no stream has 2**61 tokens",
     "dsmr_kernels/retention.py: return torch.where(place << level == numbers, slot, -1): 1 → 2": "who is passed by has "
     "a negative slot, whichever",
     "dsmr_kernels/memory.py: self._written = -1 if compiling else this_backward(): 1 → 2": "no backward pass has a "

@@ -365,6 +365,7 @@ def test_records_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
     wrong = (
         ({"tokens": np.array([5000])}, "below 28"),
         ({"tokens": np.array([28])}, "below 28"),
+        ({"tokens": np.array([3, 28, 3])}, "below 28"),
         ({"tokens": tiny_piece(3, 0)[None]}, "must be one row"),
         ({"split": "dev"}, "'dev'"),
         ({"n_notes": 4}, "3 notes in the tokens, 4 in the record"),

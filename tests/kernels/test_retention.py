@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from retained_rows import DIM, HEADS, a_set, drawn, holds, policies, rows_of, tokens
 
 from dsmr_kernels import KVMemory
-from dsmr_kernels.retention import UNKNOWN, _passes, hashed
+from dsmr_kernels.retention import UNKNOWN, _passes, hashed, uniform_slots
 
 
 def test_the_hash_is_that_of_the_oracle() -> None:
@@ -79,6 +79,34 @@ def test_whatever_happens(retention: str, data: st.DataObject) -> None:
         number += count
         assert holds(memory) == [row.held for row in rows]
         assert memory.position.tolist() == [row.position for row in rows]
+
+
+@policies
+@pytest.mark.parametrize("room", [0, 4])
+def test_a_row_that_takes_no_token_of_a_new_piece_stays_in_its_own(retention: str, room: int) -> None:
+    memory = a_set(retention, 5, room)
+    memory.append(*tokens(2, 10))
+    before = holds(memory)
+    memory.append(*tokens(2, 3, 10), torch.zeros(2, 3, dtype=torch.int32), counts=torch.tensor([0, 3]))
+    assert holds(memory) == [before[0], [1011.0, 1012.0, 1013.0]]
+    assert memory.position.tolist() == [10, 3]
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 8, 13])
+def test_every_nth_token_whatever_its_number(kept: int) -> None:
+    """In Python's integers, which nothing overflows."""
+    numbers = sorted(
+        {max(0, (kept << level) // part + more) for level in range(57) for part in (1, 2) for more in range(-2, 3)}
+    )
+
+    def slot_of(number: int) -> int:
+        level = next(level for level in range(64) if number < kept << level)
+        place, cycle = number >> level, kept if kept % 2 else kept - 1
+        if place << level != number:
+            return -1
+        return place if place == cycle else place * 2**level % cycle
+
+    assert uniform_slots(torch.tensor(numbers), kept).tolist() == [slot_of(number) for number in numbers]
 
 
 @policies
