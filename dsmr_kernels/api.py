@@ -88,8 +88,9 @@ def memory_attention(
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
-        RuntimeError: in a recomputation (activation checkpointing), if the memory has moved on since; if q, k, v or
-            the bias has a tangent (forward-mode differentiation), which the reference alone carries on.
+        RuntimeError: in a recomputation (activation checkpointing), if the memory has moved on since; if q, k, v, the
+            bias, the slopes or, in a backward, a gradient has a tangent (forward-mode differentiation), which the
+            reference alone carries on.
 
     Examples:
         Sinks and a bias by distance, both learned; the buckets widen with distance::
@@ -245,8 +246,10 @@ def decode_attention(
         kind = alike.found(key)
     if kind is None:
         border.check_query(q)
-    if (torch.is_grad_enabled() and q.requires_grad) or has_tangent(q):
+    if torch.is_grad_enabled() and q.requires_grad:
         raise RuntimeError("decode_attention gives no gradient, but q requires one: call it under torch.no_grad()")
+    if has_tangent(q, alibi_slopes, sinks, distance_bias):
+        raise RuntimeError("decode_attention cannot be differentiated forwards (jvp); memory_attention can")
     if kind is None:
         if not isinstance(memory, (KVMemory, MemorySnapshot)):
             raise TypeError(f"memory must be a KVMemory that holds the new tokens, got {type(memory).__name__}")
@@ -336,9 +339,10 @@ def append_rotated(
         border.check_angles(cos, sin, q)
     if memory.mark is not None:
         border.check_room(memory, q.shape[2])
-    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if learns or has_tangent(q, k, v):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError("append_rotated is for inference: call it under torch.no_grad()")
+    if has_tangent(q, k, v, cos, sin):
+        raise RuntimeError("append_rotated is for inference: it cannot be differentiated forwards (jvp)")
     if kind is not None and kind.choice.stands():
         return kind.choice.module.append_rotated(q, k, v, memory, cos, sin, kind)
     chosen = choose(q, asked, v_head_dim=memory.v_head_dim)

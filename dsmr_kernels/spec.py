@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from dsmr_kernels.ring import Ring
@@ -64,9 +65,21 @@ def learning(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether any of them is differentiated forwards (`torch.func.jvp`, `torch.autograd.forward_ad`). It needs asking
     before a kernel is launched, which PyTorch does not see: the result would have no tangent, and nobody would know."""
-    return forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    )
+    return forward_ad._current_level >= 0 and any(x is not None and _is_dual(x) for x in tensors)
+
+
+def _is_dual(x: Tensor) -> bool:
+    """Whether it has a tangent, also one of a `torch.func.jvp` around the transforms at work: each hides those."""
+    functorch = torch._C._functorch
+    if not torch._C._are_functorch_transforms_active():
+        return forward_ad.unpack_dual(x).tangent is not None
+    if not functorch.is_batchedtensor(x) and forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    inmost = retrieve_current_functorch_interpreter()
+    if functorch.maybe_get_level(x) == inmost.level():
+        x = functorch.get_unwrapped(x)
+    with inmost.lower():
+        return _is_dual(x)
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

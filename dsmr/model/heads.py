@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsmr.model.positions import Rotary
 from dsmr_kernels.rotary import rotate
+from dsmr_kernels.spec import has_tangent
 
 Part = tuple[int, bool]
 """So many heads of the projection, and whether they are turned."""
@@ -31,7 +32,8 @@ def heads_of(x: Tensor, parts: Sequence[Part], place: Rotary | None, dtype: torc
     """
     parts = tuple((count, turned and place is not None) for count, turned in parts)
     cos, sin = (None, None) if place is None else (place.cos, place.sin)
-    if torch.compiler.is_compiling():  # which fuses it; a node of our own would be in its way
+    # Compiled it is fused, and differentiated forwards each operation is; a node of our own would be in the way.
+    if torch.compiler.is_compiling() or has_tangent(x):
         return _plainly(x, cos, sin, parts, dtype)
     if torch.is_grad_enabled() and x.requires_grad:
         found: tuple[Tensor, ...] = _Split.apply(x, cos, sin, parts, dtype)

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dsmr_kernels.memory import MOVED, KVMemory, MemorySnapshot, in_backward
 from dsmr_kernels.spec import (
@@ -59,6 +60,13 @@ def _plainly(device: str) -> Iterator[None]:
 def _is_plain(device: str) -> bool:
     """Whether they are off already: switching them off would cost time."""
     return not (torch.is_grad_enabled() or (device != "meta" and torch.is_autocast_enabled(device)))
+
+
+def _not_forwards(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"memory_attention cannot be differentiated forwards (jvp) with the {name} backend; "
+        'use backend="reference", which can'
+    )
 
 
 class _Backward(torch.autograd.Function):
@@ -152,6 +160,8 @@ def _gradients(
     needs: Needs,
 ) -> Gradients:
     """The gradients of a recorded call, from what it has kept."""
+    if has_tangent(grad, grad_lse):  # of what comes after the call
+        raise _not_forwards(method.name)
     q, k, v = inputs.q, inputs.k, inputs.v
     if inputs.alike is not None and inputs.alike.layout != layout(q, k, v):
         inputs = inputs._replace(alike=None)  # hooks on what is saved may have brought it back in another layout
@@ -227,7 +237,7 @@ class Swift:
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         as_saved = (q.stride(), k.stride(), v.stride()) == self.strides and out.is_contiguous() and lse.is_contiguous()
-        if as_saved and not torch.is_grad_enabled():
+        if as_saved and not torch.is_grad_enabled() and forward_ad._current_level < 0:
             found = self.prepared.backward(q, k, v, stored, out, lse, grad, needs)
             if found is not None:
                 return found
@@ -250,6 +260,10 @@ class _NodeOfTransforms(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
         method, given, *learned = inputs
         _keep(ctx, method, _with(given, *learned), output, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise _not_forwards(ctx.kept[0].name)
 
     backward = _Node.backward
 
@@ -414,14 +428,13 @@ def attention_by(method: Method) -> Callable[[Inputs], tuple[Tensor, Tensor | No
     def memory_attention(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
         """See `dsmr_kernels.memory_attention`; arguments are taken as checked."""
         if torch.compiler.is_compiling():
+            if forward_ad._current_level >= 0:  # an operator drops tangents; what is not compiled can be asked for them
+                raise _not_forwards(method.name)
             result = operator(*_pack(inputs))
             return result[0], result[1] if inputs.spec.return_lse else None
         q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
-        if has_tangent(q, k, v, bias):
-            raise RuntimeError(
-                f"memory_attention cannot be differentiated forwards (jvp) with the {method.name} backend; "
-                'use backend="reference", which can'
-            )
+        if has_tangent(q, k, v, bias, inputs.alibi):
+            raise _not_forwards(method.name)
         if not learning(q, k, v, bias):
             out, lse, _ = _forward(method, inputs)
         else:

@@ -6,6 +6,7 @@ finite makes NaN of what sees it, and of nothing else.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dsmr_kernels.memory import MOVED, in_backward
 from dsmr_kernels.ring import Ring
@@ -63,7 +64,7 @@ def memory_attention(inputs: Inputs, work: torch.dtype | None = None) -> tuple[T
     would write by hand, and so the yardstick of the project's tolerances.
     """
     q, k, v, memory, piece_start, spec = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.piece_start, inputs.spec
-    if torch.compiler.is_compiling() and inputs.live:
+    if torch.compiler.is_compiling() and inputs.live and forward_ad._current_level < 0:  # an operator drops tangents
         q = first_computation(q)
     work = work or _work_dtype(q)
     queries, tokens, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]

@@ -102,9 +102,9 @@ def test_whether_a_gradient_is_asked_for_is_looked_at_in_every_call() -> None:
     with pytest.raises(RuntimeError, match="append_rotated is for inference"):
         append_rotated(q, k.clone().requires_grad_(), v, case.memory)
     with forward_ad.dual_level():
-        with pytest.raises(RuntimeError, match="decode_attention gives no gradient"):
+        with pytest.raises(RuntimeError, match="decode_attention cannot be differentiated forwards"):
             decode_attention(forward_ad.make_dual(q, q), case.memory)
-        with pytest.raises(RuntimeError, match="append_rotated is for inference"):
+        with pytest.raises(RuntimeError, match="append_rotated is for inference: it cannot be differentiated forwards"):
             append_rotated(q, k, forward_ad.make_dual(v, v), case.memory)
     assert not attend(case).requires_grad
     case.v.requires_grad_()

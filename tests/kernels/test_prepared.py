@@ -177,6 +177,17 @@ def test_forward_differentiation_is_refused_rather_than_left_out() -> None:
                 memory_attention(x, case.k, case.v, case.memory, **case.options | {"backend": "triton"})
 
 
+def test_the_tangent_of_a_gradient_is_refused_rather_than_left_out() -> None:
+    case, slopes = small(), torch.rand(2)
+    out = prepared(case)
+    step = torch.ones_like(out)
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match='use backend="reference", which can'):
+            torch.autograd.grad(out, case.q, forward_ad.make_dual(step, step))
+        with pytest.raises(RuntimeError, match='use backend="reference", which can'):
+            attend(case, alibi_slopes=forward_ad.make_dual(slopes, slopes))
+
+
 def test_what_hooks_bring_back_in_another_layout_is_read_as_it_lies() -> None:
     case = small()
     first = results(case)

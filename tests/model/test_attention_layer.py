@@ -41,6 +41,21 @@ def written_out(layer: DSMRAttention, x: Tensor, past: tuple[Tensor, Tensor] | N
     return y, tuple(part[:, :, part.shape[2] - kept :].detach() for part in (k, v))
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+def test_a_layer_is_differentiated_forwards_where_its_backend_is(position: str) -> None:
+    x, step = torch.randn(2, 5, 24), torch.randn(2, 5, 24)
+    layer = DSMRAttention(24, 4, horizon=8, position=position, backend="reference")
+    _, memory = layer(torch.randn(2, 7, 24))
+    held = memory.snapshot()
+    _, tangent = torch.func.jvp(lambda x: layer(x, held)[0], (x,), (step,))
+    leaf = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(layer(leaf, held)[0].sum(), leaf)
+    torch.testing.assert_close(tangent.sum(), (dx * step).sum(), rtol=1e-4, atol=1e-4)
+    layer.backend = "sdpa"
+    with pytest.raises(RuntimeError, match='use backend="reference", which can'):
+        torch.func.jvp(lambda x: layer(x, held)[0], (x,), (step,))
+
+
 @pytest.mark.slow
 @every
 @pytest.mark.parametrize("position", POSITIONS)
