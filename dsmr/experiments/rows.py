@@ -73,22 +73,28 @@ FIGURES = {
     "tokens/s": lambda row: row["measured"]["tokens_per_second"],
 }
 """What is said of each row, by name."""
+COMMON = ("table", "corpus", "split", "pieces", "tokens", "tokenizer_hash")
+"""What a report says once, of all its rows."""
 
 
 def read_rows(*results: str | Path) -> list[dict[str, Any]]:
     """The rows of finished cells, of folders that `run` wrote or of files of rows; in the order of the presets. Of a
-    cell that several of them have, the first one's row counts."""
-    named = ", ".join(map(str, results))
-    rows = [row for path in results for row in _rows_of(Path(path))]
-    if len(tables := sorted({f"{row['table']} ({row['corpus']})" for row in rows})) > 1:
-        raise UserError(f"{named}: rows of several tables, {' and '.join(tables)}, which one report cannot hold")
-    cells: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in rows:
-        cells.setdefault((row["model"], row["seed"]), row)
-    found = list(cells.values())
-    _check_alike(found, named)
+    cell that several of them have, the first one's row counts. `UserError` for rows that cannot stand in one report."""
+    rows = [(row, path) for path in map(Path, results) for row in _rows_of(path)]
+    for row, path in rows:
+        for name in COMMON:
+            first, where = rows[0]
+            if row[name] != first[name]:
+                raise UserError(
+                    f"one report cannot hold rows whose {name} is {first[name]!r} ({where}) and {row[name]!r} ({path})"
+                )
+    cells: dict[tuple[str, int], tuple[dict[str, Any], Path]] = {}
+    for row, path in rows:
+        cells.setdefault((row["model"], row["seed"]), (row, path))
+    _check_alike(list(cells.values()))
     known = [*PRESETS, *CONTROLS]
     order = {name: place for place, name in enumerate(known)}
+    found = [row for row, _ in cells.values()]
     return sorted(found, key=lambda row: (order.get(row["model"], len(known)), row["model"], row["seed"]))
 
 
@@ -122,19 +128,23 @@ def checked_row(row: Any, where: object) -> dict[str, Any]:
     return row
 
 
-def _check_alike(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """`UserError` where two rows of a model were not measured alike, so that they have no mean."""
-    first: dict[str, Any] = {}
-    for row in rows:
+def _check_alike(rows: Sequence[tuple[dict[str, Any], Path]]) -> None:
+    """`UserError` where two rows of a model were not trained or measured alike, so that they have no mean."""
+    first: dict[str, tuple[Any, Any, Path]] = {}
+    for row, path in rows:
+        trained = row["schedule"], row.get("settings")
         bins = row["returns"]["by_distance"] if row["returns"] else []
         measured = (
             [kept["k"] for kept in row["retain"]],
             [(one["start"], one["end"], one["returns"] > 0) for one in bins],
             [one["label"] for one in row.get("by_label") or ()],
-            len(row["krcu"]["bins"]) if row["krcu"] else None,
+            [(one["start"], one["end"]) for one in row["krcu"]["bins"]] if row["krcu"] else None,
         )
-        if first.setdefault(row["model"], measured) != measured:
-            raise UserError(f"{path} has rows of {row['model']} that were not measured alike")
+        former = first.setdefault(row["model"], (trained, measured, path))
+        if former[:2] != (trained, measured):
+            files = " and ".join(dict.fromkeys((str(former[2]), str(path))))
+            how = "measured" if former[0] == trained else "trained"
+            raise UserError(f"{files}: rows of {row['model']} that were not {how} alike")
 
 
 def lines_of(rows: Sequence[dict[str, Any]]) -> list[Line]:

@@ -186,6 +186,7 @@ class Table:
             for name, value in (
                 ("schedule", str(cell.model.schedule)),
                 ("settings", cell.model.settings),
+                ("kv_bytes", self.size.bytes(cell.model.schedule)),  # which the number of heads and their width decide
                 ("steps", row.get("steps") if steps is None else steps),
             ):
                 if row.get(name) != value:

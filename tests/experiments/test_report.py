@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_up_rows import made_up
@@ -94,11 +95,36 @@ def test_rows_of_several_machines_become_one_report(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_rows_of_two_tables_make_no_report(tmp_path: Path) -> None:
-    for name, row in (("a", ROWS[0]), ("b", made_up("none", 0, 12.0, table="another"))):
-        (tmp_path / name).write_text(json.dumps([row]))
-    with pytest.raises(UserError, match=r"rows of several tables, another .* and made-up"):
+@pytest.mark.parametrize("name", ["table", "corpus", "split", "pieces", "tokens", "tokenizer_hash"])
+def test_rows_that_a_report_would_say_something_wrong_of_are_refused(name: str, tmp_path: Path) -> None:
+    """It says these once, as the first row has them. The sentence names both files."""
+    other = made_up("none", 0, 12.0)
+    other[name] = other[name] + (1 if isinstance(other[name], int) else "1")
+    for file, row in (("a", ROWS[1]), ("b", other)):
+        (tmp_path / file).write_text(json.dumps([row]))
+    with pytest.raises(UserError, match=rf"whose {name} is .* \(.*/a\) and .* \(.*/b\)"):
         read_rows(tmp_path / "a", tmp_path / "b")
+
+
+LATER = [{**one, "start": one["start"] + 8, "end": one["end"] + 8} for one in ROWS[0]["krcu"]["bins"]]
+
+
+@pytest.mark.parametrize(
+    ("more", "how"),
+    [
+        ({"schedule": "none(layers=3)"}, "trained"),
+        ({"settings": {"lr": 0.5}}, "trained"),
+        ({"retain": []}, "measured"),
+        ({"krcu": {**ROWS[0]["krcu"], "bins": LATER}}, "measured"),
+    ],
+)
+def test_seeds_of_a_model_that_are_not_alike_have_no_mean(more: dict[str, Any], how: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text(json.dumps(ROWS))
+    (tmp_path / "b").write_text(json.dumps([made_up("two_scale", 2, 10.0, **more)]))
+    with pytest.raises(UserError, match=rf"/a and .*/b: rows of two_scale that were not {how} alike"):
+        read_rows(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b").write_text(json.dumps([made_up("two_scale", 1, 10.0, **more)]))
+    assert len(read_rows(tmp_path / "a", tmp_path / "b")) == len(ROWS)  # the first of a cell counts
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ def test_cells_at_once_are_spread_over_the_gpus(data: Path, tmp_path: Path, no_w
 def test_the_program_runs_the_cells_that_it_is_asked_for(data: Path, tmp_path: Path, no_work: None) -> None:
     table, out = tmp_path / "small.toml", str(tmp_path / "out")
     table.write_text(toml(small_table(data, cells={"full": [0], "none": [0, 1, 2]})))
-    rows = [{**made_up("none", 0, 1.0), "table": "small", "settings": {}, "schedule": "none(layers=2)", "steps": 24}]
+    rows = [made_up("none", 0, 1.0, table="small", settings={}, schedule="none(layers=2)", kv_bytes=0, steps=24)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
 
     def asked(*more: str) -> str:

@@ -122,7 +122,7 @@ def test_cells_that_have_a_row_are_left_out_and_rows_of_others_refused() -> None
     table = Table.parse(small_table(models=models, cells={"full": [0, 1], "mine": [0]}))
     full, mine = table.cells[0], table.cells[1]
     row = {"table": "small", "model": "full", "seed": 0, "settings": {}, "steps": table.train["steps"]}
-    row["schedule"] = str(full.model.schedule)
+    row |= {"schedule": str(full.model.schedule), "kv_bytes": table.size.bytes(full.model.schedule)}
     assert [cell.key for cell in table.without([row]).cells] == ["mine-s0", "full-s1"]
     assert table.without([{**row, "seed": 7}, {**row, "model": "gone"}]).cells == table.cells
     of_mine = {**row, "model": "mine", "settings": mine.model.settings}
@@ -132,6 +132,7 @@ def test_cells_that_have_a_row_are_left_out_and_rows_of_others_refused() -> None
         ("schedule", "none(layers=2)", "full-s0 has the schedule none"),
         ("settings", {"lr": 0.5}, "full-s0 has the settings {'lr': 0.5}, but the table has {}"),
         ("steps", 7, "full-s0 has the steps 7"),
+        ("kv_bytes", 2 * row["kv_bytes"], f"full-s0 has the kv_bytes {2 * row['kv_bytes']}, but the table has"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             table.without([{**row, name: value}])

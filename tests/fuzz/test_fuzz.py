@@ -70,5 +70,5 @@ def test_rows_that_were_not_measured_alike_have_no_mean(bench: Bench) -> None:
     del row["seal"]
     path = bench.folder / "rows.json"
     path.write_text(json.dumps([row, {**row, "seed": 1, "retain": row["retain"][:1]}]))
-    with pytest.raises(UserError, match=r"rows\.json has rows of two_scale that were not measured alike"):
+    with pytest.raises(UserError, match=r"rows\.json: rows of two_scale that were not measured alike"):
         read_rows(path)
