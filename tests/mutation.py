@@ -7,10 +7,11 @@
 A fault (`planted_faults.py`) is planted in a copy of the tree, and the quick tests of its module are run there until
 the first fails: only those that run the statement with the fault (`reach.py` has watched them once), because the others
 cannot tell, and the quickest first. Each is given four times the processor's time that it takes without a fault, and
-five seconds. What survives is printed as a diff, to be looked at: either a test is missing, or the program means the
-same (`EQUIVALENT` says which and why; those are not counted). One process has imported PyTorch and is forked for each
-fault. cosmic-ray starts a process for each, which would import it; mutmut 3 forks too, and tells by function, not by
-statement, which tests run a fault.
+five seconds; a fault that waits takes none, and is ended some minutes after all of them should be over. What survives
+is printed as a diff, to be looked at: either a test is missing, or the program means the same (`EQUIVALENT` says which
+and why; those are not counted). One process has imported PyTorch and is forked for each fault. cosmic-ray starts a
+process for each, which would import it; mutmut 3 forks too, and tells by function, not by statement, which tests run a
+fault.
 """
 
 import argparse
@@ -135,8 +136,8 @@ EQUIVALENT: dict[str, str] = {
 """Faults that are none, as `--list` prints them, and why."""
 TIMES, MORE = 4.0, 5.0  # what a test takes without a fault, and seconds: beyond that it counts as failed
 MEMORY = 8 << 30  # bytes, of a loop that does not end
-# Looks at what is planted, and seconds between them: some minutes, counted so that time in which all stands still does
-# not count. What waits for others takes no processor's time.
+# Looks at what is planted, and seconds between them: some minutes beyond what its tests take, counted so that time in
+# which all stands still does not count. What waits for others takes no processor's time.
 LOOKS, LOOK = 6000, 0.05
 
 
@@ -241,13 +242,18 @@ def _in_order(tests: list[str], parts: dict[str, Part]) -> list[str]:
     return [name for *_, name in sorted(places)]
 
 
-def _ended(process: int) -> int:
-    """How a process ended; one that is still there after `LOOKS` is ended, and what it has started with it."""
-    for _ in range(LOOKS):
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(LOOK)
+def _ended(process: int, seconds: float) -> int:
+    """How a process ended whose tests take `seconds` without a fault. One that is still there long after that is ended,
+    and what it has started with it; so it is when this one is interrupted, of which its group is not told."""
+    try:
+        for _ in range(LOOKS + int(TIMES * seconds / LOOK)):
+            found, status = os.waitpid(process, os.WNOHANG)
+            if found:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(LOOK)
+    except KeyboardInterrupt:
+        os.killpg(process, signal.SIGKILL)
+        raise
     os.killpg(process, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
@@ -274,7 +280,7 @@ def survives(fault: Fault, tree: Path, parts: dict[str, Part]) -> bool:
             code = _pytest(tree, ["-x", *files], Chosen(tests, parts))
         finally:
             os._exit(code)
-    code = _ended(process)
+    code = _ended(process, sum(parts[name].seconds for name in tests))
     (tree / fault.module).write_text(fault.source)
     return code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 

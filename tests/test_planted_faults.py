@@ -1,7 +1,12 @@
 """The tool that plants faults (`mutation.py`): what it names is there, and what it plants is a program."""
 
 import ast
+import os
+import signal
+import time
 
+import mutation
+import pytest
 from mutation import EQUIVALENT, MODULES, ROOT
 from planted_faults import faults_of
 
@@ -56,3 +61,34 @@ def test_a_fault_is_a_change_of_one_place_of_a_program() -> None:
     ]
     assert faults[0].lines is None  # run when the module is imported
     assert [fault.lines for fault in faults[1:7]] == [range(5, 6)] * 5 + [range(6, 7)]
+
+
+def asleep(seconds: float) -> int:
+    """A process in a group of its own."""
+    process = os.fork()
+    if not process:
+        try:
+            time.sleep(seconds)
+        finally:
+            os._exit(0)
+    os.setpgid(process, process)
+    return process
+
+
+def test_a_fault_that_waits_is_ended_and_tests_that_take_their_time_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is ended counts as found: a slow machine must not find more."""
+    monkeypatch.setattr(mutation, "LOOKS", 4)
+    monkeypatch.setattr(mutation, "LOOK", 0.01)
+    assert mutation._ended(asleep(60), 0.0) == -signal.SIGKILL
+    assert mutation._ended(asleep(0.5), 5.0) == 0
+
+
+def test_who_interrupts_leaves_no_fault_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    process = asleep(60)
+    monkeypatch.setattr(time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mutation._ended(process, 0.0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
