@@ -5,7 +5,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from dsmr_kernels.ring import Ring
@@ -75,6 +74,8 @@ def _is_dual(x: Tensor) -> bool:
         return forward_ad.unpack_dual(x).tangent is not None
     if not functorch.is_batchedtensor(x) and forward_ad.unpack_dual(x).tangent is not None:
         return True
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter  # private: asked for here alone
+
     inmost = retrieve_current_functorch_interpreter()
     if functorch.maybe_get_level(x) == inmost.level():
         x = functorch.get_unwrapped(x)
