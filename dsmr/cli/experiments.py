@@ -81,7 +81,9 @@ def run(
         except UserError as error:
             raise UserError(f"{finished}: {error}") from error
         if not cells.cells:
-            raise UserError(f"nothing is left to run: {finished} has a row of every cell that was asked for")
+            said = f"nothing is left to run: {finished} has a row of every cell that was asked for"
+            console().print(said, highlight=False, markup=False, soft_wrap=True)
+            return
     with together(Ranks, "cpu", nccl=False, patience=LONG) as ranks:
         result = run_table(cells, out, jobs=jobs, data=data, graph=graph, ranks=ranks)
     if result.failed and result.signal is None and ranks.first:

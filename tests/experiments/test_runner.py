@@ -310,20 +310,21 @@ def test_the_program_runs_the_cells_that_it_is_asked_for(data: Path, tmp_path: P
     rows = [made_up("none", 0, 1.0, table="small", settings={}, schedule="none(layers=2)", kv_bytes=0, steps=24)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
 
-    def asked(*more: str) -> str:
+    def asked(*more: str, code: int = 0) -> str:
         began.clear()
         result = CliRunner().invoke(app, ["experiments", "run", str(table), "--out", out, *more])
-        return "" if result.exit_code == 0 else result.stderr
+        assert result.exit_code == code, result.output
+        return result.stderr if code else result.stdout
 
-    assert not asked("--only", "none-s2, full")
+    asked("--only", "none-s2, full")
     assert [key for key, _, _ in began] == ["full-s0", "none-s2"]
-    assert not asked("--finished", str(tmp_path / "rows.json"))
+    asked("--finished", str(tmp_path / "rows.json"))
     assert [key for key, _, _ in began] == ["none-s1"]
     assert "nothing is left to run" in asked("--only", "none-s0", "--finished", str(tmp_path / "rows.json"))
-    assert "no cell and no model 'nine'" in asked("--only", "nine")
+    assert "no cell and no model 'nine'" in asked("--only", "nine", code=1)
     rows[0]["steps"] = 25
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    assert "rows.json: the row of none-s0 has the steps 25" in asked("--finished", str(tmp_path / "rows.json"))
+    assert "rows.json: the row of none-s0 has the steps 25" in asked("--finished", str(tmp_path / "rows.json"), code=1)
     assert not began
 
 
