@@ -90,8 +90,7 @@ class StretchAttention:
 def _by_flash(q: Tensor, memory: Ring, stretches: list[tuple[int, int]], scale: float) -> Tensor:
     """q (B, Hkv, g, D), all of which see the same slots, in one kernel a stretch."""
     found = [
-        flash.attend(q, memory.k[:, :, start:stop], memory.v[:, :, start:stop], False, scale)
-        for start, stop in stretches
+        flash.attend(q, memory.k[:, :, start:stop], memory.v[:, :, start:stop], scale) for start, stop in stretches
     ]
     return found[0][0] if len(found) == 1 else flash.merge(*found[0], *found[1])
 

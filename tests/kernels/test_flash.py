@@ -1,0 +1,90 @@
+"""PyTorch's flash kernel on a CPU: a causal edge that is cut gives what the whole of it gives, with fewer scores."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from dsmr_kernels import memory_attention
+from dsmr_kernels.backends.sdpa import flash, tuned
+from dsmr_kernels.backends.sdpa.processor import Choice
+from dsmr_kernels.cases import Case, random_case
+from dsmr_kernels.testing import assert_agrees_with_oracle
+
+BF16, F32 = torch.bfloat16, torch.float32
+CASES: dict[str, dict[str, Any]] = {
+    "the fewest": {"queries": flash.CUT.start},
+    "a rest of one": {"queries": 2 * flash.EDGE_QUERIES + 1},
+    "behind memory": {"queries": 300, "seen": [57, 57], "horizon": 40, "lse_gradient": True},
+    "grouped heads": {"queries": 300, "kv_heads": 2, "seen": [57, 9], "horizon": 40},
+    "all heads share": {"queries": 300, "kv_heads": 1},
+    "segments": {"queries": 600, "segment_length": 250, "seen": [57, 57], "horizon": 270},
+    "the most": {"queries": flash.CUT.stop - 1, "batch": 1, "heads": 2, "kv_heads": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tuned.use({(dtype, "forward"): Choice("flash", F32) for dtype in (F32, BF16)})
+    yield
+    tuned.use(None)
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Queries and keys of each call of the kernel."""
+    made: list[tuple[int, int]] = []
+    kernel = flash._FLASH
+    assert kernel is not None
+
+    def counting(q: torch.Tensor, k: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        made.append((q.shape[2], k.shape[2]))
+        return kernel(q, k, *rest, **options)
+
+    monkeypatch.setattr(flash, "_FLASH", counting)
+    return made
+
+
+def forward(case: Case) -> torch.Tensor:
+    with torch.no_grad():
+        return memory_attention(case.q, case.k, case.v, case.memory, **case.options, backend="sdpa")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_a_cut_edge_agrees_with_the_oracle(name: str, dtype: torch.dtype) -> None:
+    assert_agrees_with_oracle(random_case(**{"dtype": dtype, "kv_heads": 4, "horizon": 0, **CASES[name]}), "sdpa")
+
+
+def test_only_the_keys_that_a_cut_sees_are_taken(calls: list[tuple[int, int]]) -> None:
+    step = flash.EDGE_QUERIES
+    forward(random_case(queries=2 * step + 44, kv_heads=4, horizon=0))
+    assert calls == [(step, step), (step, 2 * step), (44, 2 * step + 44)]
+
+
+@pytest.mark.parametrize("queries", [flash.CUT.start - 1, flash.CUT.stop])
+def test_a_short_or_a_long_edge_is_one_call(queries: int, calls: list[tuple[int, int]]) -> None:
+    forward(random_case(batch=1, heads=2, kv_heads=2, queries=queries, horizon=0))
+    assert calls == [(queries, queries)]
+
+
+def test_where_all_threads_share_a_call_its_edge_is_whole(calls: list[tuple[int, int]]) -> None:
+    torch.set_num_threads(2)
+    forward(random_case(batch=1, heads=2, kv_heads=2, queries=300, horizon=0))
+    assert calls == [(300, 300)]
+
+
+def test_the_table_serves_with_and_without_gradients() -> None:
+    """Whoever comes first makes it: in inference mode it must not become what autograd refuses."""
+    flash._seen.cache_clear()
+    case = random_case(queries=300, kv_heads=4, horizon=0)
+    with torch.inference_mode():
+        first = memory_attention(case.q, case.k, case.v, **case.options, backend="sdpa")
+    assert not flash._seen().is_inference()
+    out = memory_attention(case.q.requires_grad_(), case.k, case.v, **case.options, backend="sdpa")
+    assert torch.equal(out, first)
+    out.sum().backward()
