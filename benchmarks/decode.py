@@ -28,6 +28,7 @@ from dsmr.console.files import atomic_path, write_json, write_text
 CONTEXT = 2048
 DENSE_MUSIC = 40.0  # tokens a second
 PLACES = (1_000, 10_000, 100_000)
+MEMORIES = ("float32", "bfloat16", "int8")
 
 
 def compare(rounds: int, tokens: int, threads: int) -> list[dict[str, Any]]:
@@ -61,15 +62,15 @@ def compare(rounds: int, tokens: int, threads: int) -> list[dict[str, Any]]:
     return rows
 
 
-def at_places(rounds: int, tokens: int, threads: int, precision: str, memory: torch.dtype) -> list[dict[str, Any]]:
-    """Milliseconds a token at positions far apart. Those far on are reached by setting a stream
+def at_places(rounds: int, tokens: int, threads: int, precision: str, memory: str) -> list[dict[str, Any]]:
+    """Milliseconds a token at positions far apart, with memory of a dtype. Those far on are reached by setting a stream
     forward whose rings are full, by whole turns of every ring."""
     torch.set_num_threads(threads)
     decoders = []
     for place in PLACES:
         turn = math.lcm(*(memory.capacity for memory in Ours(random_context(1), "plain").state.memories))
         read = place if place < 2 * turn else turn + place % turn
-        decoder = Ours(random_context(read), precision, memory=memory)
+        decoder = Ours(random_context(read), precision, memory=getattr(torch, memory))
         decoder.set_forward(place - read)  # a stream whose rings are full, so that nothing but the count differs
         assert int(decoder.state.position[0]) == place
         decoders.append(decoder)
@@ -84,6 +85,7 @@ def at_places(rounds: int, tokens: int, threads: int, precision: str, memory: to
     first = turns[0]
     return [
         {
+            "memory": memory,
             "position": place,
             "threads": threads,
             "ms": 1e3 * statistics.median(times),
@@ -134,8 +136,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def places_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| position | threads | ms a token | of that at 1,000 |", "|--:|--:|--:|--:|"]
-    lines += [f"| {row['position']:,} | {row['threads']} | {row['ms']:.2f} | {row['of_first']:.2f} × |" for row in rows]
+    lines = ["| memory | position | threads | ms a token | of that at 1,000 |", "|---|--:|--:|--:|--:|"]
+    for row in rows:
+        place = f"| {row['memory']} | {row['position']:,} | {row['threads']} "
+        lines.append(f"{place}| {row['ms']:.2f} | {row['of_first']:.2f} × |")
     return "\n".join(lines)
 
 
@@ -179,11 +183,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores()}), help="numbers of threads")
     parser.add_argument("--long", type=int, default=0, help="instead: play so many tokens and watch memory")
     parser.add_argument("--precision", default="int8", help="of the long run and of the positions")
-    parser.add_argument("--memory-dtype", default="float32", help="likewise: float32, bfloat16 or int8")
+    parser.add_argument("--memory-dtype", default="float32", choices=MEMORIES, help="of the long run")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
     arguments = parser.parse_args()
-    kind = arguments.precision, getattr(torch, arguments.memory_dtype)
-    named = f"{arguments.precision}, memory {arguments.memory_dtype}"
     console = Console()
     machine = describe(torch.device("cpu"))
     del machine["threads"]  # each row has its own
@@ -191,8 +193,10 @@ def main() -> None:
     if arguments.long:
         name, command = "cpu-decode-long", f"python -m benchmarks.decode --long {arguments.long}"
         torch.set_num_threads(1)
-        results["long"] = play_long(arguments.long, *kind)
-        parts = [f"{arguments.long:,} tokens played ({named}, 1 thread):", long_table(results["long"])]
+        precision, memory = arguments.precision, arguments.memory_dtype
+        results["long"] = play_long(arguments.long, precision, getattr(torch, memory))
+        named = f"{arguments.long:,} tokens played ({precision}, memory {memory}, 1 thread):"
+        parts = [named, long_table(results["long"])]
     else:
         name = "cpu-decode"
         command = f"python -m benchmarks.decode --rounds {arguments.rounds} --tokens {arguments.tokens}"
@@ -200,10 +204,11 @@ def main() -> None:
         places = [
             row
             for threads in arguments.threads
-            for row in at_places(4 * arguments.rounds, arguments.tokens, threads, *kind)
+            for memory in MEMORIES
+            for row in at_places(4 * arguments.rounds, arguments.tokens, threads, arguments.precision, memory)
         ]
         results |= {"rows": rows, "positions": places}
-        parts = [table(rows), f"Time by position ({named}):", places_table(places)]
+        parts = [table(rows), f"Time by position ({arguments.precision}):", places_table(places)]
         if importlib.util.find_spec("matplotlib") is None:
             console.print("no figure: matplotlib is not installed")
         else:
