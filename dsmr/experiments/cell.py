@@ -175,6 +175,7 @@ def _row(table: Table, cell: Cell, config: TrainConfig, folder: CellFolder, foun
         "our_reading": "" if cell.model.preset is None else cell.model.preset.ours,
         "seed": cell.seed,
         "schedule": str(cell.model.schedule),
+        "train": table.train,
         "settings": cell.model.settings,
         "kv_bytes": table.size.bytes(cell.model.schedule),
         "steps": steps[-1]["step"],

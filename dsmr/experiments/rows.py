@@ -1,7 +1,7 @@
 """Rows of finished cells, and what they say together: seeds put together as a mean and a spread."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ SHAPE = {
         {"by_distance": [{**dict.fromkeys(("start", "end", "returns"), Natural), "saved": Maybe(Number)}]}
     ),
     "by_label?": Maybe([{"label": str, "nats_per_token": Number}]),
+    "train?": dict,  # its table's settings of training, which rows of earlier versions do not tell
     "learning": [[Number]],
     "measured": {"tokens_per_second": Number, "peak_bytes": Natural, "device": str, "dtype": str},
 }
@@ -75,6 +76,8 @@ FIGURES = {
 """What is said of each row, by name."""
 COMMON = ("table", "corpus", "split", "pieces", "tokens", "tokenizer_hash")
 """What a report says once, of all its rows."""
+MISSING = "nothing"
+"""What is told of a setting that a table does not name."""
 
 
 def read_rows(*results: str | Path) -> list[dict[str, Any]]:
@@ -88,6 +91,14 @@ def read_rows(*results: str | Path) -> list[dict[str, Any]]:
                 raise UserError(
                     f"one report cannot hold rows whose {name} is {first[name]!r} ({where}) and {row[name]!r} ({path})"
                 )
+    told = [(row["train"], path) for row, path in rows if "train" in row]
+    for train, path in told:
+        if changed := setting_that_differs(told[0][0], train):
+            name, former, here = changed
+            raise UserError(
+                f"one report cannot hold rows that were trained with {name} = {former} ({told[0][1]}) "
+                f"and with {here} ({path})"
+            )
     cells: dict[tuple[str, int], tuple[dict[str, Any], Path]] = {}
     for row, path in rows:
         cells.setdefault((row["model"], row["seed"]), (row, path))
@@ -96,6 +107,15 @@ def read_rows(*results: str | Path) -> list[dict[str, Any]]:
     order = {name: place for place, name in enumerate(known)}
     found = [row for row, _ in cells.values()]
     return sorted(found, key=lambda row: (order.get(row["model"], len(known)), row["model"], row["seed"]))
+
+
+def setting_that_differs(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The name of the first setting of training that two tables do not share, and what each says; None if all agree."""
+    for name in sorted({*first, *second}):
+        values = first.get(name, MISSING), second.get(name, MISSING)
+        if values[0] != values[1]:
+            return name, *values
+    return None
 
 
 def _rows_of(path: Path) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from dsmr.console.words import nearest
 from dsmr.corpus.layout import SPLITS
 from dsmr.evaluation.memory_use import Bins
 from dsmr.experiments.presets import CONTROLS, PRESETS, Preset, Size, check, preset
+from dsmr.experiments.rows import setting_that_differs
 from dsmr.model.schedule import MemorySchedule
 from dsmr.runs.settings import TrainConfig
 
@@ -191,6 +192,9 @@ class Table:
             ):
                 if row.get(name) != value:
                     raise UserError(f"the row of {key} has the {name} {row.get(name)}, but the table has {value}")
+            if changed := setting_that_differs(row.get("train", self.train), self.train):
+                setting, theirs, ours = changed
+                raise UserError(f"the row of {key} was trained with {setting} = {theirs}, but the table has {ours}")
         return replace(self, cells=tuple(cells.values()))
 
     def config(self, cell: Cell, data: str, out: str) -> TrainConfig:

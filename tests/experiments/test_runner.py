@@ -61,6 +61,7 @@ def test_a_cell_becomes_a_row_of_all_that_was_measured(data: Path, tmp_path: Pat
     row = row_of(table, tmp_path / "out")
     assert (row["table"], row["model"], row["seed"], row["steps"]) == ("small", "two_scale", 0, 24)
     assert row["trained_tokens"] == 24 * 3 * 8
+    assert row["train"] == table.train
     assert row["kv_bytes"] == 2 * 2 * 8 * 2 * (64 + 8)
     assert row["nats_per_note"] > 0
     assert row["krcu"]["pieces"] + row["krcu"]["too_short"] == row["pieces"] == 4

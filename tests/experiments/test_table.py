@@ -125,6 +125,7 @@ def test_cells_that_have_a_row_are_left_out_and_rows_of_others_refused() -> None
     row |= {"schedule": str(full.model.schedule), "kv_bytes": table.size.bytes(full.model.schedule)}
     assert [cell.key for cell in table.without([row]).cells] == ["mine-s0", "full-s1"]
     assert table.without([{**row, "seed": 7}, {**row, "model": "gone"}]).cells == table.cells
+    assert table.without([{**row, "train": dict(table.train)}]).cells == table.without([row]).cells
     of_mine = {**row, "model": "mine", "settings": mine.model.settings}
     assert [cell.key for cell in table.without([row, of_mine]).cells] == ["full-s1"]
     for name, value, words in (
@@ -133,6 +134,7 @@ def test_cells_that_have_a_row_are_left_out_and_rows_of_others_refused() -> None
         ("settings", {"lr": 0.5}, "full-s0 has the settings {'lr': 0.5}, but the table has {}"),
         ("steps", 7, "full-s0 has the steps 7"),
         ("kv_bytes", 2 * row["kv_bytes"], f"full-s0 has the kv_bytes {2 * row['kv_bytes']}, but the table has"),
+        ("train", {**table.train, "lr": 0.5}, "full-s0 was trained with lr = 0.5, but the table has 0.01"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             table.without([{**row, name: value}])
