@@ -11,12 +11,12 @@ from dsmr.doors import Moved, door
 if TYPE_CHECKING:
     from dsmr.integrations.hosts.replacing import replace_attention as replace_attention
     from dsmr.model.attention import DSMRAttention as DSMRAttention
+    from dsmr.model.config import DSMRConfig as DSMRConfig
     from dsmr.model.recurrent import RecurrentAttention as RecurrentAttention
     from dsmr.model.recurrent import stream as stream
     from dsmr.model.schedule import MemorySchedule as MemorySchedule
     from dsmr.model.state import DSMRState as DSMRState
     from dsmr.model.state import MemoryState as MemoryState
-    from dsmr.model.transformer import DSMRConfig as DSMRConfig
     from dsmr.model.transformer import DSMRModel as DSMRModel
 
 __all__ = [
@@ -36,7 +36,7 @@ __getattr__ = door(
     __name__,
     {
         "DSMRAttention": "dsmr.model.attention",
-        "DSMRConfig": "dsmr.model.transformer",
+        "DSMRConfig": "dsmr.model.config",
         "DSMRModel": "dsmr.model.transformer",
         "DSMRState": "dsmr.model.state",
         "MemorySchedule": "dsmr.model.schedule",

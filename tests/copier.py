@@ -6,8 +6,9 @@ adds the embedding that it finds to the residual stream; the others add nothing.
 
 import torch
 
+from dsmr.model.config import DSMRConfig
 from dsmr.model.schedule import MemorySchedule
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 
 WIDTH = 64
 SHARPNESS, STRENGTH, FAINT = 2.5, 40.0, 1e-3

@@ -7,7 +7,8 @@ import torch
 from tiny_corpus import tiny_vocabulary
 
 from dsmr.exported.model import ExportedModel
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.config import DSMRConfig
+from dsmr.model.transformer import DSMRModel
 
 SEGMENT = 8
 

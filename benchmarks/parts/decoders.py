@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dsmr.generation.stepping import PlainStep, stepper
+from dsmr.model.config import DSMRConfig
 from dsmr.model.schedule import MemorySchedule
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 
 LAYERS, WIDTH, HEADS, VOCABULARY, SEGMENT = 8, 512, 8, 512, 512
 SCHEDULE = MemorySchedule.two_scale(layers=LAYERS, long=2048, short=512, n_long=2)

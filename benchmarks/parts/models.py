@@ -21,8 +21,9 @@ from torch.profiler import record_function
 from benchmarks.parts.peers import Missing
 from dsmr.console.devices import autocast
 from dsmr.corpus.streams import Batch
+from dsmr.model.config import DSMRConfig
 from dsmr.model.positions import Rotary, token_positions
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 from dsmr.training.captured import CapturedStep
 from dsmr.training.compiling import missing_compiler
 from dsmr.training.update import clip_gradients

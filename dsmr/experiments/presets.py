@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from dsmr.console.errors import UserError
 from dsmr.console.words import nearest
+from dsmr.model.config import DSMRConfig
 from dsmr.model.schedule import MOST_LAYERS, MOST_TOKENS, MemorySchedule
-from dsmr.model.transformer import DSMRConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ __getattr__ = door(
     {
         "DSMRAttention": "dsmr.model.attention",
         "Block": "dsmr.model.transformer",
-        "DSMRConfig": "dsmr.model.transformer",
+        "DSMRConfig": "dsmr.model.config",
         "DSMRModel": "dsmr.model.transformer",
         "DSMROutput": "dsmr.model.transformer",
         "DSMRState": "dsmr.model.state",

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsmr.console.errors import UserError
+from dsmr.model.config import DSMRConfig
 from dsmr.model.schedule import MemorySchedule
-from dsmr.model.transformer import DSMRConfig
 
 KINDS = ("train", "piece", "decode")
 """One training step behind full memories; a whole piece in one call, forward and backward; one token at a time."""

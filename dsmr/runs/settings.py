@@ -13,7 +13,7 @@ import torch
 from dsmr.console.errors import UserError
 from dsmr.console.schema import check_fields
 from dsmr.corpus.store import Corpus
-from dsmr.model.transformer import DSMRConfig
+from dsmr.model.config import DSMRConfig
 from dsmr.runs.checkpoint import FORMAT, RunDirectory, load_settings
 
 WHOLE = (

@@ -37,7 +37,8 @@ def place(tmp_path_factory) -> Path:
     from small_soundfont import write_soundfont
     from tiny_corpus import tiny_corpus
 
-    from dsmr.model.transformer import DSMRConfig, DSMRModel
+    from dsmr.model.config import DSMRConfig
+    from dsmr.model.transformer import DSMRModel
     from dsmr.music.tokenizer import write_midi
 
     folder = tmp_path_factory.mktemp("absurd")

@@ -24,7 +24,8 @@ NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 def run(tmp_path_factory):
     """A tiny model's run directory."""
     pytest.importorskip("miditok")
-    from dsmr.model.transformer import DSMRConfig, DSMRModel
+    from dsmr.model.config import DSMRConfig
+    from dsmr.model.transformer import DSMRModel
     from dsmr.music.tokenizer import vocabulary_of
 
     vocabulary, folder = vocabulary_of("tsd"), tmp_path_factory.mktemp("run")

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from tiny_corpus import TOKENS
 
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.config import DSMRConfig
+from dsmr.model.transformer import DSMRModel
 
 SEGMENT = 8
 ROUNDING = 2e-5

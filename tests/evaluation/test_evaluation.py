@@ -21,7 +21,8 @@ from dsmr.console.ranks import Ranks
 from dsmr.corpus.store import Corpus, PieceRecord, write_corpus
 from dsmr.evaluation.losses import evaluate, evaluate_run, piece_losses
 from dsmr.evaluation.report import report_losses
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.config import DSMRConfig
+from dsmr.model.transformer import DSMRModel
 
 
 class BigramModel(torch.nn.Module):

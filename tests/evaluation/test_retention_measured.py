@@ -7,7 +7,8 @@ from made_up import ROUNDING, SEGMENT, model_with, random_pieces
 
 from dsmr.evaluation.losses import piece_losses
 from dsmr.evaluation.memory_use import Bins, keeping_only, memory_use
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.config import DSMRConfig
+from dsmr.model.transformer import DSMRModel
 
 schedules = pytest.mark.parametrize(
     "schedule",

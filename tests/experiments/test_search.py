@@ -27,9 +27,10 @@ from dsmr.experiments.search import (
     search,
 )
 from dsmr.experiments.table import Table
+from dsmr.model.config import DSMRConfig
 from dsmr.model.reshaped import with_schedule
 from dsmr.model.schedule import MemorySchedule
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,8 @@ def made(folder: Path, engine: str) -> Path:
     """A run of a small model, or its export."""
     import torch
 
-    from dsmr.model.transformer import DSMRConfig, DSMRModel
+    from dsmr.model.config import DSMRConfig
+    from dsmr.model.transformer import DSMRModel
 
     vocabulary = vocabulary_of("tsd")
     torch.manual_seed(0)

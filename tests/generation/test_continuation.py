@@ -13,7 +13,8 @@ from dsmr.console.errors import UserError
 from dsmr.generation.continuation import continue_piece, continue_variations
 from dsmr.generation.player import Sampling, stream
 from dsmr.generation.stepping import Step
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.config import DSMRConfig
+from dsmr.model.transformer import DSMRModel
 
 TWO_SCALE = "two_scale(layers=3, long=40, short=9, n_long=1)"
 

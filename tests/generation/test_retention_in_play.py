@@ -10,7 +10,8 @@ from dsmr.generation.stepping import PlainStep, Step, stepper
 from dsmr.generation.stepping.captured import CapturedStep
 from dsmr.generation.stepping.rings import DeviceRings, HostRings
 from dsmr.generation.stepping.step import attentions
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.config import DSMRConfig
+from dsmr.model.transformer import DSMRModel
 
 LENGTH, TOKENS = 8, 90
 SCHEDULES = ("explicit(horizons=[13, 5, 0], retention=uniform)", "explicit(horizons=[13, 5, 6], retention=random)")

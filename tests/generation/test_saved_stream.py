@@ -9,7 +9,8 @@ from dsmr.console.errors import UserError
 from dsmr.generation.player import Limits, Player
 from dsmr.generation.sampling import Sampling
 from dsmr.generation.saved_stream import fingerprint, load_player, save_player
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.config import DSMRConfig
+from dsmr.model.transformer import DSMRModel
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from dsmr.generation.stepping.rings import DeviceRings, HostRings, in_step
 from dsmr.generation.stepping.step import attentions
 from dsmr.generation.stepping.weights import INT8_BLOCK, product, resolve_precision
 from dsmr.model.attention import DSMRAttention
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.config import DSMRConfig
+from dsmr.model.transformer import DSMRModel
 
 LENGTH = 8
 TOKENS = 230  # the smallest ring, of 5 + 8 slots, has wrapped 16 times, the largest, of 13 + 8, ten times

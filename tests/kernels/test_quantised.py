@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsmr.model.config import DSMRConfig
 from dsmr.model.state import DSMRState
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 from dsmr_kernels import KVMemory, append_rotated, available_backends, decode_attention, memory_attention
 from dsmr_kernels.cases import filled_memory, random_case
 from dsmr_kernels.quantise import dequantise, quantise

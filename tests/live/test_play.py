@@ -16,7 +16,8 @@ from dsmr.generation.player import Limits, Player
 from dsmr.generation.recorder import Recorder
 from dsmr.generation.sampling import Sampling
 from dsmr.live.play import Outlet, Schedule, perform
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.config import DSMRConfig
+from dsmr.model.transformer import DSMRModel
 from dsmr.music.sounding import OFF, ON, PEDAL, SUSTAIN, Event
 
 

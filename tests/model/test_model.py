@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from dsmr.model.config import DSMRConfig
 from dsmr.model.positions import POSITIONS
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 from dsmr_kernels import available_backends
 from dsmr_kernels.tolerance import error
 

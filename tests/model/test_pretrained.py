@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, write_json
+from dsmr.model.config import DSMRConfig
 from dsmr.model.schedule import MemorySchedule
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 
 SCHEDULE = "two_scale(layers=3, long=20, short=4, n_long=1, kv_heads=[2, 1, 4])"
 

@@ -9,9 +9,10 @@ import torch
 
 from dsmr.console.errors import UserError
 from dsmr.model.attention import DSMRAttention
+from dsmr.model.config import DSMRConfig
 from dsmr.model.schedule import MemorySchedule
 from dsmr.model.state import DSMRState
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 
 LENGTH, VOCABULARY = 7, 13
 SCHEDULES = (

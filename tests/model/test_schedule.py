@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsmr.model.config import DSMRConfig
 from dsmr.model.schedule import CONSTRUCTORS, MemorySchedule
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 from dsmr_kernels.costing.cost import visible_pairs
 
 MEANINGS = {

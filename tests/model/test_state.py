@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsmr.console.errors import UserError
+from dsmr.model.config import DSMRConfig
 from dsmr.model.state import DSMRState
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 from dsmr_kernels.tolerance import error
 
 LENGTH, VOCABULARY = 7, 13

@@ -23,7 +23,8 @@ def test_bytes_follow_the_formula():
 
 
 def test_bytes_are_those_that_a_model_allocates():
-    from dsmr.model.transformer import DSMRConfig, DSMRModel
+    from dsmr.model.config import DSMRConfig
+    from dsmr.model.transformer import DSMRModel
 
     schedule = "explicit(horizons=[33, 7, 0], kv_heads=[2, 1, 4])"
     model = DSMRModel(DSMRConfig(11, schedule, d_model=32, n_heads=4, segment_length=16))

@@ -11,8 +11,9 @@ import pytest
 from known_ceilings import KNOWN
 
 from dsmr.console.errors import UserError
+from dsmr.model.config import DSMRConfig
 from dsmr.model.schedule import MemorySchedule
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 from dsmr.profiling.cost import least_bytes, parameters_of, predict_step
 from dsmr.profiling.job import Sizes
 from dsmr.profiling.planning import H100, HOST, Links, buckets, gradients, main, parts, plan, sent_by

@@ -14,8 +14,9 @@ from dsmr.cli.app import app
 from dsmr.cli.profile import DEFAULTS
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json
+from dsmr.model.config import DSMRConfig
 from dsmr.model.schedule import CONSTRUCTORS, MemorySchedule
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 from dsmr.profiling import profile as profile_module
 from dsmr.profiling import row as row_module
 from dsmr.profiling.budget import families, parse_bytes, propose, solve

@@ -24,7 +24,8 @@ from dsmr.console.errors import UserError
 from dsmr.console.ranks import PATIENCE
 from dsmr.corpus.store import PieceRecord, write_corpus
 from dsmr.corpus.streams import StreamLoader
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.config import DSMRConfig
+from dsmr.model.transformer import DSMRModel
 from dsmr.runs.checkpoint import load_checkpoint
 from dsmr.training import joining
 from dsmr.training.joining import joined

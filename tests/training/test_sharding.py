@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from dsmr.model.config import DSMRConfig
 from dsmr.model.schedule import MemorySchedule
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 from dsmr.runs.settings import TrainConfig
 from dsmr.training.sharding import ShardedRanks
 from dsmr.training.update import optimizer_of

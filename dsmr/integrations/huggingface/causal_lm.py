@@ -17,8 +17,9 @@ from transformers.utils import can_return_tuple
 from dsmr.integrations.huggingface.attention import text_starts
 from dsmr.integrations.huggingface.cache import piece_starts
 from dsmr.integrations.huggingface.state_cache import DSMRStateCache
+from dsmr.model.config import DSMRConfig
 from dsmr.model.schedule import MemorySchedule
-from dsmr.model.transformer import DSMRConfig, DSMRModel
+from dsmr.model.transformer import DSMRModel
 
 WHO = "a DSMRForCausalLM"
 
