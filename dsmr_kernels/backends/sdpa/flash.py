@@ -95,8 +95,9 @@ def _edge(q: Tensor, k: Tensor, v: Tensor, scale: float, alone: bool) -> tuple[T
 @functools.cache
 def _seen() -> Tensor:
     """What is added to the scores of some queries with the `CUT.stop` keys before them and their own: 0 or -inf."""
+    shape = EDGE_QUERIES, CUT.stop + EDGE_QUERIES
     with torch.inference_mode(False):  # a table for every call, whoever comes first
-        return torch.full((EDGE_QUERIES, CUT.stop + EDGE_QUERIES), -math.inf).triu_(CUT.stop + 1)
+        return torch.full(shape, -math.inf, dtype=torch.float32, device="cpu").triu_(CUT.stop + 1)
 
 
 def _one_key(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
