@@ -63,7 +63,7 @@ class Ranks:
         """Wait for all ranks, and agree on the time and on signals; return the sum of the `share` of each."""
         if self.alone:
             return share
-        told = torch.zeros(2 + len(WISHES), dtype=torch.float64)
+        told = torch.zeros(2 + len(WISHES), dtype=torch.float64, device="cpu")
         told[0], told[1] = share, time.monotonic() if self.first else 0.0
         for place, number in enumerate(WISHES, 2):
             told[place] = float(self.stop.signal == number)

@@ -257,7 +257,7 @@ def losses_alone(
 
 def _forget(state: DSMRState, row: int, position: int, text: np.ndarray) -> None:
     """Make `row` a stream that stands at `position` of the piece `text` and remembers nothing of it."""
-    rows = torch.zeros(state.batch, dtype=torch.bool)
+    rows = torch.zeros(state.batch, dtype=torch.bool, device="cpu")
     rows[row] = True
     for memory in state.memories:
         memory.reset(rows)

@@ -138,7 +138,7 @@ class _Builder:
         """cos and sin (T, dim / 2) of the tokens' angles, taken in float64 as the model takes them: a stream plays on
         for ever."""
         graph = self.graph
-        rates = base ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        rates = base ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
         wide = graph.node("Unsqueeze", graph.cast(self.positions, "float64"), graph.ints(1))
         angles = graph.node("Mul", wide, graph.constant(rates.numpy()))
         return graph.cast(graph.node("Cos", angles), "float32"), graph.cast(graph.node("Sin", angles), "float32")

@@ -82,7 +82,9 @@ def sample(
 ) -> Tensor:
     """Draw one token for each row of `logits` (..., V); the result is (...) int64. Errors as for `probabilities`."""
     _check(logits, allowed)
-    return draw(logits, sampling, allowed, torch.rand(logits.shape[:-1], generator=generator).to(logits.device))
+    device = "cpu" if generator is None else generator.device
+    chance = torch.rand(logits.shape[:-1], generator=generator, dtype=torch.float32, device=device)
+    return draw(logits, sampling, allowed, chance.to(logits.device))
 
 
 def _check(logits: Tensor, allowed: Tensor | None) -> None:

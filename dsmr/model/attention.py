@@ -236,7 +236,7 @@ class DSMRAttention(nn.Module):
             device=device or weight.device,
             retention=self.retention,
             room=0 if self.retention == "newest" else capacity - self.horizon,
-            seed=self.sample + torch.arange(batch) * ROW if apart else self.sample,
+            seed=self.sample + torch.arange(batch, device="cpu") * ROW if apart else self.sample,
         )
 
     @torch.no_grad()

@@ -99,7 +99,8 @@ class MemoryState:
     @property
     def phase(self) -> int:
         """How many tokens the streams have seen since they began, in step: how far into a segment they are follows."""
-        return int(torch.as_tensor(self.memories[0].seen).max())
+        seen = self.memories[0].seen
+        return int(seen.max()) if isinstance(seen, Tensor) else seen
 
     @property
     def nbytes(self) -> int:

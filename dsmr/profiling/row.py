@@ -73,7 +73,7 @@ def check_attention(sizes: Sizes, schedule: MemorySchedule) -> int:
 def check_step(model: DSMRModel, sizes: Sizes) -> None:
     """Hold three steps behind the middle position against the model's own pass; `AssertionError` if they differ."""
     position = sorted(sizes.positions)[len(sizes.positions) // 2]
-    tokens = torch.arange(3) % sizes.vocab_size
+    tokens = torch.arange(3, device="cpu") % sizes.vocab_size
     torch.manual_seed(1)
     state = filled_state(model, sizes, 1, position, aligned=False)
     whole = model(tokens[None].to(sizes.device), state).logits[0].float().cpu()
@@ -266,7 +266,11 @@ def measure_decode(job: Job) -> dict[str, Any]:
         check_step(DSMRModel(sizes.config(schedule)).to(device).eval(), sizes)
     with peak, torch.no_grad():
         model = DSMRModel(sizes.config(schedule)).to(device).eval()
-        token, noise, sampling = torch.zeros(1, dtype=torch.int64), torch.rand(1), Sampling()
+        token, noise, sampling = (
+            torch.zeros(1, dtype=torch.int64, device="cpu"),
+            torch.rand(1, device="cpu"),
+            Sampling(),
+        )
         for position in sizes.positions:
             state = filled_state(model, sizes, 1, position, aligned=False)
             step = stepper(model, state, sizes.dtype)

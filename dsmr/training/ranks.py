@@ -99,7 +99,7 @@ class TrainingRanks(Ranks):
         if not self.first:
             dist.gather(flat)
             return own
-        whole = torch.empty(self.world * flat.numel(), dtype=torch.uint8)
+        whole = flat.new_empty(self.world * flat.numel())
         dist.gather(flat, list(whole.split(flat.numel())))
         return whole.view(own.dtype).view(-1, *own.shape[1:])
 

@@ -92,7 +92,7 @@ class HostRings:
     def positions(self) -> Tensor:
         if not all(mark.left(memory) for memory, mark in zip(self.state.memories, self._left, strict=True)):
             self._look()
-        return torch.full((self.state.batch,), self.position, dtype=torch.int64)
+        return torch.full((self.state.batch,), self.position, dtype=torch.int64, device="cpu")
 
     @property
     def known_position(self) -> int:
@@ -110,7 +110,7 @@ class HostRings:
             scratch = self._turned[index]
             if scratch is None:
                 with torch.inference_mode(False):  # it is written to in whatever mode the next step comes
-                    scratch = self._turned[index] = torch.empty(turned.shape, dtype=heads.dtype)
+                    scratch = self._turned[index] = heads.new_empty(turned.shape)
             turn.rotate_into(scratch, turned)
             turned = scratch
         q, k = turned[:, : -memory.kv_heads], turned[:, -memory.kv_heads :]

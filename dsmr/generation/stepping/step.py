@@ -135,7 +135,8 @@ class Step:
             return attention.place(positions)
         if not self._turns_from <= known < self._turns_from + TURNS:
             self._turns_from = known - known % TURNS
-            ahead = attention.place(torch.arange(self._turns_from, self._turns_from + TURNS)[None])
+            tokens = torch.arange(self._turns_from, self._turns_from + TURNS, device=positions.device)
+            ahead = attention.place(tokens[None])
             assert isinstance(ahead, Rotary)
             self._turns = ahead
         at = known - self._turns_from

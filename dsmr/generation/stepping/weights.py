@@ -127,7 +127,7 @@ def _packed(weight: Tensor) -> Any:
     """`weight` (outputs, inputs) float32 as `linear_dynamic` takes it."""
     scales = _scales(weight)
     with _fbgemm():
-        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        zeros = torch.zeros(len(scales), dtype=torch.int64, device="cpu")
         made = torch._make_per_channel_quantized_tensor(_rounded(weight, scales), scales.double(), zeros, 0)
         return torch.ops.quantized.linear_prepack(made, None)
 
@@ -136,8 +136,9 @@ def _packed(weight: Tensor) -> Any:
 def _overflows() -> bool:
     """Whether FBGEMM adds two products of eight bits in 16, as it does without VNNI: found out on a row of the largest
     numbers."""
-    largest = torch.cat([torch.ones(64), torch.zeros(64)])[None]
-    found = torch.ops.quantized.linear_dynamic(largest, _packed(torch.ones(16, 128)), False)
+    ones = torch.ones(16, 128, dtype=torch.float32, device="cpu")
+    largest = torch.cat([ones[:1, :64], 0 * ones[:1, 64:]], 1)
+    found = torch.ops.quantized.linear_dynamic(largest, _packed(ones), False)
     return bool(((found - 64).abs() > 1).any())
 
 

@@ -167,7 +167,7 @@ class DSMRLayer(CacheLayerMixin):
         self._rearrange(lambda memory: memory.repeat(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        chosen = torch.as_tensor(indices)
+        chosen = indices if isinstance(indices, Tensor) else torch.tensor(indices, device="cpu")
         rows = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen
         self._rearrange(lambda memory: memory.select(rows))
 

@@ -157,7 +157,7 @@ class DSMRStateCache(Cache):
         self._rearrange(lambda memory: memory.repeat(repeats), lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        chosen = torch.as_tensor(indices)
+        chosen = indices if isinstance(indices, Tensor) else torch.tensor(indices, device="cpu")
         self.reorder_cache(chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen)
 
     def _rearrange(self, memories: Callable[[KVMemory], KVMemory], rows: Callable[[Tensor], Tensor]) -> None:
