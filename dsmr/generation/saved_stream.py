@@ -174,7 +174,7 @@ def _contents(path: str | os.PathLike[str], model: Model) -> tuple[Any, dict[str
     if not isinstance(model, ExportedModel):
         from dsmr.model.state import DSMRState as State
 
-        state = State.load(path, device=model.embedding.weight.device)
+        state = State.load(path, device=next(model.parameters()).device)
         _check_fits(state, model, path)
     try:
         with safe_open(os.fspath(path), framework="numpy") as file:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmr.model.altered import as_made, weight_of
 from dsmr.model.heads import Part, heads_of
 from dsmr.model.hosts import HostAttention, read_attention
 from dsmr.model.options import check_options
@@ -45,9 +46,9 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if cast else parameter.dtype
 
 
-def side_by_side(heads: Tensor, weight: Tensor) -> Tensor:
-    """(B, H, T, head_dim) -> (B, T, H * head_dim), in the dtype that a product with `weight` takes."""
-    return heads.transpose(1, 2).flatten(2).to(compute_dtype(weight))
+def side_by_side(heads: Tensor, out: nn.Module) -> Tensor:
+    """(B, H, T, head_dim) -> (B, T, H * head_dim), in the dtype that the projection `out` takes."""
+    return heads.transpose(1, 2).flatten(2).to(compute_dtype(weight_of(out)))
 
 
 def _kept(projected: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -201,7 +202,7 @@ class DSMRAttention(nn.Module):
         the meta device would have nothing to fill one with."""
         if self.position != "alibi":
             return None
-        device = self.qkv.weight.device
+        device = weight_of(self.qkv).device
         if self._slopes is None or self._slopes.device != device:
             if torch.compiler.is_compiling():
                 self._slopes = alibi_slopes(self.n_heads).to(device)
@@ -225,7 +226,7 @@ class DSMRAttention(nn.Module):
                 also has room for the segment in progress and serves calls of any size.
             apart: each row keeps a random sample of its own; otherwise a row's does not depend on its place.
         """
-        weight = self.qkv.weight
+        weight = weight_of(self.qkv)
         capacity = self.horizon if aligned else memory_capacity(self.horizon, self.segment_length, self.visibility)
         return KVMemory.empty(
             batch,
@@ -272,7 +273,7 @@ class DSMRAttention(nn.Module):
         self.check_memory(memory, x.shape[0], segment_offset)
         q, k, v = self.project(x, place, labels, memory.dtype)
         out = self.look(q, k, v, memory, piece_start=piece_start, segment_offset=segment_offset)
-        y = self.out(side_by_side(out, self.out.weight))
+        y = self.out(side_by_side(out, self.out))
         return F.dropout(y, self.dropout, self.training) if self.dropout else y, k, v
 
     def project(
@@ -286,9 +287,8 @@ class DSMRAttention(nn.Module):
             if labels is not None:
                 q_input, k_input = q_input + labels[0].to(x.dtype), k_input + labels[1].to(x.dtype)
             sizes = [count * self.head_dim for count, _ in parts]
-            biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.split(sizes)
-            apart = zip((q_input, k_input, x), self.qkv.weight.split(sizes), biases, parts, strict=True)
-            projected: list[tuple[Tensor, tuple[Part, ...]]] = [(F.linear(y, w, b), (part,)) for y, w, b, part in apart]
+            apart = zip(self._apart((q_input, k_input, x), sizes), parts, strict=True)
+            projected: list[tuple[Tensor, tuple[Part, ...]]] = [(made, (part,)) for made, part in apart]
         else:
             projected = [(self.qkv(x), parts)]
         turned = place if isinstance(place, Rotary) else None
@@ -302,6 +302,14 @@ class DSMRAttention(nn.Module):
                 found[:2] = turned(found[0]), turned(found[1])
         q, k, v = found if dtype == torch.int8 else (head.to(dtype) for head in found)
         return q, k, v
+
+    def _apart(self, inputs: tuple[Tensor, Tensor, Tensor], sizes: list[int]) -> list[Tensor]:
+        """The projections of q, k and v, `sizes` features each, of an input each."""
+        if not as_made(self.qkv, nn.Linear):  # an adapter in its place knows no parts: each is cut out of a whole one
+            return [self.qkv(x).split(sizes, -1)[place] for place, x in enumerate(inputs)]
+        biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.split(sizes)
+        parts = zip(inputs, self.qkv.weight.split(sizes), biases, strict=True)
+        return [F.linear(x, weight, bias) for x, weight, bias in parts]
 
     def look(
         self,
@@ -387,8 +395,9 @@ class DSMRAttention(nn.Module):
 
     def check_autocast(self, memory: KVMemory | MemorySnapshot) -> None:
         """`ValueError` if the memory is wider than what keys and values come out in under autocast."""
-        dtype = compute_dtype(self.qkv.weight)
-        if dtype != self.qkv.weight.dtype and memory.dtype.itemsize > dtype.itemsize:
+        weight = weight_of(self.qkv)
+        dtype = compute_dtype(weight)
+        if dtype != weight.dtype and memory.dtype.itemsize > dtype.itemsize:
             raise ValueError(
                 f"the memory is in {memory.dtype}, but under this autocast keys and values come out in {dtype}: make "
                 "it inside, or with new_memory(..., dtype=...)"

@@ -86,4 +86,5 @@ def alibi_slopes(heads: int) -> Tensor:
         return [2.0 ** (-8.0 * (i + 1) / count) for i in range(count)]
 
     power = 2 ** int(math.log2(heads))
-    return torch.tensor(geometric(power) + geometric(2 * power)[::2][: heads - power])
+    slopes = geometric(power) + geometric(2 * power)[::2][: heads - power]
+    return torch.tensor(slopes, dtype=torch.float32, device="cpu")

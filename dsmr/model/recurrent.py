@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsmr.model.altered import weight_of
 from dsmr.model.attention import DSMRAttention, compute_dtype
 from dsmr.model.positions import token_positions
 from dsmr.model.state import MemoryState
@@ -156,7 +157,7 @@ class RecurrentAttention(DSMRAttention):
 
     def _memory(self, seat: _Seat) -> KVMemory:
         memory = seat.state.memory(seat.layer)
-        if not seat.settled and memory.dtype != (dtype := compute_dtype(self.qkv.weight)):  # autocast began since
+        if not seat.settled and memory.dtype != (dtype := compute_dtype(weight_of(self.qkv))):  # autocast began since
             memory = seat.state.renew(seat.layer, memory.to(dtype=dtype))
         seat.settled = True
         return memory
@@ -211,7 +212,7 @@ def stream(
     if state is None:
         state = MemoryState(made, aligned=aligned)
     elif not isinstance(state, MemoryState):
-        state = MemoryState.load(state, device=layers[0].qkv.weight.device)
+        state = MemoryState.load(state, device=weight_of(layers[0].qkv).device)
     if given:
         _check_state(state, made)
     before = {layer.number: _seats.get(layer.number) for layer in layers}

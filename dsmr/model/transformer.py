@@ -21,6 +21,7 @@ from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, save_tensors, write_json
 from dsmr.console.schema import check_fields
 from dsmr.console.seal import check_seal
+from dsmr.model.altered import weight_of
 from dsmr.model.attention import DSMRAttention, side_by_side
 from dsmr.model.config import DSMRConfig
 from dsmr.model.positions import Rotary, token_positions
@@ -107,7 +108,7 @@ class Block(nn.Module):
     def after(self, x: Tensor, found: Tensor) -> Tensor:
         """The layer after attention: x and what attention found, (B, Hq, T, head_dim) -> x of the next layer."""
         out = self.attention.out
-        x = x + self.dropout(out(side_by_side(found, out.weight)))
+        x = x + self.dropout(out(side_by_side(found, out)))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
@@ -199,7 +200,7 @@ class DSMRModel(nn.Module):
         """
         memories = [block.attention.new_memory(batch, device, dtype, aligned, apart) for block in self._blocks()]
         shape = (batch, self.config.recall)
-        recent = torch.zeros(shape, dtype=torch.int64, device=device or self.embedding.weight.device)
+        recent = torch.zeros(shape, dtype=torch.int64, device=device or weight_of(self.embedding).device)
         return DSMRState(memories, recent, aligned=aligned)
 
     def _blocks(self) -> Iterator[Block]:

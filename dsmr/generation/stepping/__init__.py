@@ -14,7 +14,7 @@ from dsmr.console.errors import UserError
 from dsmr.generation.sampling import Sampling, draw
 from dsmr.generation.stepping.captured import captured_step
 from dsmr.generation.stepping.rings import HostRings, in_step
-from dsmr.generation.stepping.step import Step, attentions
+from dsmr.generation.stepping.step import Step, altered, attentions
 from dsmr.generation.stepping.weights import resolve_precision
 from dsmr.model.state import DSMRState
 from dsmr.model.transformer import DSMRModel
@@ -71,17 +71,17 @@ def stepper(model: DSMRModel, state: DSMRState, precision: str = "float32") -> S
     """
     if state.aligned:
         raise ValueError("state must be made with new_state(..., aligned=False) to be stepped token by token")
-    device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
-    precision = resolve_precision(precision, model)
+    first = next(model.parameters())
+    device, dtype, other = first.device, first.dtype, altered(model)
     layers = attentions(model)
-    plain = all(layer.plain for layer in layers)
-    if device.type == "cpu" and dtype != torch.float64 and in_step(state) and plain:
-        return Step(model, state, HostRings(layers, state), precision)
-    if device.type == "cuda" and plain:
-        return captured_step(model, state, precision)
-    if precision != "float32":
+    plain = other is None and all(layer.plain for layer in layers)
+    if plain and device.type == "cpu" and dtype != torch.float64 and in_step(state):
+        return Step(model, state, HostRings(layers, state), resolve_precision(precision, model))
+    if plain and device.type == "cuda":
+        return captured_step(model, state, resolve_precision(precision, model))
+    if precision != "auto" and resolve_precision(precision, model) != "float32":
         raise UserError(
             f"dtype '{precision}' serves float32 models on a CPU, streams in step, with attention as a DSMRModel makes "
-            "it; this one takes 'float32'"
+            f"it; this one takes 'float32'{'' if other is None else f', since its {other} has been altered'}"
         )
     return PlainStep(model, state)

@@ -32,7 +32,7 @@ class DeviceBody:
         device, rows = model.embedding.weight.device, state.batch
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.allowed = torch.ones(rows, model.config.vocab_size, dtype=torch.bool, device=device)
-        self.noise = torch.zeros(rows, device=device)
+        self.noise = torch.zeros(rows, dtype=torch.float32, device=device)
         self.drawn = torch.zeros(rows, dtype=torch.int64, device=device)
         self.sampling = Sampling()
 

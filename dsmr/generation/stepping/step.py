@@ -10,15 +10,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsmr.generation.sampling import Sampling, draw
 from dsmr.generation.stepping.rings import Rings
 from dsmr.generation.stepping.weights import Product, product
+from dsmr.model.altered import as_made
 from dsmr.model.attention import DSMRAttention
 from dsmr.model.positions import Rotary, token_positions
+from dsmr.model.recall import Recall
 from dsmr.model.state import DSMRState
-from dsmr.model.transformer import Block, DSMRModel
+from dsmr.model.transformer import Block, DSMRModel, FeedForward
 
 TURNS = 256  # tokens whose rotary angles are computed at a time
 
@@ -48,6 +50,20 @@ def blocks(model: DSMRModel) -> Iterator[Block]:
     for block in model.blocks:
         assert isinstance(block, Block)
         yield block
+
+
+OURS = (DSMRModel, Block, DSMRAttention, FeedForward, Recall)
+MADE = (*OURS, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList)
+"""What a model is made of."""
+
+
+def altered(model: DSMRModel) -> str | None:
+    """The name of the first module that has to be called, since its weights alone do not say what it does, as an
+    adapter or where it has hooks; None if there is none. Weights that are parametrised say it."""
+    for name, module in model.named_modules():
+        if "parametrizations" not in name.split(".") and not any(as_made(module, kind) for kind in MADE):
+            return name or type(module).__name__
+    return None
 
 
 def _slices(sizes: list[int]) -> list[slice]:
