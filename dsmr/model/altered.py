@@ -9,8 +9,12 @@ from torch import Tensor, nn
 
 def as_made(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether to call `module` is to call a `kind` with the module's own weights, and nothing else."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return type(module).forward is kind.forward and not hooked
+    return type(module).forward is kind.forward and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether more happens than the forward of its class where it is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def weight_of(module: nn.Module) -> Tensor:

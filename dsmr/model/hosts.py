@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsmr.model.altered import is_hooked
+
 Projection = tuple[Tensor, Tensor | None]
 """A weight (out_features, in_features), and a bias (out_features,) or None."""
 
@@ -21,6 +23,7 @@ KNOWN = (
     "c_attn, c_proj and n_head as nanoGPT has them"
 )
 REPRESENTABLE = ("default", "linear", "llama3")  # rotary embeddings that are angles in proportion to the position
+LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)  # the latter is in `nn.MultiheadAttention`
 NANO = {"c_attn", "c_proj", "attn_dropout", "resid_dropout"}
 
 
@@ -144,6 +147,8 @@ def read_attention(module: nn.Module, *, transposed: bool = False) -> HostAttent
             "nn.MultiheadAttention(batch_first=False) takes (tokens, batch, width), but this layer (batch, tokens, "
             "width): set batch_first = True where its inputs are so; replace_attention sees to it"
         )
+    if is_hooked(module):
+        raise ValueError(f"{type(module).__name__} has hooks, which would not be called any more: take them off first")
     with torch.enable_grad():  # parts of a frozen weight are frozen, and of another are not, whatever the mode outside
         return reader(module)
 
@@ -167,9 +172,15 @@ def _refuse(name: str, options: Mapping[str, tuple[Any, str]]) -> None:
 NO_WEIGHTS = "the attention weights that it drops are never held; set it to 0, dropout of the output carries over"
 
 
-def _plain(name: str, part: str, module: nn.Module, kinds: tuple[str, ...] = ("Linear",)) -> Projection:
-    if type(module).__name__ not in kinds:
-        raise TypeError(f"{part} of {name} must be a plain {kinds[0]}, got {type(module).__name__}")
+def _plain(name: str, part: str, module: nn.Module) -> Projection:
+    """The weights of a projection that does nothing else; an adapter in its place may have the same name."""
+    kind = type(module)
+    if kind not in LINEARS and not (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")):
+        raise TypeError(
+            f"{part} of {name} must be a plain projection, got {kind.__module__}.{kind.__name__}; merge adapters first"
+        )
+    if is_hooked(module):
+        raise TypeError(f"{part} of {name} must be a plain projection, but there are hooks on it")
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     return weight, bias if isinstance(bias, Tensor) else None
@@ -192,7 +203,7 @@ def _multihead(module: nn.MultiheadAttention) -> HostAttention:
             "kdim or vdim": ((module.kdim, module.vdim) != (width, width), "it is made for cross-attention"),
         },
     )
-    out = module.out_proj.weight, module.out_proj.bias
+    out = _plain(name, "out_proj", module.out_proj)
     q, k, v = _thirds(module.in_proj_weight, module.in_proj_bias, [width] * 3)
     return HostAttention(name, module.num_heads, module.num_heads, module.head_dim, q, k, v, out)
 
@@ -260,9 +271,7 @@ def _rope(name: str, config: Any) -> dict[str, Any]:
 def _gpt2(module: Any) -> HostAttention:
     name = type(module).__name__
     _check_transformers(name, module)
-    (fused, bias), (out, out_bias) = (
-        _plain(name, part, getattr(module, part), ("Conv1D",)) for part in ("c_attn", "c_proj")
-    )
+    (fused, bias), (out, out_bias) = (_plain(name, part, getattr(module, part)) for part in ("c_attn", "c_proj"))
     width = module.embed_dim  # a Conv1D holds its weight the other way round
     q, k, v = _thirds(fused.T, bias, [width] * 3)
     return HostAttention(

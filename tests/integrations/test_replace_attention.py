@@ -9,6 +9,7 @@ import torch
 from foreign_blocks import CausalSelfAttention, Encoder, MultiheadBlock, NanoBlock
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import prune
 
 from dsmr import DSMRAttention, RecurrentAttention, replace_attention, stream
 from dsmr_kernels.tolerance import error
@@ -132,6 +133,32 @@ def test_what_does_not_carry_over_is_refused_and_the_model_left_as_it_was(name: 
     if name != "dropout of weights":
         with pytest.raises(ValueError, match=message):
             DSMRAttention.from_attention(make(), horizon=8)
+
+
+Adapter = type("Linear", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)})  # as PEFT names its
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda host: setattr(host, "c_attn", Adapter(32, 96)), "c_attn of CausalSelfAttention must be a plain proj"),
+        (lambda host: prune.random_unstructured(host.c_proj, "weight", 0.5), "c_proj of .*, but there are hooks on it"),
+        (
+            lambda host: host.register_forward_hook(print),
+            "has hooks, which would not be called any more: take them off",
+        ),
+        (lambda host: setattr(host, "forward", print), "has hooks, which would not be called any more: take them off"),
+    ],
+)
+def test_adapters_and_hooks_are_not_left_behind(change: Callable[[CausalSelfAttention], Any], message: str) -> None:
+    model = nn.Sequential(NanoBlock())
+    change(model[0].attn)
+    before = dict(model.named_modules())
+    with pytest.raises((TypeError, ValueError), match=message):
+        DSMRAttention.from_attention(model[0].attn, horizon=8)
+    with pytest.raises(ValueError, match=message):
+        replace_attention(model, "uniform(layers=1, horizon=8)")
+    assert dict(model.named_modules()) == before
 
 
 class LocalAttention(nn.Module):
