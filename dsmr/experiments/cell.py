@@ -6,7 +6,6 @@ the cell's folder; and a row, once written, is final.
 
 import os
 import platform
-import resource
 import statistics
 import sys
 import threading
@@ -14,6 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
 
 import numpy as np
 import torch
@@ -81,7 +85,8 @@ def work(written: dict[str, Any], key: str, data: str, out: Path, graph: bool = 
 
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # a terminal's Ctrl-C is the runner's to pass on
-    os.nice(NICE)
+    if hasattr(os, "nice"):
+        os.nice(NICE)
     threading.Thread(target=stop_with_parent, daemon=True).start()
     folder = CellFolder(out, cell.key)
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -219,7 +224,15 @@ def _resident() -> int:
     for line in _lines("/proc/self/status"):
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _most_resident()
+
+
+def _most_resident() -> int:
+    """The most bytes that this process has held; 0 where the system does not tell."""
+    if resource is None:
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def _keep_peak(path: Path, before: int, config: TrainConfig) -> None:
@@ -227,7 +240,7 @@ def _keep_peak(path: Path, before: int, config: TrainConfig) -> None:
     if resolve_device(config.device).type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+        peak = max(0, _most_resident() - before)
     former = _peak(path) if path.exists() else 0
     write_json(path, {"bytes": max(peak, former)}, sealed=True)
 
