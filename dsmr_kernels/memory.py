@@ -351,7 +351,8 @@ class KVMemory(Ring):
         """
         if self.mark is not None:
             raise ValueError(f"a memory with retention {self.retention!r} cannot be cropped: what gave way is gone")
-        if may_look(self.length) and bool(((self.length < count) | (count < 0)).any()):
+        below = count < 0 if isinstance(count, Tensor) else bool(count < 0)
+        if may_look(self.length) and bool(((self.length < count) | below).any()):
             raise ValueError(
                 f"count must lie between 0 and the tokens that each row holds, {self.length.tolist()}, got "
                 f"{count.tolist() if isinstance(count, Tensor) else count}"

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from dsmr.console.errors import UserError
 from dsmr.console.files import read_json
 from dsmr.console.schema import Maybe, Natural, Number, check
 from dsmr.experiments.presets import CONTROLS, PRESETS
+from dsmr.runs.settings import TrainConfig
 
 FORMAT = 1
 MEAN = {"mean": Number}
@@ -70,14 +71,15 @@ FIGURES = {
     "KRCU-AUC": lambda row: row["krcu"]["auc"]["mean"],
     "KRCU reset bin": lambda row: row["krcu"]["reset_bin"]["mean"],
     "KRCU tail": lambda row: row["krcu"]["tail"]["mean"],
-    "peak memory": lambda row: row["measured"]["peak_bytes"],
+    "peak memory": lambda row: row["measured"]["peak_bytes"] or None,  # 0: the system does not tell
     "tokens/s": lambda row: row["measured"]["tokens_per_second"],
 }
 """What is said of each row, by name."""
 COMMON = ("table", "corpus", "split", "pieces", "tokens", "tokenizer_hash")
 """What a report says once, of all its rows."""
-MISSING = "nothing"
-"""What is told of a setting that a table does not name."""
+DEFAULTS = {entry.name: entry.default for entry in fields(TrainConfig) if entry.default is not MISSING}
+WITHOUT_EFFECT = ("threads", "save_minutes")
+"""Settings of training that change none of a row's losses."""
 
 
 def read_rows(*results: str | Path) -> list[dict[str, Any]]:
@@ -110,12 +112,17 @@ def read_rows(*results: str | Path) -> list[dict[str, Any]]:
 
 
 def setting_that_differs(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The name of the first setting of training that two tables do not share, and what each says; None if all agree."""
-    for name in sorted({*first, *second}):
-        values = first.get(name, MISSING), second.get(name, MISSING)
-        if values[0] != values[1]:
-            return name, *values
+    """The name of the first setting of training that two tables do not share, and what it is in each; None if what they
+    name and what they leave at its default comes to the same."""
+    for name in sorted({*first, *second}.difference(WITHOUT_EFFECT)):
+        former, latter = (_plain(table.get(name, DEFAULTS.get(name))) for table in (first, second))
+        if former != latter:
+            return name, former, latter
     return None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _rows_of(path: Path) -> list[dict[str, Any]]:

@@ -306,7 +306,9 @@ class DSMRAttention(nn.Module):
     def _apart(self, inputs: tuple[Tensor, Tensor, Tensor], sizes: list[int]) -> list[Tensor]:
         """The projections of q, k and v, `sizes` features each, of an input each."""
         if not as_made(self.qkv, nn.Linear):  # an adapter in its place knows no parts: each is cut out of a whole one
-            return [self.qkv(x).split(sizes, -1)[place] for place, x in enumerate(inputs)]
+            q = self.qkv(inputs[0])
+            k = q if inputs[1] is inputs[0] else self.qkv(inputs[1])
+            return [whole.split(sizes, -1)[place] for place, whole in enumerate((q, k, self.qkv(inputs[2])))]
         biases = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.split(sizes)
         parts = zip(inputs, self.qkv.weight.split(sizes), biases, strict=True)
         return [F.linear(x, weight, bias) for x, weight, bias in parts]

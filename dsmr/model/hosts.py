@@ -147,8 +147,10 @@ def read_attention(module: nn.Module, *, transposed: bool = False) -> HostAttent
             "nn.MultiheadAttention(batch_first=False) takes (tokens, batch, width), but this layer (batch, tokens, "
             "width): set batch_first = True where its inputs are so; replace_attention sees to it"
         )
-    if is_hooked(module):
-        raise ValueError(f"{type(module).__name__} has hooks, which would not be called any more: take them off first")
+    for name, part in module.named_modules():
+        if is_hooked(part, learning=True):
+            which = f"{name} of {type(module).__name__}" if name else type(module).__name__
+            raise ValueError(f"{which} has hooks, or a forward of its own, which nobody would call any more")
     with torch.enable_grad():  # parts of a frozen weight are frozen, and of another are not, whatever the mode outside
         return reader(module)
 
@@ -173,16 +175,17 @@ NO_WEIGHTS = "the attention weights that it drops are never held; set it to 0, d
 
 
 def _plain(name: str, part: str, module: nn.Module) -> Projection:
-    """The weights of a projection that does nothing else; an adapter in its place may have the same name."""
+    """The weights of a projection that does nothing else, (out_features, in_features) whatever its kind; an adapter in
+    its place may have the same name."""
     kind = type(module)
     if kind not in LINEARS and not (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")):
         raise TypeError(
             f"{part} of {name} must be a plain projection, got {kind.__module__}.{kind.__name__}; merge adapters first"
         )
-    if is_hooked(module):
-        raise TypeError(f"{part} of {name} must be a plain projection, but there are hooks on it")
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
+    if kind not in LINEARS:  # a Conv1D holds its weight the other way round
+        weight = weight.T
     return weight, bias if isinstance(bias, Tensor) else None
 
 
@@ -272,8 +275,7 @@ def _gpt2(module: Any) -> HostAttention:
     name = type(module).__name__
     _check_transformers(name, module)
     (fused, bias), (out, out_bias) = (_plain(name, part, getattr(module, part)) for part in ("c_attn", "c_proj"))
-    width = module.embed_dim  # a Conv1D holds its weight the other way round
-    q, k, v = _thirds(fused.T, bias, [width] * 3)
+    q, k, v = _thirds(fused, bias, [module.embed_dim] * 3)
     return HostAttention(
         name,
         module.num_heads,
@@ -282,7 +284,7 @@ def _gpt2(module: Any) -> HostAttention:
         q,
         k,
         v,
-        (out.T, out_bias),
+        (out, out_bias),
         scale=float(module.scaling),
         dropout=module.resid_dropout.p,
     )
@@ -295,6 +297,8 @@ def _nano(module: Any) -> HostAttention:
     _refuse(name, {"more parts than nanoGPT's": (sorted(others), f"what can be read is {', '.join(sorted(NANO))}")})
     dropped = getattr(module, "attn_dropout", None)
     after = getattr(module, "resid_dropout", None)
+    if type(after) not in (nn.Dropout, nn.Identity, type(None)):
+        raise TypeError(f"resid_dropout of {name} must be an nn.Dropout, got {type(after).__name__}")
     for option in (getattr(dropped, "p", 0), getattr(module, "dropout", 0) if dropped is None else 0):
         _refuse(name, {"attention dropout": (option, NO_WEIGHTS)})
     fused, bias = _plain(name, "c_attn", module.c_attn)

@@ -111,13 +111,14 @@ def test_rows_of_other_settings_of_training_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text(json.dumps([made_up("full", 0, 10.0, train={"lr": 0.1, "steps": 9}), *ROWS]))
     for train, words in (
         ({"lr": 0.2, "steps": 9}, r"trained with lr = 0\.1 \(.*/a\) and with 0\.2 \(.*/b\)"),
-        ({"lr": 0.1}, r"trained with steps = 9 \(.*/a\) and with nothing \(.*/b\)"),
-        ({"lr": 0.1, "steps": 9, "recall": 3}, r"trained with recall = nothing \(.*/a\) and with 3 \(.*/b\)"),
+        ({"lr": 0.1}, r"trained with steps = 9 \(.*/a\) and with None \(.*/b\)"),
+        ({"lr": 0.1, "steps": 9, "recall": 3}, r"trained with recall = 0 \(.*/a\) and with 3 \(.*/b\)"),
     ):
         (tmp_path / "b").write_text(json.dumps([made_up("fhcr", 0, 12.0, train=train)]))
         with pytest.raises(UserError, match=words):
             read_rows(tmp_path / "a", tmp_path / "b")
-    for train in ({"train": {"steps": 9, "lr": 0.1}}, {}):
+    same = {"steps": 9, "lr": 0.1, "recall": 0, "betas": [0.9, 0.95], "threads": 3, "save_minutes": 9.0}
+    for train in ({"train": same}, {}):
         (tmp_path / "b").write_text(json.dumps([made_up("fhcr", 0, 12.0, **train)]))
         assert len(read_rows(tmp_path / "a", tmp_path / "b")) == len(ROWS) + 2
 

@@ -142,12 +142,12 @@ Adapter = type("Linear", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear
     ("change", "message"),
     [
         (lambda host: setattr(host, "c_attn", Adapter(32, 96)), "c_attn of CausalSelfAttention must be a plain proj"),
-        (lambda host: prune.random_unstructured(host.c_proj, "weight", 0.5), "c_proj of .*, but there are hooks on it"),
-        (
-            lambda host: host.register_forward_hook(print),
-            "has hooks, which would not be called any more: take them off",
-        ),
-        (lambda host: setattr(host, "forward", print), "has hooks, which would not be called any more: take them off"),
+        (lambda host: prune.random_unstructured(host.c_proj, "weight", 0.5), "c_proj of CausalSelfAttention has hooks"),
+        (lambda host: host.c_attn.register_full_backward_hook(print), "c_attn of CausalSelfAttention has hooks"),
+        (lambda host: host.resid_dropout.register_forward_hook(print), "resid_dropout of CausalSelf.* has hooks"),
+        (lambda host: host.register_forward_hook(print), "CausalSelfAttention has hooks, or a forward of its own"),
+        (lambda host: setattr(host, "forward", print), "CausalSelfAttention has hooks, or a forward of its own"),
+        (lambda host: setattr(host, "resid_dropout", nn.Linear(32, 32)), "resid_dropout of .* must be an nn.Dropout"),
     ],
 )
 def test_adapters_and_hooks_are_not_left_behind(change: Callable[[CausalSelfAttention], Any], message: str) -> None:
@@ -277,6 +277,34 @@ def test_a_model_of_transformers_does_what_it_did_and_goes_on_over_a_stream(name
                 parts.append(model(part, position_ids=where).logits)  # for GPT-2, whose positions are the model's
                 begin += part.shape[1]
     assert error(torch.cat(parts, 1), expected) < 1e-5
+
+
+@pytest.mark.slow  # imports Transformers
+def test_a_projection_is_read_the_way_its_kind_holds_it() -> None:
+    """A GPT-2 of `nn.Linear`s is what one of its own `Conv1D`s is."""
+    model = theirs("gpt2").eval()
+    ids = torch.randint(1, 61, (2, 8))
+    for block in model.transformer.h:
+        held = block.attn.c_proj
+        block.attn.c_proj = nn.Linear(*held.weight.shape)
+        with torch.no_grad():
+            block.attn.c_proj.weight.copy_(held.weight.T)
+            block.attn.c_proj.bias.copy_(held.bias)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        replace_attention(model, "uniform(layers=2, horizon=100)")
+        assert error(model(ids, use_cache=False).logits, expected) < 1e-5
+
+
+@pytest.mark.slow  # imports Transformers
+def test_a_model_that_was_asked_for_hidden_states_is_not_taken_for_a_hooked_one() -> None:
+    """Transformers leaves hooks of its own behind for good, which do nothing from then on."""
+    model = theirs("llama").eval()
+    ids = torch.randint(1, 61, (2, 8))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False, output_hidden_states=True, output_attentions=True).logits
+        replace_attention(model, "uniform(layers=2, horizon=100)")
+        assert error(model(ids, use_cache=False).logits, expected) < 1e-5
 
 
 @pytest.mark.slow  # imports Transformers

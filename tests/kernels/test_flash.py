@@ -25,7 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(flash, "WORTH", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     tuned.use({(dtype, "forward"): Choice("flash", F32) for dtype in (F32, BF16)})
@@ -72,10 +73,30 @@ def test_a_short_or_a_long_edge_is_one_call(queries: int, calls: list[tuple[int,
     assert calls == [(queries, queries)]
 
 
+def test_a_small_call_is_one_call(calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 rows of 4 heads of 16: 38,400 numbers, and 300 queries."""
+    for worth, made in ((38_400 * 300 + 1, 1), (38_400 * 300, 3)):
+        monkeypatch.setattr(flash, "WORTH", worth)
+        calls.clear()
+        forward(random_case(queries=300, kv_heads=4, horizon=0))
+        assert len(calls) == made
+
+
 def test_where_all_threads_share_a_call_its_edge_is_whole(calls: list[tuple[int, int]]) -> None:
     torch.set_num_threads(2)
     forward(random_case(batch=1, heads=2, kv_heads=2, queries=300, horizon=0))
     assert calls == [(300, 300)]
+
+
+@pytest.mark.parametrize("seen", [None, [9, 9]])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_token_alone_with_its_broken_key_is_broken(kv_heads: int, seen: list[int] | None) -> None:
+    """Which the kernel takes for a masked one."""
+    case = random_case(queries=1, kv_heads=kv_heads, seen=seen, horizon=40)
+    case.k[0, :, 0, 3] = torch.nan
+    out = forward(case)
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
 
 
 def test_the_table_is_everybodys() -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from small_memories import a_memory, attend, every, heads, new, reentrant, strided
@@ -389,3 +390,8 @@ def test_rows_are_selected_repeated_and_cropped() -> None:
     assert torch.equal(memory.ordered()[0][0, :, 2:], kept.ordered()[0][0, :, 2:])
     with pytest.raises(ValueError, match=r"the tokens that each row holds, \[4, 2, 0\], got 1"):
         memory.crop(1)
+    alike = kept.clone()
+    alike.crop(np.int64(0))  # a number of NumPy's
+    assert torch.equal(alike.length, kept.length)
+    with pytest.raises(ValueError, match="count must lie between 0 and the tokens that each row holds"):
+        alike.crop(np.int64(-1))

@@ -115,6 +115,84 @@ def test_what_a_hook_changes_is_heard(name: str) -> None:
     assert played(model) == before
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_hooks_on_a_projection_are_called_where_it_learns(name: str) -> None:
+    """Also where it is taken apart, since q, k and v have inputs of their own."""
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        model, heard = a_model(**MODELS[name]), list[int]()
+
+        def hook(*given: Any, heard: list[int] = heard) -> None:
+            heard.append(1)
+
+        before = read(model)
+        getattr(model.blocks[1].attention.qkv, register)(hook)
+        found = read(model)
+        found.sum().backward()
+        inputs = {"rope": 1, "alibi": 1, "sinusoidal": 2, "recall": 3}[name]
+        assert len(heard) == 3 * inputs  # of each of three segments
+        torch.testing.assert_close(found, before, rtol=1e-5, atol=1e-5)
+
+
+class Louder(DSMRAttention):
+    def look(self, *given: Any, **options: Any) -> torch.Tensor:
+        return 2 * super().look(*given, **options)
+
+
+def as_louder(model: DSMRModel) -> None:
+    model.blocks[0].attention.__class__ = Louder
+
+
+OTHERS: dict[str, Any] = {
+    "a bias of a norm": lambda model: setattr(model.blocks[0], "ffn_norm", nn.LayerNorm(32)),
+    "another eps": lambda model: setattr(model, "norm", nn.LayerNorm(32, bias=False, eps=0.5)),
+    "a norm without weights": lambda model: setattr(model, "norm", nn.LayerNorm(32, elementwise_affine=False)),
+    "a bias": lambda model: setattr(model.blocks[1].ffn, "up", nn.Linear(32, 128)),
+    "other attention": as_louder,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_parts_that_do_more_are_heard(name: str) -> None:
+    model = a_model().eval()
+    OTHERS[name](model)
+    steps = [stepper(model, model.new_state(1)), PlainStep(model, model.new_state(1))]
+    assert type(steps[0]) is PlainStep
+    for token in torch.arange(20)[:, None]:
+        assert torch.equal(*(step(token) for step in steps))
+
+
+class EightBits(nn.Module):
+    """Weights of eight bits and a scale for every output, which computes in the dtype of its input."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        scale = base.weight.detach().abs().amax(1) / 127
+        self.register_buffer("weight", (base.weight.detach() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+
+
+def test_weights_of_eight_bits_are_not_what_is_computed_in() -> None:
+    model = a_model()
+    before = read(model).detach()
+    each_place(model, EightBits)
+    assert model.new_state(1).memories[0].dtype == torch.float32
+    torch.testing.assert_close(read(model), before, rtol=0.1, atol=0.1)
+    assert len(played(model)) == 30
+
+
+def test_a_model_of_ones_own_and_a_compiled_one_step_fast() -> None:
+    class Mine(DSMRModel):
+        def more(self) -> None:
+            """Nothing that a step would miss."""
+
+    model = Mine(a_model().config).eval()
+    for given in (model, torch.compile(model)):
+        assert type(stepper(given, model.new_state(1))) is Step
+
+
 def test_the_fast_step_is_for_what_is_as_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(model: DSMRModel, precision: str = "auto") -> type:
         return type(stepper(model.eval(), model.new_state(1), precision))

@@ -71,6 +71,7 @@ def stepper(model: DSMRModel, state: DSMRState, precision: str = "float32") -> S
     """
     if state.aligned:
         raise ValueError("state must be made with new_state(..., aligned=False) to be stepped token by token")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     first = next(model.parameters())
     device, dtype, other = first.device, first.dtype, altered(model)
     layers = attentions(model)

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from dsmr.generation.sampling import Sampling, draw
 from dsmr.generation.stepping.rings import Rings
 from dsmr.generation.stepping.weights import Product, product
-from dsmr.model.altered import as_made
+from dsmr.model.altered import is_hooked
 from dsmr.model.attention import DSMRAttention
 from dsmr.model.positions import Rotary, token_positions
 from dsmr.model.recall import Recall
 from dsmr.model.state import DSMRState
 from dsmr.model.transformer import Block, DSMRModel, FeedForward
 
+EPS = 1e-5  # of a model's norms, PyTorch's own default
 TURNS = 256  # tokens whose rotary angles are computed at a time
 
 
@@ -52,18 +53,28 @@ def blocks(model: DSMRModel) -> Iterator[Block]:
         yield block
 
 
-OURS = (DSMRModel, Block, DSMRAttention, FeedForward, Recall)
-MADE = (*OURS, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList)
-"""What a model is made of."""
-
-
 def altered(model: DSMRModel) -> str | None:
-    """The name of the first module that has to be called, since its weights alone do not say what it does, as an
-    adapter or where it has hooks; None if there is none. Weights that are parametrised say it."""
+    """The name of the first module that has to be called, since the weights that a step reads do not say all that it
+    does, as an adapter or where it has hooks; None if there is none. Weights that are parametrised say it."""
     for name, module in model.named_modules():
-        if "parametrizations" not in name.split(".") and not any(as_made(module, kind) for kind in MADE):
+        if "parametrizations" not in name.split(".") and (is_hooked(module) or not _is_read(module)):
             return name or type(module).__name__
     return None
+
+
+def _is_read(module: nn.Module) -> bool:
+    """Whether a step does what the module's forward does."""
+    forward = type(module).forward
+    if isinstance(module, DSMRModel):  # of one's own, with more methods, is welcome
+        return forward is DSMRModel.forward and type(module)._read is DSMRModel._read
+    if isinstance(module, nn.Linear):
+        return forward is nn.Linear.forward and module.bias is None
+    if isinstance(module, nn.LayerNorm):
+        plain = module.weight is not None and module.bias is None and module.eps == EPS
+        return forward is nn.LayerNorm.forward and plain
+    if isinstance(module, nn.Embedding):
+        return forward is nn.Embedding.forward and module.max_norm is None
+    return type(module) in (Block, DSMRAttention, FeedForward, Recall, nn.Dropout, nn.ModuleList)
 
 
 def _slices(sizes: list[int]) -> list[slice]:
@@ -159,7 +170,7 @@ class Step:
         return Rotary(self._turns.cos[:, :, at : at + 1], self._turns.sin[:, :, at : at + 1])
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.layer_norm(x, weight.shape, weight)
+        return F.layer_norm(x, weight.shape, weight, eps=EPS)
 
     def _labels(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """The labels of query and key, (B, d_model) each, where the model has them; notes the token for the next."""

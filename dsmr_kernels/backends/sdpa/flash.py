@@ -19,9 +19,11 @@ _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", 
 AVAILABLE = _FLASH is not None
 # The kernel makes the scores of its causal edge in blocks of up to 512 keys, whole: of 512 queries twice the half that
 # they see. On a thread of its own a call of so many queries is cut into one for every `EDGE_QUERIES`, each with the
-# keys that it sees and a mask: 1.1 times as fast for 256 queries, 1.35 for 512, 1.1 for 1,024. With fewer than `CUT`
-# there is little to save, with more its own blocks do; all threads on one call would wait for each other more often.
-CUT, EDGE_QUERIES = range(192, 1025), 128
+# keys that it sees and a mask: with 8 heads of 64 1.1 times as fast for 256 queries, 1.35 for 512, 1.1 for 1,024. With
+# fewer than `CUT` there is little to save, with more its own blocks do; calls of fewer than `WORTH` numbers in q times
+# queries are over too soon; and all threads on one call would wait for each other more often. (A mask is added: where a
+# score beyond float32 is hidden, above 3e38, the result is NaN and not what the whole edge gives.)
+CUT, EDGE_QUERIES, WORTH = range(192, 1025), 128, 6 << 20
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -80,7 +82,7 @@ def _edge(q: Tensor, k: Tensor, v: Tensor, scale: float, alone: bool) -> tuple[T
     """`attend_causally` where each query head has its own keys, cut where that pays."""
     assert _FLASH is not None
     queries = q.shape[2]
-    if not alone or queries not in CUT or q.dtype != torch.float32:
+    if not alone or queries not in CUT or q.numel() * queries < WORTH or q.dtype != torch.float32:
         return _FLASH(q, k, v, 0.0, True, scale=scale)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
     for start, stop in cut(0, queries, EDGE_QUERIES):
