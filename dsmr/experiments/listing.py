@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dsmr.experiments.presets import CONTROLS, PRESETS, Preset, Size, check
+from dsmr.experiments.presets import KNOWN, PRESETS, Preset, Size, check
 from dsmr_kernels.costing.cost import human_bytes
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def listing(size: Size) -> list[dict[str, Any]]:
     """One dictionary a preset, the paper's ten first: plain values, budgets in bytes of one stream in bfloat16."""
-    return [_row(preset, size) for preset in (*PRESETS.values(), *CONTROLS.values())]
+    return [_row(preset, size) for preset in KNOWN.values()]
 
 
 def _row(preset: Preset, size: Size) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json
 from dsmr.console.schema import Maybe, Natural, Number, check
-from dsmr.experiments.presets import CONTROLS, PRESETS
+from dsmr.experiments.presets import KNOWN, PRESETS
 from dsmr.runs.settings import TrainConfig
 
 FORMAT = 1
@@ -105,10 +105,9 @@ def read_rows(*results: str | Path) -> list[dict[str, Any]]:
     for row, path in rows:
         cells.setdefault((row["model"], row["seed"]), (row, path))
     _check_alike(list(cells.values()))
-    known = [*PRESETS, *CONTROLS]
-    order = {name: place for place, name in enumerate(known)}
+    order = {name: place for place, name in enumerate(KNOWN)}
     found = [row for row, _ in cells.values()]
-    return sorted(found, key=lambda row: (order.get(row["model"], len(known)), row["model"], row["seed"]))
+    return sorted(found, key=lambda row: (order.get(row["model"], len(order)), row["model"], row["seed"]))
 
 
 def setting_that_differs(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

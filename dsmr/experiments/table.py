@@ -27,7 +27,7 @@ from dsmr.console.files import describe
 from dsmr.console.words import nearest
 from dsmr.corpus.layout import SPLITS
 from dsmr.evaluation.memory_use import Bins
-from dsmr.experiments.presets import CONTROLS, PRESETS, Preset, Size, check, preset
+from dsmr.experiments.presets import KNOWN, Preset, Size, check, preset
 from dsmr.experiments.rows import setting_that_differs
 from dsmr.model.schedule import MemorySchedule
 from dsmr.runs.settings import TrainConfig
@@ -280,10 +280,7 @@ def _measure(values: Mapping[str, Any]) -> Measure:
 
 def _models(values: Mapping[str, Any], size: Size) -> dict[str, Model]:
     """The presets and the table's own models, by name."""
-    models = {
-        name: Model(name, found, found.schedule(size), dict(found.settings))
-        for name, found in {**PRESETS, **CONTROLS}.items()
-    }
+    models = {name: Model(name, found, found.schedule(size), dict(found.settings)) for name, found in KNOWN.items()}
     for name, given in _section(values, "models").items():
         where = f"[models.{name}]"
         if not isinstance(given, Mapping):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
 from dsmr.experiments.listing import listing
-from dsmr.experiments.presets import CONTROLS, PRESETS, Size, check, preset
+from dsmr.experiments.presets import CONTROLS, PRESETS, PROPOSED, Size, check, preset
 from dsmr.model.schedule import MemorySchedule
 
 SIZES = (Size(), Size(6, 4, 64, 4096, 512, 1), Size(2, 2, 16, 64, 8, 1), Size(1, 2, 8, 32, 4, 1))
@@ -40,6 +40,18 @@ def test_partial_models_share_two_scales_budget(size: Size) -> None:
     assert size.bytes(CONTROLS["none"].schedule(size)) == 0
     full, few = (size.bytes(PRESETS[name].schedule(size)) for name in ("full", "fhcr"))
     assert few * size.n_heads == full * size.few_heads
+
+
+@pytest.mark.parametrize("size", [*SIZES, Size(n_heads=5, few_heads=1), Size(n_heads=6), Size(n_heads=9, few_heads=3)])
+def test_the_proposed_schedule_is_two_scale_in_half_of_its_bytes(size: Size) -> None:
+    found, two_scale = PROPOSED["two_scale_half"].schedule(size), PRESETS["two_scale"].schedule(size)
+    check(found, size)
+    assert MemorySchedule.parse(str(found)) == found
+    assert found.horizons == two_scale.horizons
+    heads = {1: 1, 5: 1, 9: 3}.get(size.n_heads, size.n_heads // 2)
+    assert set(found.heads(size.n_heads)) == {heads}
+    assert size.bytes(found) * size.n_heads == size.bytes(two_scale) * heads
+    assert preset("two_scale_half") is PROPOSED["two_scale_half"]
 
 
 def test_two_presets_keep_others_than_the_newest_tokens() -> None:
