@@ -92,3 +92,11 @@ def test_lightning_goes_on_with_the_memory_of_its_checkpoint(example) -> None:
 def test_accelerate_goes_back_to_the_memory_that_it_saved(example) -> None:
     first, again = example("accelerate_loop", "accelerate").main()
     assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.slow  # trains a few steps
+def test_adapters_learn_are_heard_and_merge(example) -> None:
+    losses, (alone, adapted, merged) = example("lora", "peft").main()
+    assert losses[0] > 2.6  # of sixteen letters
+    assert losses[-1] < 2.0  # of four 1.39
+    assert alone != adapted == merged
