@@ -43,7 +43,7 @@ def test_partial_models_share_two_scales_budget(size: Size) -> None:
 
 
 @pytest.mark.parametrize("size", [*SIZES, Size(n_heads=5, few_heads=1), Size(n_heads=6), Size(n_heads=9, few_heads=3)])
-def test_the_proposed_schedule_is_two_scale_in_half_of_its_bytes(size: Size) -> None:
+def test_the_proposed_schedules_have_half_of_two_scales_bytes(size: Size) -> None:
     found, two_scale = PROPOSED["two_scale_half"].schedule(size), PRESETS["two_scale"].schedule(size)
     check(found, size)
     assert MemorySchedule.parse(str(found)) == found
@@ -52,6 +52,10 @@ def test_the_proposed_schedule_is_two_scale_in_half_of_its_bytes(size: Size) -> 
     assert set(found.heads(size.n_heads)) == {heads}
     assert size.bytes(found) * size.n_heads == size.bytes(two_scale) * heads
     assert preset("two_scale_half") is PROPOSED["two_scale_half"]
+    lowest = PROPOSED["lowest_half"].schedule(size)
+    check(lowest, size)
+    assert MemorySchedule.parse(str(lowest)) == lowest
+    assert lowest.horizons == (sum(two_scale.horizons) // 2, *[0] * (size.layers - 1))
 
 
 def test_two_presets_keep_others_than_the_newest_tokens() -> None:
