@@ -12,14 +12,20 @@ from typing import Any
 
 import torch._dynamo  # now: what is interrupted while it is imported stays half a module  # noqa: F401
 
+AGAIN = 1.0
+"""Seconds after which `late` is raised once more: what is raised in a callback of the garbage collector is lost."""
+
 
 @contextlib.contextmanager
 def bounded(room: int, seconds: float, late: BaseException, *, computing: bool = False) -> Iterator[None]:
     """No more than `room` bytes, beyond which is a MemoryError; after `seconds`, waiting included unless `computing`,
     `late` is raised."""
 
+    inside = True
+
     def leave(*_: Any) -> None:
-        raise late
+        if inside:
+            raise late
 
     timer, number = signal.ITIMER_REAL, signal.SIGALRM
     if computing:
@@ -29,8 +35,11 @@ def bounded(room: int, seconds: float, late: BaseException, *, computing: bool =
     former = signal.signal(number, leave)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (held + room, limits[1]))
-        signal.setitimer(timer, seconds)
-        yield
+        signal.setitimer(timer, seconds, AGAIN)
+        try:
+            yield
+        finally:  # of its own, so that whatever is raised in it the bounds are taken away
+            inside = False
     finally:
         signal.setitimer(timer, 0)
         signal.signal(number, former)
