@@ -1,6 +1,7 @@
 """A `DSMRModel` among the models of Transformers: loaded by the Auto classes, it generates what it generates alone."""
 
 import copy
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -45,6 +46,14 @@ def network(kind: str = "segments", **changed: Any) -> DSMRModel:
     schedule = "two_scale(layers=3, long=24, short=7, n_long=1)"
     options = {"schedule": schedule, "tie_embeddings": False, "init_std": 0.4}
     return DSMRModel(DSMRConfig(**{**sizes, **options, **KINDS[kind], **changed})).eval()
+
+
+def test_what_nobody_says_is_the_same_in_both_configurations() -> None:
+    """Transformers wants the fields written out once more; a default that differed would make other models there."""
+    theirs = DSMRForCausalLMConfig()
+    for field in dataclasses.fields(DSMRConfig):
+        if field.default is not dataclasses.MISSING:
+            assert getattr(theirs, field.name) == field.default, field.name
 
 
 def prompt(*lengths: int) -> tuple[Tensor, Tensor]:
