@@ -143,7 +143,10 @@ class MemoryUse:
             rows.append((f"only the last {kept.k:,} tokens kept", kept.delta))
             rows.append((f"  for the {kept.tokens_beyond:,} tokens with more behind them", kept.beyond))
         for name, value in rows:
-            table.add_row(name, f"{value.mean:.4f}", f"{value.low:.4f} … {value.high:.4f}")
+            if math.isnan(value.mean):
+                table.add_row(name, "none there", "")
+            else:
+                table.add_row(name, f"{value.mean:.4f}", f"{value.low:.4f} … {value.high:.4f}")
         return table
 
 

@@ -224,6 +224,13 @@ PROPOSED: dict[str, Preset] = {
             f"Ours, not in the paper's table: half of {_BUDGET} in the lowest layer alone (docs/experiments.md).",
         ),
         Preset(
+            "lowest_wide",
+            "the lowest layer, half of the KV heads",
+            lambda size: MemorySchedule.binary(size.layers, size.budget, [0], size.half_heads),
+            f"Ours, not in the paper's table: {_BUDGET} in the lowest layer alone, with half of its KV heads: as far "
+            "back as one long layer, in half of the bytes (docs/experiments.md).",
+        ),
+        Preset(
             "two_scale_half",
             "two-scale, half of the KV heads",
             lambda size: MemorySchedule.two_scale(size.layers, size.length, size.short, size.n_long, size.half_heads),

@@ -14,15 +14,17 @@ from dsmr.runs.settings import TrainConfig
 
 FORMAT = 1
 MEAN = {"mean": Number}
+PERHAPS = {"mean": Maybe(Number)}  # of bins that no piece may reach
 SHAPE = {
     **dict.fromkeys(("table", "model", "title", "our_reading", "schedule", "corpus", "split", "tokenizer_hash"), str),
     **dict.fromkeys(("seed", "kv_bytes", "trained_tokens", "parameters", "pieces", "tokens"), Natural),
     **dict.fromkeys(("nats_per_note", "perplexity"), Number),
     "krcu": Maybe(
         {
-            **dict.fromkeys(("auc", "reset_bin", "tail"), MEAN),
+            **dict.fromkeys(("auc", "reset_bin"), MEAN),
+            "tail": PERHAPS,
             "reset": Natural,
-            "bins": [{**dict.fromkeys(("start", "end", "tokens"), Natural), "delta": MEAN}],
+            "bins": [{**dict.fromkeys(("start", "end", "tokens"), Natural), "delta": PERHAPS}],
         }
     ),
     "retain": [{"k": Natural, "delta": MEAN}],

@@ -132,6 +132,14 @@ def test_the_means_are_what_they_say() -> None:
     assert found.reset_bin.high == 4
 
 
+def test_what_was_not_measured_is_no_number_in_the_table() -> None:
+    found = measured(model_with("uniform(layers=1, horizon=8)"), random_pieces(30, 20), Bins(8, 64, 2))
+    name, mean, interval = (list(column.cells) for column in found.table().columns)
+    assert (name[2], mean[2], interval[2]) == ("tail, the bins after it", "none there", "")
+    assert "nan" not in f"{mean}{interval}"
+    assert float(str(mean[0])) == pytest.approx(float(str(mean[1])))
+
+
 def test_what_cannot_be_measured_is_a_sentence() -> None:
     model, pieces = model_with("none(layers=1)"), random_pieces(30, 20)
     with pytest.raises(UserError, match="all 2 pieces of made up, split 'validation', are too short for a reset at"):

@@ -56,6 +56,11 @@ def test_the_proposed_schedules_have_half_of_two_scales_bytes(size: Size) -> Non
     check(lowest, size)
     assert MemorySchedule.parse(str(lowest)) == lowest
     assert lowest.horizons == (sum(two_scale.horizons) // 2, *[0] * (size.layers - 1))
+    wide = PROPOSED["lowest_wide"].schedule(size)
+    check(wide, size)
+    assert MemorySchedule.parse(str(wide)) == wide
+    assert wide.horizons == PRESETS["perceiver_ar"].schedule(size).horizons
+    assert size.bytes(wide) * size.n_heads == size.bytes(PRESETS["perceiver_ar"].schedule(size)) * heads
 
 
 def test_two_presets_keep_others_than_the_newest_tokens() -> None:

@@ -152,6 +152,22 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     assert lines_of(rows)[0].figures["KRCU tail"] is None
 
 
+def test_bins_that_no_piece_reaches_are_left_blank(tmp_path: Path) -> None:
+    rows = copy.deepcopy(ROWS[1:3])
+    for row in rows:
+        row["krcu"] = {**row["krcu"], "auc": {"mean": 0.03}, "reset_bin": {"mean": 0.05}, "tail": {"mean": None}}
+        for one in row["krcu"]["bins"][1:]:
+            one.update(tokens=0, delta={"mean": None})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    lines = write_report(read_rows(tmp_path / "rows.json"), tmp_path)
+    (row,) = (line for line in lines if line.startswith("| two_scale | 2 | 10.500"))
+    assert [cell.strip() for cell in row.split("|")][5:8] == ["0.0300 ± 0.0000", "0.0500 ± 0.0000", ""]
+    assert (tmp_path / "krcu.png").stat().st_size > 1000
+    found = lines_of(rows)[0].figures
+    assert found["KRCU tail"] is None
+    assert found["KRCU-AUC"] is not None
+
+
 def test_what_is_no_result_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished cell"):
         read_rows(tmp_path)

@@ -75,6 +75,16 @@ def test_a_cell_becomes_a_row_of_all_that_was_measured(data: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_bins_beyond_the_longest_piece_do_not_lose_the_row(data: Path, tmp_path: Path) -> None:
+    """Pieces that are long enough for the reset may all end within the first bin, after an hour of training."""
+    table = Table.parse(small_table(data, measure={"krcu": {"reset": 8, "width": 100_000, "count": 3}}))
+    found = row_of(table, tmp_path)["krcu"]
+    assert found["tail"]["mean"] is None
+    assert found["auc"] == found["reset_bin"]
+    assert [one["delta"]["mean"] is None for one in found["bins"]] == [False, True, True]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["retain_uniform", "retain_random"])
 def test_a_retained_cell_is_the_same_row_after_a_stop(
     name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
