@@ -2,13 +2,17 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 
 from dsmr.console.errors import UserError
+from dsmr.console.rounding import rounded_products
+from dsmr_kernels.backends.sdpa.processor import instruction_set, multiplies_bfloat16
 
 DEVICES = ("auto", "cpu", "cuda", "cuda:N")
 DTYPES = ("auto", "float32", "bfloat16")
+FAST = ("AMX", "AVX-512 BF16")  # instruction sets with which a step in bfloat16 was seen to be faster than in float32
 
 
 def resolve_device(name: str) -> torch.device:
@@ -39,11 +43,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether `device` multiplies bfloat16 matrices in hardware, rather than by converting them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    # Private to PyTorch, so they may be gone: then float32, which is always right.
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(check is not None and check() for check in checks)
+    return device.type == "cpu" and instruction_set() in FAST
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -67,7 +67,15 @@ def autocast(
     device: torch.device, dtype: torch.dtype, *, cached: bool = True
 ) -> contextlib.AbstractContextManager[object]:
     """A context in which matrix products run in `dtype`; nothing changes for float32. With `cached` it holds each
-    weight in `dtype` until it ends, in case that it is used again."""
+    weight in `dtype` until it ends, in case that it is used again. A processor without such products computes those of
+    linear layers in float32, and rounds."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=cached)
+    narrow = torch.autocast(device.type, dtype=dtype, cache_enabled=cached)
+    return narrow if device.type != "cpu" or multiplies_bfloat16() else _rounding(narrow)
+
+
+@contextlib.contextmanager
+def _rounding(narrow: contextlib.AbstractContextManager[object]) -> Iterator[None]:
+    with narrow, rounded_products():
+        yield

@@ -11,6 +11,7 @@ from dsmr.console.errors import UserError
 from dsmr.console.files import atomic_path
 
 DPI = 120
+BESIDE = 8  # a legend of more names stands beside the picture: it would cover what is drawn
 
 
 def available() -> bool:
@@ -35,7 +36,10 @@ def finish(figure: Any, axes: Any, png_path: str | Path, title: str) -> None:
     axes.grid(alpha=0.3)
     if title:
         axes.set_title(title)
-    if axes.get_legend_handles_labels()[0]:
+    named = len(axes.get_legend_handles_labels()[0])
+    if named > BESIDE:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.0, frameon=False)
+    elif named:
         axes.legend()
     save(figure, png_path)
 

@@ -82,16 +82,40 @@ def fronts(lines: Sequence[Line], path: Path) -> Path:
     for axis, (name, sign) in zip(axes[0], shown, strict=True):
         points = [(line, line.kv_bytes / 2**20, figure_.mean) for line in lines if (figure_ := line.figures[name])]
         for line, x, y in points:
-            axis.plot([x], [y], **{**_style(list(lines).index(line)), "linestyle": ""})
-            axis.annotate(line.model, (x, y), (5, 3), textcoords="offset points", fontsize=8)
+            style = {**_style(list(lines).index(line)), "linestyle": ""}
+            found = line.figures[name]
+            assert found is not None
+            axis.errorbar([x], [y], [found.spread], elinewidth=0.7, capsize=2, **style)
         front = [(x, y) for _, x, y in points if not any(_beats((v, sign * w), (x, sign * y)) for _, v, w in points)]
         axis.plot(*zip(*sorted(front), strict=True), color="0.6", linewidth=0.9, drawstyle="steps-post", zorder=0)
         axis.margins(0.12)
+        _name_points(axis, [(line.model, x, y) for line, x, y in points])
         axis.set_xlabel("KV memory (MiB a stream)")
         axis.set_ylabel(name if sign > 0 else f"{name} (nats a token)")
         axis.grid(alpha=0.3)
     save(figure, path)
     return path
+
+
+def _name_points(axis: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Write each point's name beside it; of points above one another, so far apart that no name covers the next."""
+    size, apart = 8.0, 10.0  # points
+    scale = 72 / axis.figure.dpi
+    axis.autoscale_view()
+    for column in dict.fromkeys(x for _, x, _ in points):
+        stacks: list[tuple[float, list[tuple[str, float, float]]]] = []  # the middle of each, and who is in it
+        for name, x, y in sorted((point for point in points if point[1] == column), key=lambda point: point[2]):
+            middle, stack = axis.transData.transform((x, y))[1] * scale, [(name, x, y)]
+            while stacks and middle - stacks[-1][0] < apart * (len(stack) + len(stacks[-1][1])) / 2:
+                lower, below = stacks.pop()
+                middle = (lower * len(below) + middle * len(stack)) / (len(below) + len(stack))
+                stack = below + stack
+            stacks.append((middle, stack))
+        for middle, stack in stacks:
+            for place, (name, x, y) in enumerate(stack):
+                height = middle + apart * (place - (len(stack) - 1) / 2)
+                offset = 7, height - axis.transData.transform((x, y))[1] * scale - size / 3
+                axis.annotate(name, (x, y), offset, textcoords="offset points", fontsize=size)
 
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:

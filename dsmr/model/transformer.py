@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json, save_tensors, write_json
+from dsmr.console.rounding import as_now
 from dsmr.console.schema import check_fields
 from dsmr.console.seal import check_seal
 from dsmr.model.altered import weight_of
@@ -299,7 +300,8 @@ class DSMRModel(nn.Module):
         new = []
         for block, memory in zip(blocks, memories, strict=True):
             if again:
-                x, k, v = checkpoint(block, x, memory.snapshot(), place, labels, *where, use_reentrant=False)
+                given = x, memory.snapshot(), place, labels, *where
+                x, k, v = checkpoint(block, *given, use_reentrant=False, context_fn=as_now)
             else:
                 x, k, v = block(x, memory, place, labels, *where)
             new.append((k, v))

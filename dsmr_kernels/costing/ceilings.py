@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsmr_kernels.backends.sdpa.processor import multiplies_bfloat16
 from dsmr_kernels.costing.cost import Call
 from dsmr_kernels.costing.load import cores, in_words, load_average, load_of_others
 from dsmr_kernels.costing.predict import PARTS, Ceilings, bound_seconds, with_edge
@@ -192,6 +193,8 @@ def measure(device: torch.device, *, rough: bool = False) -> Ceilings:
     matrix: dict[str, float] = {}
     for name, dtype in DTYPES.items():
         side = sizes["side"]
+        if name == "bfloat16" and device.type == "cpu" and not multiplies_bfloat16():
+            dtype = torch.float32  # what products there are computed in
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         product = torch.empty_like(a)
         matrix[name] = 2 * side**3 / best(functools.partial(torch.mm, a, b, out=product))

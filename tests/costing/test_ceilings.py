@@ -114,6 +114,16 @@ def test_rough_figures_are_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_products_are_measured_as_they_are_computed(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without bfloat16 computes in float32 and rounds."""
+    asked, product = set(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: asked.add(a.dtype) or product(a, b, out=out))
+    monkeypatch.setattr(program, "multiplies_bfloat16", lambda: fast)
+    program.measure(CPU, rough=True)
+    assert asked == ({torch.float32, torch.bfloat16} if fast else {torch.float32})
+
+
 def test_our_own_threads_are_no_load_of_others() -> None:
     assert load_module.load_of_others(0.2, 2.1, ours=2) == pytest.approx(0.2)
     assert load_module.load_of_others(0.2, 4.0, ours=2) == pytest.approx(2.0)

@@ -1,6 +1,7 @@
 """The report: one table of all rows, seeds put together, and pictures of what was measured."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
+from dsmr.experiments.presets import PRESETS
 from dsmr.experiments.report import write_report
 from dsmr.experiments.rows import lines_of, rank_correlation, read_rows
 
@@ -185,3 +187,30 @@ def test_what_is_no_result_is_a_sentence(tmp_path: Path) -> None:
 def test_kept_results_can_be_reported(path: Path, tmp_path: Path) -> None:
     lines = write_report(read_rows(path), tmp_path)
     assert f"# {path.stem}" in lines[0]
+
+
+def test_no_name_covers_another_nor_a_legend_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of equal bytes and nearly equal losses, as a study has them."""
+    from dsmr.experiments import pictures
+
+    names = [name for name in PRESETS if name != "full"]
+    rows = [
+        made_up(name, seed, 11.6 + 0.001 * place + 0.0001 * seed, kv_bytes=2**20)
+        for place, name in enumerate(names)
+        for seed in (0, 1)
+    ]
+    drawn: dict[str, Any] = {}
+
+    def keep(figure: Any, path: Path) -> None:
+        figure.canvas.draw()
+        drawn[Path(path).stem] = figure
+
+    monkeypatch.setattr(pictures, "save", keep)
+    monkeypatch.setattr("dsmr.console.figures.save", keep)
+    pictures.draw(rows, lines_of(rows), tmp_path)
+    for axis in drawn["fronts"].axes:
+        assert sorted(text.get_text() for text in axis.texts) == sorted(names)
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    (axis,) = drawn["krcu"].axes
+    assert not axis.get_legend().get_window_extent().overlaps(axis.get_window_extent().padded(-2))

@@ -75,11 +75,18 @@ def test_each_way_reads_eight_bit_memories(
 def test_without_products_of_a_dtype_it_computes_in_float32_and_rounds(
     dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsmr_kernels.backends.sdpa.processor.instruction_sets", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr("dsmr_kernels.backends.sdpa.processor.instruction_set", lambda: "AVX2")
     case = random_case(dtype=dtype, **CASES[name])
     assert_agrees_with_oracle(case, "sdpa")
     wide = run(case.to(torch.float32), "sdpa")["out"]
     assert torch.equal(run(case, "sdpa")["out"], wide.to(dtype))  # rounded once, at the end
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_with_avx512_alone_the_kernel_computes_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsmr_kernels.backends.sdpa.processor.instruction_set", lambda: "AVX-512")
+    assert_agrees_with_oracle(random_case(dtype=torch.bfloat16, **CASES[name]), "sdpa")
 
 
 @pytest.mark.slow

@@ -36,28 +36,33 @@ def _has(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
         (("avx512_bf16", "amx_bf16"), "AMX", Choice("flash", BF16), Choice("products", BF16)),
         (("avx512_bf16",), "AVX-512 BF16", Choice("products", BF16), Choice("products", BF16)),
         (("bf16",), "ARM BF16", Choice("products", BF16), Choice("products", BF16)),
-        ((), None, Choice("flash", F32), Choice("products", F32)),
+        ((), "AVX-512", Choice("flash", BF16), Choice("products", F32)),
+        ((), "AVX2", Choice("flash", F32), Choice("products", F32)),
+        ((), "DEFAULT", Choice("flash", F32), Choice("products", F32)),
     ],
 )
 def test_the_instruction_set_decides_over_bfloat16(
-    flags: tuple[str, ...], name: str | None, forward: Choice, backward: Choice, monkeypatch: pytest.MonkeyPatch
+    flags: tuple[str, ...], name: str, forward: Choice, backward: Choice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _has(monkeypatch, *flags)
-    assert name in (instruction_set(), None)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: name.replace("AVX-512", "AVX512"))
+    assert instruction_set() == name
+    assert processor.multiplies_bfloat16() == (backward.dtype == BF16)
     assert (choose(BF16, "forward"), choose(BF16, "backward")) == (forward, backward)
     assert choose(F16, "forward").dtype == choose(F16, "backward").dtype == F32
     assert choose(F32, "forward") == Choice("flash", F32)
 
 
 @pytest.mark.parametrize(
-    ("held", "name"), [("AVX512_CORE_BF16", "AVX-512 BF16"), ("avx2", None), ("DEFAULT", "AMX")], ids=str
+    ("held", "name"),
+    [("AVX512_CORE_BF16", "AVX-512 BF16"), ("AVX512_CORE_VNNI", "AVX-512"), ("avx2", "AVX2"), ("DEFAULT", "AMX")],
+    ids=str,
 )
-def test_what_onednn_is_held_short_of_does_not_count(
-    held: str, name: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_onednn_is_held_short_of_does_not_count(held: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _has(monkeypatch, "avx512_bf16", "amx_bf16")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held)
-    assert instruction_set() == name or (name is None and "BF16" not in instruction_set())
+    assert instruction_set() == name
 
 
 def _file(path: Path, entry: dict[str, str] = ENTRY, **change: object) -> Path:

@@ -1,8 +1,8 @@
 """What a CPU multiplies fast, and the one table that follows from it: which engine makes a pass, and in which dtype.
 
-Where a processor has no products of a narrow dtype PyTorch makes them element by element, some twenty times slower than
-in float32: there attention computes in float32 and rounds its results. So it does everywhere for a row that a new piece
-cuts, see `GRAIN` in `products`. What was measured on one machine may stand in the table's place, see `tuned`.
+Where a processor has no products of a narrow dtype PyTorch makes them element by element, up to twenty times slower
+than in float32: there attention computes in float32 and rounds its results. So it does everywhere for a row that a new
+piece cuts, see `GRAIN` in `products`. What was measured on one machine may stand in the table's place, see `tuned`.
 """
 
 import functools
@@ -33,6 +33,7 @@ _HELD_SHORT = {
     "AMX": ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16",
             "AVX512_CORE_FP16"),
     "AVX-512 BF16": ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),
+    "AVX-512": ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"),
 }  # fmt: skip
 
 _BF16, _F16, _F32, _F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -48,12 +49,14 @@ EVERYWHERE: Mapping[Key, Choice] = {
     (_F16, "forward"): Choice("flash", _F32),  # the range of float16 is too small for a pivot
     (_F16, "backward"): Choice("products", _F32),
 }
-# What differs where there is more, by the name in `_NARROW`.
+# What differs where there is more, by the name that `instruction_set` gives.
 BEYOND: Mapping[str, Mapping[Key, Choice]] = {
     "AMX": {(_BF16, "forward"): Choice("flash", _BF16), (_BF16, "backward"): Choice("products", _BF16)},
     # PyTorch's kernel is no faster in bfloat16 than in float32 here.
     "AVX-512 BF16": {(_BF16, "forward"): Choice("products", _BF16), (_BF16, "backward"): Choice("products", _BF16)},
     "ARM BF16": {(_BF16, "forward"): Choice("products", _BF16), (_BF16, "backward"): Choice("products", _BF16)},
+    # That kernel converts whole blocks here, and is as fast as in float32 without the casts.
+    "AVX-512": {(_BF16, "forward"): Choice("flash", _BF16)},
 }
 
 
@@ -78,7 +81,14 @@ def instruction_set() -> str:
         if flag in sets and held not in _HELD_SHORT.get(name, ()):
             return name
     plain: str = torch.backends.cpu.get_cpu_capability()
-    return "AVX-512" if plain.startswith("AVX512") else plain
+    if plain.startswith("AVX512"):
+        return "AVX2" if held in _HELD_SHORT["AVX-512"] else "AVX-512"
+    return plain
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16, rather than converting each element of it."""
+    return instruction_set() in [name for name, _ in _NARROW]
 
 
 def from_table(dtype: torch.dtype, of: Pass) -> Choice:
