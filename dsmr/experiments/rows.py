@@ -48,7 +48,8 @@ class Figure:
     seeds: int
 
     def text(self, digits: int) -> str:
-        return f"{self.mean:.{digits}f}" + (f" ± {self.spread:.{digits}f}" if self.seeds > 1 else "")
+        mean = round(self.mean, digits) + 0.0  # no minus before a zero
+        return f"{mean:.{digits}f}" + (f" ± {self.spread:.{digits}f}" if self.seeds > 1 else "")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dsmr.cli.app import app
 from dsmr.console.errors import UserError
 from dsmr.experiments.presets import PRESETS
 from dsmr.experiments.report import write_report
-from dsmr.experiments.rows import lines_of, rank_correlation, read_rows
+from dsmr.experiments.rows import Figure, lines_of, rank_correlation, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +38,7 @@ def test_seeds_become_a_mean_and_a_spread(tmp_path: Path) -> None:
     assert nats.spread == pytest.approx(0.5**0.5)
     assert none.figures["perplexity"].text(1) == "24.0"  # type: ignore[union-attr]
     assert nats.text(2) == "10.50 ± 0.71"
+    assert Figure(-0.00001, 0.0, 1).text(4) == "0.0000"
     assert two_scale.retain[1024].mean == pytest.approx(0.105)
 
 
