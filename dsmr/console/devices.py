@@ -2,12 +2,11 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
 
 import torch
 
 from dsmr.console.errors import UserError
-from dsmr.console.rounding import rounded_products
+from dsmr.console.rounding import RoundedProducts
 from dsmr_kernels.backends.sdpa.processor import instruction_set, multiplies_bfloat16
 
 DEVICES = ("auto", "cpu", "cuda", "cuda:N")
@@ -72,10 +71,4 @@ def autocast(
     if dtype == torch.float32:
         return contextlib.nullcontext()
     narrow = torch.autocast(device.type, dtype=dtype, cache_enabled=cached)
-    return narrow if device.type != "cpu" or multiplies_bfloat16() else _rounding(narrow)
-
-
-@contextlib.contextmanager
-def _rounding(narrow: contextlib.AbstractContextManager[object]) -> Iterator[None]:
-    with narrow, rounded_products():
-        yield
+    return narrow if device.type != "cpu" or multiplies_bfloat16() else RoundedProducts(narrow)

@@ -79,6 +79,7 @@ def fronts(lines: Sequence[Line], path: Path) -> Path:
     """Nats a note and, where it was measured, KRCU's tail against the bytes of memory; the front is drawn through."""
     shown = [("nats a note", 1)] + [("KRCU tail", -1)] * any(line.figures["KRCU tail"] for line in lines)
     figure, axes = new_figure(1, len(shown), (6.2 * len(shown), 4.6), squeeze=False)
+    names: dict[Any, list[Any]] = {axis: [] for axis in axes[0]}
     for axis, (name, sign) in zip(axes[0], shown, strict=True):
         points = [(line, line.kv_bytes / 2**20, figure_.mean) for line in lines if (figure_ := line.figures[name])]
         for line, x, y in points:
@@ -88,34 +89,43 @@ def fronts(lines: Sequence[Line], path: Path) -> Path:
             axis.errorbar([x], [y], [found.spread], elinewidth=0.7, capsize=2, **style)
         front = [(x, y) for _, x, y in points if not any(_beats((v, sign * w), (x, sign * y)) for _, v, w in points)]
         axis.plot(*zip(*sorted(front), strict=True), color="0.6", linewidth=0.9, drawstyle="steps-post", zorder=0)
+        for line, x, y in points:
+            names[axis].append(axis.annotate(line.model, (x, y), (7, -3), textcoords="offset points", fontsize=8))
         axis.margins(0.12)
-        _name_points(axis, [(line.model, x, y) for line, x, y in points])
         axis.set_xlabel("KV memory (MiB a stream)")
         axis.set_ylabel(name if sign > 0 else f"{name} (nats a token)")
         axis.grid(alpha=0.3)
+    for written in names.values():
+        _keep_apart(figure, written)
     save(figure, path)
     return path
 
 
-def _name_points(axis: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write each point's name beside it; of points above one another, so far apart that no name covers the next."""
-    size, apart = 8.0, 10.0  # points
-    scale = 72 / axis.figure.dpi
-    axis.autoscale_view()
-    for column in dict.fromkeys(x for _, x, _ in points):
-        stacks: list[tuple[float, list[tuple[str, float, float]]]] = []  # the middle of each, and who is in it
-        for name, x, y in sorted((point for point in points if point[1] == column), key=lambda point: point[2]):
-            middle, stack = axis.transData.transform((x, y))[1] * scale, [(name, x, y)]
+def _keep_apart(figure: Any, names: Sequence[Any]) -> None:
+    """Move names that stand beside points up or down until none covers another."""
+    figure.draw_without_rendering()  # only then is it known where anything stands
+    scale, apart = 72 / figure.dpi, 10.0  # pixels to points; points from name to name
+    boxes = {name: name.get_window_extent() for name in names}
+    left = sorted(names, key=lambda name: boxes[name].x0)
+    while left:
+        column = [left.pop(0)]  # names of which each overlaps another in width
+        end = boxes[column[0]].x1
+        while left and boxes[left[0]].x0 < end:
+            column.append(left.pop(0))
+            end = max(end, boxes[column[-1]].x1)
+        stacks: list[tuple[float, list[Any]]] = []  # the middle of each, and who is in it
+        for name in sorted(column, key=lambda name: boxes[name].y0):
+            middle, stack = boxes[name].y0 * scale, [name]
             while stacks and middle - stacks[-1][0] < apart * (len(stack) + len(stacks[-1][1])) / 2:
                 lower, below = stacks.pop()
                 middle = (lower * len(below) + middle * len(stack)) / (len(below) + len(stack))
                 stack = below + stack
             stacks.append((middle, stack))
         for middle, stack in stacks:
-            for place, (name, x, y) in enumerate(stack):
+            for place, name in enumerate(stack):
+                x, y = name.xyann
                 height = middle + apart * (place - (len(stack) - 1) / 2)
-                offset = 7, height - axis.transData.transform((x, y))[1] * scale - size / 3
-                axis.annotate(name, (x, y), offset, textcoords="offset points", fontsize=size)
+                name.xyann = x, y + height - boxes[name].y0 * scale
 
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:

@@ -301,7 +301,7 @@ class DSMRModel(nn.Module):
         for block, memory in zip(blocks, memories, strict=True):
             if again:
                 given = x, memory.snapshot(), place, labels, *where
-                x, k, v = checkpoint(block, *given, use_reentrant=False, context_fn=as_now)
+                x, k, v = checkpoint(block, *given, use_reentrant=False, **as_now())
             else:
                 x, k, v = block(x, memory, place, labels, *where)
             new.append((k, v))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dsmr.console import devices
 from dsmr.console.devices import autocast
+from dsmr.console.rounding import as_now
 from dsmr.model.config import DSMRConfig
 from dsmr.model.transformer import DSMRModel
 
@@ -72,9 +74,41 @@ def test_nothing_else_changes() -> None:
 def test_what_waits_for_the_backward_is_narrow() -> None:
     layer, kept = nn.Linear(8, 8), []
     x = torch.randn(64, 8).bfloat16().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t), narrow():
-        layer(x)
-    assert kept == [torch.bfloat16, torch.float32]  # the input, and the weight, which is there anyway
+
+    def keeps(x: Tensor) -> list[torch.dtype]:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t), narrow():
+            layer(x)
+        return kept
+
+    assert keeps(x) == [torch.bfloat16, torch.float32]  # the input, and the weight, which is there anyway
+    assert keeps(x.detach()) == [torch.bfloat16]
+    layer.requires_grad_(False)
+    assert keeps(x) == [torch.float32]
+
+
+@pytest.mark.usefixtures("without_products")
+def test_any_call_of_a_linear_layer_is_served() -> None:
+    layer, x = nn.Linear(8, 4), torch.randn(8, requires_grad=True)
+    context = narrow()
+    for _ in range(2):  # as `torch.autocast`, which may be entered again
+        with context:
+            y = F.linear(input=x, weight=layer.weight, bias=layer.bias)
+    assert y.shape == (4,)
+    (dx,) = torch.autograd.grad(y.float().sum(), [x])
+    assert dx.shape == (8,)
+    with torch.inference_mode(), context:
+        assert layer(torch.ones(0, 3, 8)).shape == (0, 3, 4)
+
+    class Known(Tensor):
+        """A weight that has its own idea of a product."""
+
+        @classmethod
+        def __torch_function__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> str:
+            return "its own"
+
+    with context:
+        assert F.linear(x, layer.weight.detach().as_subclass(Known)) == "its own"
 
 
 @pytest.mark.usefixtures("without_products")
@@ -91,9 +125,34 @@ def test_a_layer_that_is_computed_again_is_computed_alike() -> None:
             model(tokens, state, targets=tokens)
             loss = model(tokens, state, targets=tokens).loss
         assert loss is not None
-        return list(torch.autograd.grad(loss, list(model.parameters())))
+        once = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        twice = torch.autograd.grad(loss, list(model.parameters()))
+        assert all(map(torch.equal, once, twice))
+        return list(once)
 
     assert all(map(torch.equal, gradients(True), gradients(False)))
+    assert as_now() == {}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_products")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_model_computes_layers_again(dtype: torch.dtype) -> None:
+    """The compiler takes no context of ours for what is computed again, unless it is needed."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = DSMRModel(DSMRConfig(vocab_size=17, schedule="uniform(layers=1, horizon=8)", d_model=32, n_heads=2))
+    tokens = torch.randint(17, (2, 8))
+
+    def loss(call: Callable[..., Any]) -> Tensor:
+        with autocast(CPU, dtype):
+            found: Tensor = call(tokens, model.new_state(2), targets=tokens).loss
+        (gradient,) = torch.autograd.grad(found, [model.head.weight])
+        assert gradient.isfinite().all()
+        return found.detach()
+
+    model.checkpoint_layers = True
+    assert torch.allclose(loss(torch.compile(model, backend="aot_eager")), loss(model), rtol=1e-2)
 
 
 def test_a_processor_that_has_them_is_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def test_slow_links_and_slow_hosts_cost_what_they_cannot_hide():
 
 
 def test_the_rates_take_attention_as_long_as_was_measured():
-    """docs/kernels.md, one H100, milliseconds of the GPU's own time: head_dim, forward, backward."""
+    """benchmarks/results/nvidia-h100-80gb-hbm3.md: milliseconds of the GPU's own time: head_dim, forward, backward."""
     for head_dim, forward, backward in ((128, 1.254, 1.733), (64, 0.752, 1.025)):
         call = Call(1024, 8192, held=8192, segment_length=1024, batch=8, heads=16, kv_heads=16, head_dim=head_dim)
         found = attention_seconds(replace(call, bytes_per_element=2), H100, "bfloat16")
