@@ -2,8 +2,8 @@
 
 Where a processor has no products of a narrow dtype PyTorch makes them element by element, up to twenty times slower
 than in float32: there attention computes in float32 and rounds its results, unless a kernel is as fast without. So it
-does everywhere for a row that a new piece cuts, see `GRAIN` in `products`. What was measured on one machine may stand in
-the table's place, see `tuned`.
+does everywhere for a row that a new piece cuts, see `GRAIN` in `products`. What was measured on one machine may stand
+in the table's place, see `tuned`.
 """
 
 import functools
