@@ -48,6 +48,7 @@ from dsmr.training.joining import joined
 from dsmr.training.pacing import PACE, Pace
 from dsmr.training.ranks import TrainingRanks
 from dsmr.training.update import clip_gradients, optimizer_of
+from dsmr_kernels.backends.sdpa.workers import without_denormals
 from dsmr_kernels.costing.cost import human_bytes
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _train(
             )
         ranks.meet()  # the others begin when the directory is the first's
         training = _Training(config, run, corpus, resume, ranks)
-        with ProgressLine(ranks.console(console)) as line, graceful_stop() as stop:
+        with ProgressLine(ranks.console(console)) as line, graceful_stop() as stop, without_denormals():
             return training.run(line, stop)
 
 

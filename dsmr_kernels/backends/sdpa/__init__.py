@@ -18,6 +18,7 @@ from dsmr_kernels.backends.sdpa.finite import kept_apart
 from dsmr_kernels.backends.sdpa.masked import Masked
 from dsmr_kernels.backends.sdpa.plan import Plan, plan_call
 from dsmr_kernels.backends.sdpa.tuned import choose
+from dsmr_kernels.denormals import WithoutDenormals
 from dsmr_kernels.rotary import append_rotated
 from dsmr_kernels.spec import Gradients, Inputs, Needs
 
@@ -59,6 +60,11 @@ def _keeps_result(inputs: Inputs) -> bool:
 def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, Plan | None]:
     if not _may_look(inputs):
         return *Masked(inputs).forward(), None
+    with WithoutDenormals():
+        return _forward_on_cpu(inputs)
+
+
+def _forward_on_cpu(inputs: Inputs) -> tuple[Tensor, Tensor | None, Plan]:
     plan, dtype = plan_call(inputs), inputs.q.dtype
     inputs, finite = kept_apart(inputs)
     choice = choose(dtype, "forward")
@@ -83,11 +89,12 @@ def _backward(
     if not _may_look(inputs):
         return Masked(inputs).backward(grad, grad_lse, needs)
     plan, work = plan_call(inputs) if plan is None else plan, _dtype_of_products(inputs)
-    if result is None:
-        out, lse = products.forward(inputs._replace(recorded=True), plan, work)
-        assert lse is not None
-        result = out, lse
-    return products.backward(inputs, plan, work, result, grad, grad_lse, needs)
+    with WithoutDenormals():
+        if result is None:
+            out, lse = products.forward(inputs._replace(recorded=True), plan, work)
+            assert lse is not None
+            result = out, lse
+        return products.backward(inputs, plan, work, result, grad, grad_lse, needs)
 
 
 memory_attention = attention_by(Method("sdpa", _forward, _backward, _keeps_result))

@@ -8,14 +8,17 @@ PyTorch's operators a region hangs in a process that was forked after one: `torc
 as in a DataLoader's workers.
 """
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+from dsmr_kernels.denormals import WithoutDenormals
 
 # Query-key pairs of a call, over all heads, at a head_dim of 64. With fewer than the first its operators are so short
 # that threads mostly wait for Python's lock: alone on a machine all cores on each operator are faster by a fifth, and
@@ -71,7 +74,8 @@ def in_parallel(job: Callable[[Any], None], arguments: Sequence[Any]) -> None:
 
     def alone(_: Any) -> None:
         try:
-            with torch.inference_mode(inference), torch.no_grad():  # both are settings of a thread
+            # All are settings of a thread.
+            with torch.inference_mode(inference), torch.no_grad(), WithoutDenormals():
                 for argument in queue:
                     if failures:
                         return
@@ -83,3 +87,23 @@ def in_parallel(job: Callable[[Any], None], arguments: Sequence[Any]) -> None:
     region(body, None, 0, 0)
     if failures:
         raise failures[0]
+
+
+@contextlib.contextmanager
+def without_denormals() -> Iterator[None]:
+    """`WithoutDenormals` for this thread and for those that PyTorch's operators run on."""
+    with WithoutDenormals() as here:
+        if here.changes:
+            _set_on_all(True)
+        try:
+            yield
+        finally:
+            if here.changes:
+                _set_on_all(False)
+
+
+def _set_on_all(flush: bool) -> None:
+    region = _region() if torch.get_num_threads() > 1 else None
+    if region is not None:
+        body = _BODY(lambda _: torch.set_flush_denormal(flush) and None)
+        region(body, None, 0, 0)

@@ -1,0 +1,118 @@
+"""Numbers below the least normal one count as zero in attention on a CPU and in training, and nowhere behind them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_corpus import tiny_corpus
+
+from dsmr.runs.settings import TrainConfig
+from dsmr.training import loop
+from dsmr_kernels import KVMemory, memory_attention
+from dsmr_kernels.backends.sdpa import workers
+from dsmr_kernels.backends.sdpa.workers import in_parallel, without_denormals
+from dsmr_kernels.denormals import WithoutDenormals
+
+SUPPORTED = torch.set_flush_denormal(False)
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="this processor always counts them")
+LEAST = torch.finfo(torch.float32).tiny
+
+
+def counts() -> bool:
+    """Whether this thread counts a number below the least normal one."""
+    return float(torch.tensor([LEAST]) * 0.5) != 0.0
+
+
+def test_a_thread_goes_back_to_what_it_did() -> None:
+    assert counts()
+    with WithoutDenormals():
+        assert not counts()
+        with WithoutDenormals():
+            assert not counts()
+        assert not counts()
+    assert counts()
+    torch.set_flush_denormal(True)
+    try:
+        with WithoutDenormals():
+            assert not counts()
+        assert not counts()  # the caller's own setting stays
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_it_ends_where_something_fails() -> None:
+    with pytest.raises(ZeroDivisionError), without_denormals():
+        raise ZeroDivisionError
+    assert counts()
+
+
+@pytest.mark.skipif(workers._region() is None, reason="PyTorch's threads cannot be asked here")
+def test_all_of_pytorchs_threads_do_and_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        large = torch.full((1 << 20,), LEAST)  # both threads multiply
+        assert int((large * 0.5).count_nonzero()) == large.numel()
+        with without_denormals():
+            assert int((large * 0.5).count_nonzero()) == 0
+        assert int((large * 0.5).count_nonzero()) == large.numel()
+        seen: list[bool] = []
+        in_parallel(lambda _: seen.append(counts()), range(16))
+        assert seen == [False] * 16
+        assert int((large * 0.5).count_nonzero()) == large.numel()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("queries", [3, 200])
+@pytest.mark.parametrize("seen", [0, 8])
+def test_what_a_sharp_model_hardly_sees_has_no_gradient(queries: int, seen: int) -> None:
+    """One key holds nearly all weight; of the others it is e**-90, below the least number but not below the least
+    denormal one: no gradient reaches their values, and the time of one that is not zero is not taken."""
+    torch.manual_seed(0)
+    dim = 16
+    q = torch.zeros(1, 1, queries, dim)
+    q[..., 0] = 1.0
+    k = torch.zeros(1, 1, queries, dim)
+    k[:, :, 0, 0] = 90.0
+    v = torch.randn(1, 1, queries, dim, requires_grad=True)
+    memory = KVMemory.empty(1, 1, 8, dim) if seen else None
+    if memory is not None:
+        memory.append(torch.zeros(1, 1, seen, dim), torch.randn(1, 1, seen, dim))
+    out = memory_attention(q, k, v, memory, horizon=8, scale=1.0, backend="sdpa")
+    assert isinstance(out, torch.Tensor)
+    out.sum().backward()
+    assert v.grad is not None
+    assert float(v.grad[0, 0, 0].min()) == pytest.approx(queries)
+    assert math.exp(-90) < LEAST
+    assert int(v.grad[0, 0, 1:].count_nonzero()) == 0
+    assert counts()
+
+
+def test_a_training_counts_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[bool] = []
+    step = loop._Training._train_step
+
+    def watched(training: Any) -> None:
+        found.append(counts())
+        step(training)
+
+    monkeypatch.setattr(loop._Training, "_train_step", watched)
+    corpus = tiny_corpus(tmp_path / "corpus")
+    config = TrainConfig(
+        data=str(tmp_path / "corpus"),
+        out=str(tmp_path / "run"),
+        schedule="uniform(layers=1, horizon=8)",
+        d_model=16,
+        n_heads=2,
+        segment_length=8,
+        batch_size=2,
+        steps=2,
+        device="cpu",
+        dtype="float32",
+    )
+    loop.train(config, corpus=corpus)
+    assert found == [False, False]
+    assert counts()
