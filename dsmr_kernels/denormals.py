@@ -5,7 +5,7 @@ Attention makes them by the million once a model has learnt to look at few keys:
 of no consequence beside a sum of one. With them a step of training took three times as long on an Intel processor.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -18,7 +18,7 @@ class WithoutDenormals:
 
     __slots__ = ("changes",)
 
-    def __enter__(self) -> "WithoutDenormals":
+    def __enter__(self) -> Self:
         self.changes = _LEAST * _HALF != 0.0
         if self.changes:
             torch.set_flush_denormal(True)

@@ -1,6 +1,8 @@
 """Numbers below the least normal one count as zero in attention on a CPU and in training, and nowhere behind them."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def test_it_ends_where_something_fails() -> None:
 
 
 @pytest.mark.skipif(workers._region() is None, reason="PyTorch's threads cannot be asked here")
-def test_all_of_pytorchs_threads_do_and_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_of_pytorchs_threads_do_and_go_back() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -64,6 +66,29 @@ def test_all_of_pytorchs_threads_do_and_go_back(monkeypatch: pytest.MonkeyPatch)
         assert int((large * 0.5).count_nonzero()) == large.numel()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(workers._region() is None, reason="PyTorch's threads cannot be asked here")
+@pytest.mark.parametrize("how", ["attention", "training"])
+def test_threads_that_are_made_within_do_not_keep_it(how: str) -> None:
+    """In a process of its own, which has none until then; 96 queries are too few for a region, not for operators."""
+    program = f"""if True:
+        import torch
+        from dsmr_kernels import memory_attention
+        from dsmr_kernels.backends.sdpa.workers import without_denormals
+        torch.set_num_threads(2)
+        large = torch.empty(1 << 20)
+        if {how!r} == "attention":
+            q = torch.randn(4, 8, 96, 64, requires_grad=True)
+            memory_attention(q, q, q, horizon=0, backend="sdpa").sum().backward()
+        else:
+            with without_denormals():
+                large.fill_(1.0)
+        large.fill_({LEAST})
+        print(int((large * 0.5).count_nonzero()))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 1 << 20
 
 
 @pytest.mark.parametrize("queries", [3, 200])

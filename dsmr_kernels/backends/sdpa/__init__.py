@@ -18,7 +18,7 @@ from dsmr_kernels.backends.sdpa.finite import kept_apart
 from dsmr_kernels.backends.sdpa.masked import Masked
 from dsmr_kernels.backends.sdpa.plan import Plan, plan_call
 from dsmr_kernels.backends.sdpa.tuned import choose
-from dsmr_kernels.denormals import WithoutDenormals
+from dsmr_kernels.backends.sdpa.workers import HereWithoutDenormals
 from dsmr_kernels.rotary import append_rotated
 from dsmr_kernels.spec import Gradients, Inputs, Needs
 
@@ -60,7 +60,7 @@ def _keeps_result(inputs: Inputs) -> bool:
 def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, Plan | None]:
     if not _may_look(inputs):
         return *Masked(inputs).forward(), None
-    with WithoutDenormals():
+    with HereWithoutDenormals():
         return _forward_on_cpu(inputs)
 
 
@@ -89,7 +89,7 @@ def _backward(
     if not _may_look(inputs):
         return Masked(inputs).backward(grad, grad_lse, needs)
     plan, work = plan_call(inputs) if plan is None else plan, _dtype_of_products(inputs)
-    with WithoutDenormals():
+    with HereWithoutDenormals():
         if result is None:
             out, lse = products.forward(inputs._replace(recorded=True), plan, work)
             assert lse is not None

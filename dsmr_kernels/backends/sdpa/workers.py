@@ -11,9 +11,10 @@ as in a DataLoader's workers.
 import contextlib
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
@@ -27,6 +28,7 @@ from dsmr_kernels.denormals import WithoutDenormals
 # more shares are fairer where a core is taken, and each costs operators of its own, which weigh more in a short call.
 SHARED_PAIRS, SHARE_PAIRS, MOST_SHARES = 1 << 21, 1 << 24, 4
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_TEAM = threading.local()  # how many threads each thread's operators were last seen to run on
 
 
 @functools.cache
@@ -89,21 +91,43 @@ def in_parallel(job: Callable[[Any], None], arguments: Sequence[Any]) -> None:
         raise failures[0]
 
 
+class HereWithoutDenormals(WithoutDenormals):
+    """`WithoutDenormals` for this thread alone, although operators in it may run on PyTorch's others."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> Self:
+        threads = torch.get_num_threads()
+        if getattr(_TEAM, "threads", 1) != threads:  # one that is made in the context would keep what it inherits
+            _TEAM.threads = threads
+            _on_all(lambda _: None)
+        return super().__enter__()
+
+
 @contextlib.contextmanager
 def without_denormals() -> Iterator[None]:
     """`WithoutDenormals` for this thread and for those that PyTorch's operators run on."""
-    with WithoutDenormals() as here:
+    with HereWithoutDenormals() as here:
         if here.changes:
-            _set_on_all(True)
+            _on_all(_flush)
         try:
             yield
         finally:
             if here.changes:
-                _set_on_all(False)
+                _on_all(_count)
 
 
-def _set_on_all(flush: bool) -> None:
+def _flush(_: Any) -> None:
+    torch.set_flush_denormal(True)
+
+
+def _count(_: Any) -> None:
+    torch.set_flush_denormal(False)
+
+
+def _on_all(job: Callable[[Any], None]) -> None:
+    """Once on each of PyTorch's threads, where these can be asked."""
     region = _region() if torch.get_num_threads() > 1 else None
     if region is not None:
-        body = _BODY(lambda _: torch.set_flush_denormal(flush) and None)
+        body = _BODY(job)
         region(body, None, 0, 0)
