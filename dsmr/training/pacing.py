@@ -78,7 +78,7 @@ class Pace:
     def _share_at(self, step: int, seconds: float) -> float:
         shares = [step / self.total_steps] if self.total_steps is not None else []
         if self.config.minutes is not None:
-            whole = 60 * self.config.minutes
+            whole = max(60 * self.config.minutes, 1e-9)  # numbers close to zero count as zero in a training
             shares.append(seconds / (whole - min(self._validation_cost(), whole / 2)))  # the last one belongs to it
         return min(1.0, max(shares))
 
