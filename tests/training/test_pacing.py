@@ -49,7 +49,6 @@ def test_without_minutes_the_clock_does_not_matter(clock: Clock, step_seconds: f
     assert run(Pace(config(steps=100, eval_every=30), 100, 6000), clock, step_seconds, 3.0)[0] == [30, 60, 90, 100]
 
 
-@pytest.mark.parametrize("validation_seconds", [0.1, 2.0, 20.0, 50.0])
 @pytest.mark.parametrize("minutes", [1e-320, 5e-324, 1e-12])
 def test_next_to_no_minutes_are_over_at_once(clock: Clock, minutes: float) -> None:
     """In a training numbers below the least normal one are zero."""
@@ -59,6 +58,7 @@ def test_next_to_no_minutes_are_over_at_once(clock: Clock, minutes: float) -> No
         assert pace.share == 1.0
 
 
+@pytest.mark.parametrize("validation_seconds", [0.1, 2.0, 20.0, 50.0])
 def test_a_run_of_minutes_ends_in_time_with_few_validations(clock: Clock, validation_seconds: float) -> None:
     """The last validation belongs to the minutes, as far as its length can be foreseen."""
     tokens = round(validation_seconds * 3 * 1000)  # as expected: three times as fast as training
