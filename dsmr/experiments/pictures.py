@@ -104,7 +104,7 @@ def fronts(lines: Sequence[Line], path: Path) -> Path:
 def _keep_apart(figure: Any, names: Sequence[Any]) -> None:
     """Move names that stand beside points up or down until none covers another."""
     figure.draw_without_rendering()  # only then is it known where anything stands
-    scale, apart = 72 / figure.dpi, 10.0  # pixels to points; points from name to name
+    scale, apart = 72 / figure.dpi, 11.0  # pixels to points; points from name to name, a little more than they are high
     boxes = {name: name.get_window_extent() for name in names}
     left = sorted(names, key=lambda name: boxes[name].x0)
     while left:
