@@ -90,7 +90,9 @@ def fronts(lines: Sequence[Line], path: Path) -> Path:
         front = [(x, y) for _, x, y in points if not any(_beats((v, sign * w), (x, sign * y)) for _, v, w in points)]
         axis.plot(*zip(*sorted(front), strict=True), color="0.6", linewidth=0.9, drawstyle="steps-post", zorder=0)
         for line, x, y in points:
-            names[axis].append(axis.annotate(line.model, (x, y), (7, -3), textcoords="offset points", fontsize=8))
+            label = axis.annotate(line.model, (x, y), (7, -3), textcoords="offset points", fontsize=8)
+            label.set_in_layout(False)  # else the axes would change where a name is moved
+            names[axis].append(label)
         axis.margins(0.12)
         axis.set_xlabel("KV memory (MiB a stream)")
         axis.set_ylabel(name if sign > 0 else f"{name} (nats a token)")
