@@ -1,6 +1,7 @@
 """Numbers below the least normal one count as zero in attention on a CPU and in training, and nowhere behind them."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,24 @@ def test_threads_that_are_made_within_do_not_keep_it(how: str) -> None:
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 1 << 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked here")
+def test_a_short_call_in_a_forked_process_asks_no_threads() -> None:
+    """They are gone there, and who asks them waits for ever."""
+    program = """if True:
+        import os, torch
+        from dsmr_kernels import memory_attention
+        torch.set_num_threads(2)
+        torch.ones(1 << 22).add_(1)
+        child = os.fork()
+        if child == 0:
+            q = torch.randn(1, 1, 4, 8)
+            memory_attention(q, q, q, horizon=0, backend="sdpa")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=30)
 
 
 @pytest.mark.parametrize("queries", [3, 200])

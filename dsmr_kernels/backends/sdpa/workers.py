@@ -11,6 +11,7 @@ as in a DataLoader's workers.
 import contextlib
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ from dsmr_kernels.denormals import WithoutDenormals
 SHARED_PAIRS, SHARE_PAIRS, MOST_SHARES = 1 << 21, 1 << 24, 4
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _TEAM = threading.local()  # how many threads each thread's operators were last seen to run on
+_FORKED = threading.Event()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_FORKED.set)
 
 
 @functools.cache
@@ -126,8 +130,8 @@ def _count(_: Any) -> None:
 
 
 def _on_all(job: Callable[[Any], None]) -> None:
-    """Once on each of PyTorch's threads, where these can be asked."""
-    region = _region() if torch.get_num_threads() > 1 else None
+    """Once on each of PyTorch's threads, where these can be asked: in a process that was forked they are gone."""
+    region = _region() if torch.get_num_threads() > 1 and not _FORKED.is_set() else None
     if region is not None:
         body = _BODY(job)
         region(body, None, 0, 0)
