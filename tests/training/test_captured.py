@@ -1,6 +1,9 @@
 """A step that is recorded as a CUDA graph waits for nothing and moves nothing; replayed, it is the step as ever."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -56,10 +59,18 @@ class NothingLooks(TorchDispatchMode):
         "uniform(layers=2, horizon=32, retention=random)",
     ],
 )
-def test_a_recorded_step_looks_at_nothing_and_leaves_every_memory_in_its_place(
-    schedule: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On PyTorch's device without data, where a look raises."""
+def test_a_recorded_step_looks_at_nothing_and_leaves_every_memory_in_its_place(schedule: str) -> None:
+    """On PyTorch's device without data, where a look raises; in a process of its own, since what other tests have
+    PyTorch import may change that device's kernels."""
+    code = (
+        f"import pytest, test_captured\nwith pytest.MonkeyPatch.context() as m: test_captured.a_step({schedule!r}, m)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def a_step(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSMR_BACKEND", "reference")
     monkeypatch.setattr(captured, "clip_on_device", lambda parameters, longest: torch.zeros((), device="meta"))
     settings = config("data", "out", schedule=schedule)
