@@ -99,6 +99,31 @@ def test_a_token_alone_with_its_broken_key_is_broken(kv_heads: int, seen: list[i
     assert out[1].isfinite().all()
 
 
+@pytest.mark.parametrize("seen", [None, [9, 9]])
+def test_an_infinite_score_that_is_alone_is_no_zero(seen: list[int] | None) -> None:
+    """Of the first query with its own key, which all others score as the lowest there is."""
+    case = random_case(queries=20, kv_heads=4, seen=seen, horizon=40)
+    case.q[..., 3] = -1.0
+    case.q[:, :, 0, 3] = 1.0
+    case.k[0, :, 0, 3] = torch.inf
+    out = forward(case)
+    assert out[0, :, 0].isnan().all()
+    assert out[0, :, 1:].isfinite().all()
+    assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_hidden_score_may_be_out_of_range(dtype: torch.dtype) -> None:
+    """That of the last key with the query before it, which a mask would have to be added to."""
+    case = random_case(queries=300, kv_heads=4, horizon=0, dtype=dtype)
+    case.q[:, :, -2, 3] = 1e20
+    case.k[:, :, :-1, 3] = 0.0
+    case.k[:, :, -1, 3] = 1e20
+    case.q[:, :, -1, 3] = 0.0
+    assert forward(case).isfinite().all()
+    assert_agrees_with_oracle(case, "sdpa")
+
+
 def test_the_table_is_everybodys() -> None:
     """Whoever comes first makes it, and leaves nothing of its own settings in it."""
     flash._seen.cache_clear()

@@ -14,9 +14,10 @@ from torch import Tensor
 from dsmr_kernels.backends.autograd import Method, attention_by
 from dsmr_kernels.backends.sdpa import flash, products
 from dsmr_kernels.backends.sdpa.decode import decode_attention
-from dsmr_kernels.backends.sdpa.finite import kept_apart
+from dsmr_kernels.backends.sdpa.finite import finite, kept_apart
 from dsmr_kernels.backends.sdpa.masked import Masked
 from dsmr_kernels.backends.sdpa.plan import Plan, plan_call
+from dsmr_kernels.backends.sdpa.processor import Choice
 from dsmr_kernels.backends.sdpa.tuned import choose
 from dsmr_kernels.backends.sdpa.workers import HereWithoutDenormals
 from dsmr_kernels.rotary import append_rotated
@@ -66,16 +67,22 @@ def _forward(inputs: Inputs) -> tuple[Tensor, Tensor | None, Plan | None]:
 
 def _forward_on_cpu(inputs: Inputs) -> tuple[Tensor, Tensor | None, Plan]:
     plan, dtype = plan_call(inputs), inputs.q.dtype
-    inputs, finite = kept_apart(inputs)
     choice = choose(dtype, "forward")
-    # PyTorch's kernel overlooks a NaN that is seen alone.
-    by_flash = finite and dtype != torch.float64 and flash.serves(inputs)
+    by_flash = dtype != torch.float64 and flash.serves(inputs)
     if by_flash and (choice.engine == "flash" or _small(inputs, plan)):
         out, lse = flash.forward(inputs, plan, choice.dtype)
+        sound = finite(out, flash.seen_alone(inputs, plan))
     else:
-        plain = choice.engine == "products" and flash.plain(inputs)
-        out, lse = products.forward(inputs, plan, choice.dtype if plain else _dtype_of_products(inputs))
+        out, lse = _by_products(inputs, plan, choice)
+        sound = finite(out)
+    if not sound:  # whatever is the matter, a wrong value among others or a hidden score that is out of range
+        out, lse = _by_products(kept_apart(inputs), plan, choice)
     return out, None if lse is None else lse.float(), plan
+
+
+def _by_products(inputs: Inputs, plan: Plan, choice: Choice) -> tuple[Tensor, Tensor | None]:
+    plain = choice.engine == "products" and flash.plain(inputs)
+    return products.forward(inputs, plan, choice.dtype if plain else _dtype_of_products(inputs))
 
 
 def _backward(

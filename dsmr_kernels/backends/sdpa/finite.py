@@ -2,7 +2,7 @@
 
 Where nobody sees a key its score is replaced before the softmax, so that what is wrong with a key stays with those who
 see it. A token whose value is not finite is therefore given a key of NaN and a value of zeros: who sees it has NaN for
-a result, and nobody else. To know whether there is such a token is one sum over the values.
+a result, and nobody else. Such a token shows in the results, whose sum is taken, and only then is it looked for.
 """
 
 import math
@@ -14,10 +14,10 @@ from dsmr_kernels.ring import Ring
 from dsmr_kernels.spec import Inputs
 
 
-def _finite(*values: Tensor) -> bool:
-    """Whether all are; a sum that overflows says no, which costs time and changes nothing."""
+def finite(*tensors: Tensor) -> bool:
+    """Whether all is; a sum that overflows says no, which costs time and changes nothing."""
     total = 0.0
-    for x in values:
+    for x in tensors:
         total += (x.sum(dtype=torch.float32) if x.dtype == torch.float16 else x.sum()).item()
     return math.isfinite(total)
 
@@ -38,14 +38,15 @@ def _marked_ring(memory: Ring) -> Ring:
     return view
 
 
-def kept_apart(inputs: Inputs) -> tuple[Inputs, bool]:
-    """The call with values that its products may multiply by 0, and whether its own keys and values are finite."""
+def kept_apart(inputs: Inputs) -> Inputs:
+    """The call with values that its products may multiply by 0: itself, unless some of its own are not finite, or of
+    those that tiles of its memory see in part."""
     memory = inputs.memory
-    values = [inputs.k, inputs.v] if inputs.q.shape[2] > 1 else []
-    if memory is not None and inputs.spec.visibility == "sliding" and inputs.q.shape[2] > 1:  # seen in part by a tile
+    values = [inputs.v] if inputs.q.shape[2] > 1 else []
+    if memory is not None and inputs.spec.visibility == "sliding" and inputs.q.shape[2] > 1:
         values.append(memory.v if memory.v_scale is None else memory.v_scale)
-    if _finite(*values):
-        return inputs, True
+    if finite(*values):
+        return inputs
     k, v = marked(inputs.k, inputs.v)
     ring = None if memory is None else _marked_ring(memory)
-    return inputs._replace(k=k, v=v, memory=ring, alike=None), False
+    return inputs._replace(k=k, v=v, memory=ring, alike=None)

@@ -22,7 +22,7 @@ AVAILABLE = _FLASH is not None
 # keys that it sees and a mask: with 8 heads of 64 1.1 times as fast for 256 queries, 1.35 for 512, 1.1 for 1,024. With
 # fewer than `CUT` there is little to save, with more its own blocks do; calls of fewer than `WORTH` numbers in q times
 # queries are over too soon; and all threads on one call would wait for each other more often. (A mask is added: where a
-# score beyond float32 is hidden, above 3e38, the result is NaN and not what the whole edge gives.)
+# score beyond float32 is hidden, above 3e38, the result is NaN, and products make the call.)
 CUT, EDGE_QUERIES, WORTH = range(192, 1025), 128, 6 << 20
 
 
@@ -45,6 +45,13 @@ def plain(inputs: Inputs) -> bool:
 def serves(inputs: Inputs) -> bool:
     """Whether `forward` can serve a call."""
     return plain(inputs) and fits(inputs.q, inputs.k, inputs.v)
+
+
+def seen_alone(inputs: Inputs, plan: Plan) -> Tensor:
+    """Keys among which are all that a query sees alone within its source: where such a score is no finite number the
+    kernel gives zeros, where any other is, NaN."""
+    runs = [run for group in plan.groups for run in group.runs]
+    return inputs.k if len(runs) > 1 else inputs.k[:, :, runs[0].start] if runs else inputs.k[:, :, :0]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
