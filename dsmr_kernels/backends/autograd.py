@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dsmr_kernels.autocast import without_autocast
 from dsmr_kernels.memory import MOVED, KVMemory, MemorySnapshot, in_backward
 from dsmr_kernels.spec import (
     Alike,
@@ -52,8 +53,7 @@ class Method:
 @contextlib.contextmanager
 def _plainly(device: str) -> Iterator[None]:
     """Without autocast and without gradients."""
-    plain = contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-    with plain, torch.no_grad():
+    with without_autocast(device), torch.no_grad():
         yield
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dsmr_kernels.autocast import without_autocast
 from dsmr_kernels.memory import MOVED, in_backward
 from dsmr_kernels.ring import Ring
 from dsmr_kernels.rotary import append_rotated
@@ -63,10 +64,14 @@ def memory_attention(inputs: Inputs, work: torch.dtype | None = None) -> tuple[T
     `work` is the dtype that it computes in: by default at least float32. In q's own low precision it is what a user
     would write by hand, and so the yardstick of the project's tolerances.
     """
+    with without_autocast(inputs.q.device.type):
+        return _attend(inputs, work or _work_dtype(inputs.q))
+
+
+def _attend(inputs: Inputs, work: torch.dtype) -> tuple[Tensor, Tensor | None]:
     q, k, v, memory, piece_start, spec = inputs.q, inputs.k, inputs.v, inputs.memory, inputs.piece_start, inputs.spec
     if torch.compiler.is_compiling() and inputs.live and forward_ad._current_level < 0:  # an operator drops tangents
         q = first_computation(q)
-    work = work or _work_dtype(q)
     queries, tokens, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     p = torch.arange(tokens - queries, tokens, device=q.device)  # [T]
     j = torch.arange(tokens, device=q.device)  # [S]
@@ -121,8 +126,22 @@ def decode_attention(
     work: torch.dtype | None = None,
 ) -> Tensor:
     """See `dsmr_kernels.decode_attention`; arguments are taken as checked, `work` is as in `memory_attention`."""
+    with without_autocast(q.device.type):
+        return _decode(q, memory, visible, alibi_slopes, sinks, bias, buckets, scale, work or _work_dtype(q))
+
+
+def _decode(
+    q: Tensor,
+    memory: Ring,
+    visible: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    buckets: Tensor | None,
+    scale: float,
+    work: torch.dtype,
+) -> Tensor:
     new, group = q.shape[2], q.shape[1] // memory.kv_heads
-    work = work or _work_dtype(q)
     keys, values, held = memory.ordered()
     kw, vw = (x.to(work).repeat_interleave(group, 1) for x in (keys, values))
     j = torch.arange(-memory.capacity, 0, device=q.device)

@@ -312,6 +312,15 @@ def test_autocast_does_not_change_what_the_call_computes_in(backend: str) -> Non
         assert torch.equal(value, expected[name])
 
 
+def test_autocast_does_not_change_what_the_oracle_computes_in() -> None:
+    """Its forward: its backward is PyTorch's own, which belongs outside of autocast."""
+    case = random_case(seen=[57, 30], horizon=17)
+    expected = memory_attention(case.q, case.k, case.v, case.memory, **case.options, backend="reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = memory_attention(case.q, case.k, case.v, case.memory, **case.options, backend="reference")
+    assert torch.equal(found, expected)
+
+
 @fast
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=attention_calls())

@@ -212,3 +212,12 @@ def test_bad_arguments_are_named_with_what_was_expected(backend: str, change: di
     arguments = {"q": torch.zeros(2, 4, 1, 16), "memory": memory, "backend": backend}
     with pytest.raises(kind, match=message):
         decode_attention(**(arguments | change))
+
+
+@every
+@pytest.mark.parametrize("new", [1, 3])
+def test_autocast_does_not_change_what_a_step_computes_in(backend: str, new: int) -> None:
+    memory, q = filled_memory(2, 2, 40, 16, [50, 9]), torch.randn(2, 4, new, 16)
+    expected = decode_attention(q, memory, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(decode_attention(q, memory, backend=backend), expected)

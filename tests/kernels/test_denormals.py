@@ -70,6 +70,21 @@ def test_all_of_pytorchs_threads_do_and_go_back() -> None:
 
 
 @pytest.mark.skipif(workers._region() is None, reason="PyTorch's threads cannot be asked here")
+def test_a_thread_that_is_no_longer_asked_goes_back_too() -> None:
+    """And works again later."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        large = torch.full((1 << 20,), LEAST)
+        with without_denormals():
+            torch.set_num_threads(1)
+        torch.set_num_threads(2)
+        assert int((large * 0.5).count_nonzero()) == large.numel()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(workers._region() is None, reason="PyTorch's threads cannot be asked here")
 @pytest.mark.parametrize("how", ["attention", "training"])
 def test_threads_that_are_made_within_do_not_keep_it(how: str) -> None:
     """In a process of its own, which has none until then; 96 queries are too few for a region, not for operators."""

@@ -90,6 +90,83 @@ def test_every_engine_keeps_it_apart(engine: str, dtype: torch.dtype, monkeypatc
         assert torch.equal(~out.isfinite().all(-1), seen)
 
 
+ALIKE = {"equal_nan": True, "atol": 2e-3, "rtol": 0.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("seen", [None, [5]])
+@pytest.mark.parametrize("queries", [1, 2, 5, 12, 40])
+def test_a_broken_query_is_broken(queries: int, seen: list[int] | None, dtype: torch.dtype) -> None:
+    """Also where it sees so few keys that PyTorch's kernel takes NaN for scores that are masked."""
+    case = random_case(batch=1, heads=2, queries=queries, seen=seen, horizon=8, capacity=8, dtype=dtype)
+    for token in {0, queries // 2, queries - 1}:
+        q = case.q.clone()
+        q[:, :, token, 3] = NAN
+        out, lse = memory_attention(q, case.k, case.v, case.memory, **case.options, return_lse=True, backend="sdpa")
+        wrong = torch.zeros(queries, dtype=torch.bool)
+        wrong[token] = True
+        assert torch.equal(out.isnan().all(-1), wrong.expand(1, 2, -1))
+        assert torch.equal(lse.isnan(), wrong.expand(1, 2, -1))
+
+
+@pytest.mark.parametrize("value", [NAN, -INF], ids=str)
+@pytest.mark.parametrize("held", [1, 2, 3, 15, 16, 40])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_memory_that_is_broken_throughout_is_not_outvoted(backend: str, held: int, value: float) -> None:
+    """Nor is one that scores lowest a source of zeros."""
+    case = random_case(batch=1, heads=2, kv_heads=2, queries=5, seen=[held], horizon=40, capacity=40)
+    case.q.abs_()
+    case.memory.k[:, :, :held] = value
+    found = memory_attention(case.q, case.k, case.v, case.memory, **case.options, return_lse=True, backend=backend)
+    assert case.memory is not None
+    if value == -INF:  # as if it were not there
+        expected = memory_attention(case.q, case.k, case.v, **case.options, return_lse=True, backend="reference")
+        assert all(torch.allclose(*pair, **ALIKE) for pair in zip(found, expected, strict=True))
+    else:
+        assert all(x.isnan().all() for x in found)
+    out = decode_attention(case.q[:, :, :1], case.memory, backend=backend)
+    assert out.isnan().all()  # no other key is there
+
+
+@pytest.mark.parametrize("held", [1, 3, 20])
+def test_scores_beyond_float32_weigh_nothing(held: int) -> None:
+    """All values are finite: the products of queries with the memory's keys are not."""
+    case = random_case(batch=1, heads=2, kv_heads=2, queries=5, seen=[held], horizon=40, capacity=40)
+    case.q.fill_(1e20)
+    case.k.zero_()
+    case.memory.k[:, :, :held] = -1e20
+    found = memory_attention(case.q, case.k, case.v, case.memory, **case.options, return_lse=True, backend="sdpa")
+    expected = memory_attention(case.q, case.k, case.v, **case.options, return_lse=True, backend="reference")
+    assert all(torch.allclose(*pair, **ALIKE) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("held", [1, 2, 5, 8, 11])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_broken_query_is_broken_in_a_step(backend: str, held: int, group: int) -> None:
+    memory, q = filled_memory(1, 2, 8, 16, [held]), torch.randn(1, 2 * group, 1, 16)
+    q[:, 1, :, 3] = NAN
+    broken = decode_attention(q, memory, backend=backend).isnan().all(-1).flatten()
+    assert broken.tolist() == [head == 1 for head in range(2 * group)]
+
+
+def test_a_stretch_of_the_ring_that_scores_lowest_is_no_source_of_zeros() -> None:
+    memory, visible, q = filled_memory(1, 2, 8, 16, [11]), torch.tensor([6], dtype=torch.int32), torch.rand(1, 2, 1, 16)
+    memory.k[:, :, 3:] = -INF  # the older of two stretches, all of it
+    found, expected = (decode_attention(q, memory, visible=visible, backend=b) for b in ("sdpa", "reference"))
+    assert torch.allclose(found, expected, **ALIKE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("visibility", ["segment", "sliding"])
+def test_large_values_of_heavy_keys_stay_in_range(visibility: str, dtype: torch.dtype) -> None:
+    """A key that outweighs a query's own by e**40, whose value such a weight would take out of range."""
+    q, k, v = (torch.zeros(1, 8, 300, 16, dtype=dtype) for _ in range(3))
+    q[..., 0], k[:, :, 0, 0], v[:, :, 0] = 1.0, 40.0, 1e25
+    out = memory_attention(q, k, v, horizon=300, visibility=visibility, scale=1.0, backend="sdpa")
+    assert torch.allclose(out.double(), torch.tensor(1e25, dtype=torch.float64), rtol=1e-2)
+
+
 def test_accelerators_without_kernels_keep_it_apart_too() -> None:
     from dsmr_kernels.backends.sdpa.masked import Masked
     from dsmr_kernels.spec import AttentionSpec, Inputs

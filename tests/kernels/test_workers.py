@@ -80,6 +80,26 @@ def test_an_error_in_a_job_is_raised() -> None:
         in_parallel(job, range(8))
 
 
+@shared
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("two_threads")
+def test_an_interrupt_that_python_drops_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that comes just where a thread enters its jobs: what its handler raises leaves a callback."""
+    kind, main = workers._BODY, threading.get_ident()
+
+    def interrupted(body: Any) -> Any:
+        def enter(nothing: Any) -> None:
+            if threading.get_ident() == main:
+                raise KeyboardInterrupt
+            body(nothing)
+
+        return kind(enter)
+
+    monkeypatch.setattr(workers, "_BODY", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        in_parallel(time.sleep, [0.001] * 4)
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_a_mode_that_watches_operators_sees_those_of_every_job() -> None:
     """As `torch.utils.flop_counter` does: a mode belongs to the thread that entered it."""

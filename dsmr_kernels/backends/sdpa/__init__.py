@@ -8,6 +8,8 @@ must not wait for a plan. Keys and values are never concatenated and grouped hea
 contract and `autograd`.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -69,20 +71,22 @@ def _forward_on_cpu(inputs: Inputs) -> tuple[Tensor, Tensor | None, Plan]:
     plan, dtype = plan_call(inputs), inputs.q.dtype
     choice = choose(dtype, "forward")
     by_flash = dtype != torch.float64 and flash.serves(inputs)
+    out = lse = None
     if by_flash and (choice.engine == "flash" or _small(inputs, plan)):
-        out, lse = flash.forward(inputs, plan, choice.dtype)
-        sound = finite(out, flash.seen_alone(inputs, plan))
+        with contextlib.suppress(flash.Overlooked):
+            out, lse = flash.forward(inputs, plan, choice.dtype)
     else:
         out, lse = _by_products(inputs, plan, choice)
-        sound = finite(out)
-    if not sound:  # whatever is the matter, a wrong value among others or a hidden score that is out of range
-        out, lse = _by_products(kept_apart(inputs), plan, choice)
+    if out is None or not finite(out):  # a value that is none, or one or a score that is out of a common way's range
+        out, lse = _by_products(kept_apart(inputs), plan, choice, carefully=True)
     return out, None if lse is None else lse.float(), plan
 
 
-def _by_products(inputs: Inputs, plan: Plan, choice: Choice) -> tuple[Tensor, Tensor | None]:
+def _by_products(
+    inputs: Inputs, plan: Plan, choice: Choice, *, carefully: bool = False
+) -> tuple[Tensor, Tensor | None]:
     plain = choice.engine == "products" and flash.plain(inputs)
-    return products.forward(inputs, plan, choice.dtype if plain else _dtype_of_products(inputs))
+    return products.forward(inputs, plan, choice.dtype if plain else _dtype_of_products(inputs), carefully=carefully)
 
 
 def _backward(

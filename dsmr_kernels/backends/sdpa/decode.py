@@ -7,9 +7,12 @@ log-sum-exp; with ALiBi, or memories of other dtypes, by batched products into b
 and masks slots by their age.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
+from dsmr_kernels.autocast import without_autocast
 from dsmr_kernels.backends.sdpa import flash
 from dsmr_kernels.backends.sdpa.masked import ages, held_values
 from dsmr_kernels.ring import Ring, ring_slices
@@ -58,7 +61,8 @@ class StretchAttention:
         plain = slopes is None and sinks is None and added is None and q.dtype == torch.float32
         if plain and flash.fits(q.unsqueeze(0), memory.k, memory.v):
             whole = [(0, sees)] if sees == memory.capacity else stretches  # their order is all one
-            return _by_flash(q.view(memory.batch, -1, group, q.shape[2]), memory, whole, scale).view(q.shape)
+            with contextlib.suppress(flash.Overlooked):
+                return _by_flash(q.view(memory.batch, -1, group, q.shape[2]), memory, whole, scale).view(q.shape)
         k, v = memory.k.flatten(0, 1), memory.v.flatten(0, 1)
         scores = self._buffer("scores", q, (m, group, sees))
         done = 0
@@ -110,7 +114,8 @@ def decode_attention(
     batch, heads, new, dim = q.shape
     in_step = _in_step(q, memory, visible)
     if in_step is None:
-        return _masked(q, memory, visible, alibi_slopes, sinks, bias, buckets, scale)
+        with without_autocast(q.device.type):
+            return _masked(q, memory, visible, alibi_slopes, sinks, bias, buckets, scale)
     group, work = heads // memory.kv_heads, torch.promote_types(q.dtype, torch.float32)
 
     def by_head(x: Tensor | None) -> Tensor | None:

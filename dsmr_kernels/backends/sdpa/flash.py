@@ -47,23 +47,33 @@ def serves(inputs: Inputs) -> bool:
     return plain(inputs) and fits(inputs.q, inputs.k, inputs.v)
 
 
-def seen_alone(inputs: Inputs, plan: Plan) -> Tensor:
-    """Keys among which are all that a query sees alone within its source: where such a score is no finite number the
-    kernel gives zeros, where any other is, NaN."""
-    runs = [run for group in plan.groups for run in group.runs]
-    return inputs.k if len(runs) > 1 else inputs.k[:, :, runs[0].start] if runs else inputs.k[:, :, :0]
+class Overlooked(Exception):
+    """The kernel has taken scores that are seen for masked ones: the call is not its."""
+
+
+def _looked_at(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """What the kernel gave, if it has overlooked nothing.
+
+    A row whose scores are all -inf, or all NaN and few, sees nothing for it, and has zeros and a log-sum-exp of 0: as
+    much as a key of its own would, where sources are merged. Rows of zeros that are right are taken for such, too.
+    """
+    if not lse.all() and not out[lse == 0].any(-1).all():
+        raise Overlooked
+    return out, lse
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One source, seen whole. q (b, Hq, n, D), k and v (b, Hkv, s, D) -> out (b, Hq, n, D), lse (b, Hq, n)."""
+    """One source, seen whole. q (b, Hq, n, D), k and v (b, Hkv, s, D) -> out (b, Hq, n, D), lse (b, Hq, n).
+
+    Raises:
+        Overlooked: if other operators must make the call.
+    """
     assert _FLASH is not None
-    if k.shape[2] == 1 and not math.isfinite(k.sum().item()):
-        return _one_key(q, k, v, scale)
     queries, group = q.shape[2], q.shape[1] // k.shape[1]
     if group == 1:
-        return _FLASH(q, k, v, 0.0, False, scale=scale)
+        return _looked_at(*_FLASH(q, k, v, 0.0, False, scale=scale))
     # No order among the queries: stack the group's along the query axis, against the same keys.
-    out, lse = _FLASH(q.unflatten(1, (-1, group)).flatten(2, 3), k, v, 0.0, False, scale=scale)
+    out, lse = _looked_at(*_FLASH(q.unflatten(1, (-1, group)).flatten(2, 3), k, v, 0.0, False, scale=scale))
     return out.unflatten(2, (group, queries)).flatten(1, 2), lse.unflatten(2, (group, queries)).flatten(1, 2)
 
 
@@ -72,8 +82,6 @@ def attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float, alone: bool) 
 
     `alone`: the call has one thread to itself.
     """
-    if k.shape[2] == 1:
-        return attend(q, k, v, scale)
     group = q.shape[1] // k.shape[1]
     if group == 1:
         return _edge(q, k, v, scale, alone)
@@ -90,7 +98,7 @@ def _edge(q: Tensor, k: Tensor, v: Tensor, scale: float, alone: bool) -> tuple[T
     assert _FLASH is not None
     queries = q.shape[2]
     if not alone or queries not in CUT or q.numel() * queries < WORTH or q.dtype != torch.float32:
-        return _FLASH(q, k, v, 0.0, True, scale=scale)
+        return _looked_at(*_FLASH(q, k, v, 0.0, True, scale=scale))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
     for start, stop in cut(0, queries, EDGE_QUERIES):
         first = CUT.stop - start  # of the table's columns: that of the call's first key
@@ -98,7 +106,7 @@ def _edge(q: Tensor, k: Tensor, v: Tensor, scale: float, alone: bool) -> tuple[T
         out[:, :, start:stop], lse[:, :, start:stop] = _FLASH(
             q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], 0.0, mask is None, attn_mask=mask, scale=scale
         )
-    return out, lse
+    return _looked_at(out, lse)
 
 
 @functools.cache
@@ -107,14 +115,6 @@ def _seen() -> Tensor:
     shape = EDGE_QUERIES, CUT.stop + EDGE_QUERIES
     with torch.inference_mode(False):  # a table for every call, whoever comes first
         return torch.full(shape, -math.inf, dtype=torch.float32, device="cpu").triu_(CUT.stop + 1)
-
-
-def _one_key(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`attend` to one key, whose score the kernel would take for a masked one if it is NaN."""
-    grouped = q.unflatten(1, (k.shape[1], -1))  # [b, Hkv, G, n, D]
-    lse = (grouped * k.unsqueeze(2)).sum(-1) * scale
-    out = v.unsqueeze(2) + (lse * 0.0).unsqueeze(-1)
-    return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2).float()
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:
@@ -127,7 +127,11 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:
 
 
 def forward(inputs: Inputs, plan: Plan, work: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of the whole call, computed in `work`; lse only if it is wanted."""
+    """(out, lse) of the whole call, computed in `work`; lse only if it is wanted.
+
+    Raises:
+        Overlooked: if another engine must make the call.
+    """
     q, kv_heads = inputs.q, inputs.k.shape[1]
     count, groups = shares(plan.pairs * q.shape[1], q.shape[3]), plan.groups
     alone = count > 1 or torch.get_num_threads() == 1

@@ -287,14 +287,14 @@ class Job:
         assert sums is not None
         return total, sums
 
-    def forward(self, out: Tensor, lse: Tensor | None) -> None:
+    def forward(self, out: Tensor, lse: Tensor | None, carefully: bool) -> None:
         """Fill this job's part of the outputs."""
         call = self.call
         for block in self.blocks():
             q = self.stacked(self.inputs.q, block)
-            pivot = self.own_scores(q, block)
+            pivot = self.greatest_scores(q, block) if carefully else self.own_scores(q, block)
             total, sums = self.weighted_sums(q, block, pivot)
-            if not sums.amax() < LIMIT:
+            if not (carefully or sums.amax() < LIMIT):
                 pivot = self.greatest_scores(q, block)
                 total, sums = self.weighted_sums(q, block, pivot)
             here = self.of_block(out, block)
@@ -369,12 +369,15 @@ class Above(NamedTuple):
     dbias: Tensor
 
 
-def forward(inputs: Inputs, plan: Plan, work: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of the whole call, computed in `work`; lse only if it is wanted, in float32 or wider."""
+def forward(inputs: Inputs, plan: Plan, work: torch.dtype, *, carefully: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of the whole call, computed in `work`; lse only if it is wanted, in float32 or wider.
+
+    `carefully`: no weight is above 1, so that large values stay in range; each row's maximum is looked for first.
+    """
     q = inputs.q
     out = q.new_empty((*q.shape[:3], inputs.v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(work, torch.float32)) if inputs.wants_lse else None
-    in_parallel(lambda one: Job(*one).forward(out, lse), _work(inputs, plan, work))
+    in_parallel(lambda one: Job(*one).forward(out, lse, carefully), _work(inputs, plan, work))
     return out, lse
 
 

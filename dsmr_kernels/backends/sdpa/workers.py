@@ -78,21 +78,37 @@ def in_parallel(job: Callable[[Any], None], arguments: Sequence[Any]) -> None:
     queue = iter(arguments)  # the threads share it, so that one that is held up takes fewer
     failures: list[BaseException] = []
 
+    def alone() -> None:
+        # All are settings of a thread.
+        with torch.inference_mode(inference), torch.no_grad(), WithoutDenormals():
+            for argument in queue:
+                if failures:
+                    return
+                job(argument)
+
+    _once_each(region, alone, failures)
+
+
+def _once_each(
+    region: Callable[..., None], job: Callable[[], None], failures: list[BaseException], threads: int = 0
+) -> None:
+    """job() once on each of so many threads, 0 = as many as PyTorch has; what one raises is added to `failures`, and
+    the first of these raised behind the region, which nothing may leave."""
+    begun: set[int] = set()
+
     def alone(_: Any) -> None:
         try:
-            # All are settings of a thread.
-            with torch.inference_mode(inference), torch.no_grad(), WithoutDenormals():
-                for argument in queue:
-                    if failures:
-                        return
-                    job(argument)
-        except BaseException as failure:  # nothing may leave a region: it is raised behind it
+            begun.add(threading.get_ident())
+            job()
+        except BaseException as failure:
             failures.append(failure)
 
     body = _BODY(alone)
-    region(body, None, 0, 0)
+    region(body, None, threads, 0)
     if failures:
         raise failures[0]
+    if threading.get_ident() not in begun:  # what a signal raised before `try`, Python prints and drops
+        raise KeyboardInterrupt
 
 
 class HereWithoutDenormals(WithoutDenormals):
@@ -104,34 +120,39 @@ class HereWithoutDenormals(WithoutDenormals):
         threads = torch.get_num_threads()
         if getattr(_TEAM, "threads", 1) != threads:  # one that is made in the context would keep what it inherits
             _TEAM.threads = threads
-            _on_all(lambda _: None)
+            _on_all(_nothing, threads)
         return super().__enter__()
 
 
 @contextlib.contextmanager
 def without_denormals() -> Iterator[None]:
     """`WithoutDenormals` for this thread and for those that PyTorch's operators run on."""
+    before = torch.get_num_threads()
     with HereWithoutDenormals() as here:
         if here.changes:
-            _on_all(_flush)
+            _on_all(_flush, before)
         try:
             yield
         finally:
-            if here.changes:
-                _on_all(_count)
+            if here.changes:  # also those that are not asked any more
+                _on_all(_count, max(before, torch.get_num_threads()))
 
 
-def _flush(_: Any) -> None:
+def _nothing() -> None:
+    pass
+
+
+def _flush() -> None:
     torch.set_flush_denormal(True)
 
 
-def _count(_: Any) -> None:
+def _count() -> None:
     torch.set_flush_denormal(False)
 
 
-def _on_all(job: Callable[[Any], None]) -> None:
-    """Once on each of PyTorch's threads, where these can be asked: in a process that was forked they are gone."""
-    region = _region() if torch.get_num_threads() > 1 and not _FORKED.is_set() else None
+def _on_all(job: Callable[[], None], threads: int) -> None:
+    """Once on each of so many of PyTorch's threads, where these can be asked: in a process that was forked they are
+    gone."""
+    region = _region() if threads > 1 and not _FORKED.is_set() else None
     if region is not None:
-        body = _BODY(job)
-        region(body, None, 0, 0)
+        _once_each(region, job, [], threads)
