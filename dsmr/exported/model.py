@@ -86,11 +86,14 @@ def open_session(path: Path, about: About, threads: int) -> Any:
         kind = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}[about.memory]
         slots = about.capacity(layer)
         shape = [1, about.kv_heads[layer], slots, about.head_dim]
-        of_graph, graph_shape = found.get(f"k.{layer}", ("nothing", [0] * 4))
-        if about.portable:
+        of_graph, graph_shape = found.get(f"k.{layer}", ("nothing", []))
+        if about.portable:  # which grows
             shape, graph_shape = shape[:2] + shape[3:], graph_shape[:2] + graph_shape[3:]
-        if of_graph != kind or graph_shape != shape:
-            raise UserError(f"{path} does not fit the {MANIFEST} beside it: layer {layer} remembers {of_graph} {shape}")
+        if (of_graph, graph_shape) != (kind, shape):
+            raise UserError(
+                f"{path} does not fit the {MANIFEST} beside it: its layer {layer} remembers {of_graph} {graph_shape}, by "
+                f"the latter {kind} {shape}"
+            )
     return session
 
 
@@ -102,5 +105,8 @@ def _versions(about: About) -> str:
     """What to do where a runtime does not take a graph, as the end of a sentence."""
     made = about.made_with.get("onnxruntime", "another version")
     here = importlib.metadata.version("onnxruntime")
+    if made == here:
+        then = "" if about.portable else ", if need be with --portable"
+        return f"it was tried with this ONNX Runtime, {here}: export it again{then}"
     then = "" if about.portable else ", or export it again with --portable"
     return f"it was tried with ONNX Runtime {made}, this is {here}: install that one{then}"

@@ -30,7 +30,7 @@ Places = list[slice]
 def try_out(session: Any, about: About) -> None:
     """`UserError`, a sentence to be put behind the graph's name, where the runtime fails a trial; else nothing."""
     _try_known(session, about)
-    if not about.portable:  # whose graph says itself what is seen
+    if not about.portable:  # where what is seen is what is handed over, see `Stream.crop`
         _try_seeing(session, about)
 
 

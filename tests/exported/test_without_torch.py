@@ -123,7 +123,11 @@ def test_a_runtime_that_computes_otherwise_is_a_sentence(folder, tmp_path, capfd
     about = read_json(tmp_path / "export.json")
     about["trial"]["logits"][3] += 0.1
     write_json(tmp_path / "export.json", about, sealed=True)
-    with pytest.raises(UserError, match=r"model\.onnx gives other numbers here .* export it again with --portable"):
+    with pytest.raises(UserError, match=r"model\.onnx gives other numbers here .* again, if need be with --portable"):
+        ExportedModel.load(tmp_path)
+    about["made_with"]["onnxruntime"] = "1.2.3"
+    write_json(tmp_path / "export.json", about, sealed=True)
+    with pytest.raises(UserError, match=r"tried with ONNX Runtime 1\.2\.3, this is .*: install that one, or export it"):
         ExportedModel.load(tmp_path)
     graph = (tmp_path / "model.onnx").read_bytes()
     for other in (b"GroupQueryAttentiom", b"GroupQueryAttentio\xe4"):
@@ -131,6 +135,15 @@ def test_a_runtime_that_computes_otherwise_is_a_sentence(folder, tmp_path, capfd
         write_json(tmp_path / "export.json", {**about, "file": sum_of(tmp_path / "model.onnx")}, sealed=True)
         with pytest.raises(UserError, match=r"model\.onnx cannot be opened: .* --portable"):
             ExportedModel.load(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(graph)
+    about |= {"file": sum_of(tmp_path / "model.onnx"), "head_dim": about["head_dim"] * 2}
+    write_json(tmp_path / "export.json", about, sealed=True)
+    with pytest.raises(
+        UserError, match=r"its layer 0 remembers \S+ \[1, \d+, \d+, (\d+)\], by the latter \S+ \[1, "
+    ) as caught:
+        ExportedModel.load(tmp_path)
+    found, told = re.findall(r"(\d+)\]", str(caught.value))
+    assert int(told) == 2 * int(found)
     # The second name makes the runtime's own sentence no UTF-8: it would print that, and try the same once more.
     assert capfd.readouterr().out == ""
 
