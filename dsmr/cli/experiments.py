@@ -26,14 +26,18 @@ def list_presets(
     length: Annotated[int, typer.Option(min=0, help="The horizon that counts as the whole piece, in tokens.")] = 8192,
     short: Annotated[int, typer.Option(min=0, help="The short horizon of two-scale.")] = 512,
     n_long: Annotated[int, typer.Option(min=0, help="Long layers of two-scale.")] = 3,
+    few_heads: Annotated[
+        int | None, typer.Option(min=1, help="KV heads of FHCR.", show_default="2 where these divide the heads, else 1")
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Also write it as JSON.", show_default="no")] = None,
 ) -> None:
-    """The ten models of the paper's table at one size: schedule, budget, and where each comes from."""
+    """The paper's ten models and ours at one size: schedule, budget, and where each comes from."""
     from dsmr.console.files import write_json
     from dsmr.experiments.listing import listing, sentences, table
     from dsmr.experiments.presets import Size
 
-    size = Size(layers, heads, head_dim, length, short, n_long)
+    few = few_heads if few_heads is not None else (1 if heads % 2 else 2)
+    size = Size(layers, heads, head_dim, length, short, n_long, few)
     rows = listing(size)
     if json is not None:
         write_json(json, rows, sealed=True)
@@ -97,7 +101,8 @@ def run(
 def report(
     results: Annotated[list[Path], typer.Argument(help="Folders of `run`, files of rows; the first of a cell counts.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for the report.", show_default="RESULTS/report")
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the report.", show_default="RESULTS/report, FILE-report"),
     ] = None,
     rows: Annotated[Path | None, typer.Option(help="Also keep the rows in this JSON file.", show_default="no")] = None,
 ) -> None:
@@ -106,8 +111,8 @@ def report(
     from dsmr.experiments.rows import read_rows
 
     found, first = read_rows(*results), results[0]
-    folder = out if out is not None else (first if first.is_dir() else first.parent) / "report"
-    for line in write_report(found, folder, rows_path=rows):
+    beside = first / "report" if first.is_dir() else first.with_name(f"{first.stem}-report")
+    for line in write_report(found, out or beside, rows_path=rows):
         console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -129,7 +134,7 @@ def search(
     split: Annotated[str, typer.Option(help="Measured on: train, validation or test.")] = "validation",
     tokens: Annotated[int, typer.Option(min=1, help="Measure on pieces of about so many tokens.")] = 100_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Pieces side by side.")] = 4,
-    dtype: Annotated[str, typer.Option(help="Computed in: float32, bfloat16, float16 or auto.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Computed in: float32, bfloat16 or auto.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
 ) -> None:
     """Which layers of a trained model need distance and width, and the best schedule within a budget."""

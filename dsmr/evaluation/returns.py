@@ -33,8 +33,8 @@ LEAD = 16
 class ReturnLoss:
     """Loss in nats a token of some returns, and of the same passages when they were new.
 
-    `saved` is the mean of the difference over returns, `error` its standard error; `start` and `end` bound the
-    distances in tokens.
+    `saved` is the mean of the difference over returns, `error` its standard error (0 for one return, which has none);
+    distances lie between `start` and `end` - 1 tokens. Where there are no `returns`, all is 0.
     """
 
     kind: str
@@ -80,8 +80,11 @@ class ReturnsReport:
         for name in ("returns", "how many", "nats a token", "when new", "saved"):
             table.add_column(name, justify="left" if name == "returns" else "right")
         for row in (*self.by_distance, *self.by_kind):
-            what = f"{row.start:,} to {row.end:,} tokens back" if row.kind == "all" else row.kind
-            saved = f"{row.saved:.3f} ± {row.error:.3f}"
+            what = f"{row.start:,} to {row.end - 1:,} tokens back" if row.kind == "all" else row.kind
+            if not row.returns:
+                table.add_row(what, "none there", "", "", "")
+                continue
+            saved = f"{row.saved:.3f}" + (f" ± {row.error:.3f}" if row.returns > 1 else "")
             table.add_row(what, f"{row.returns}", f"{row.nats_per_token:.3f}", f"{row.first:.3f}", saved)
         return table
 
@@ -228,7 +231,7 @@ def returns_figure(curves: "dict[str, tuple[ReturnLoss, ...]]", png_path: str | 
         axes.errorbar(
             at,
             [row.saved for row in rows],
-            [row.error for row in rows],
+            [row.error if row.returns > 1 else np.nan for row in rows],
             color=f"C{number}",
             marker="o",
             markersize=3,

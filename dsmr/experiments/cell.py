@@ -195,6 +195,7 @@ def _row(table: Table, cell: Cell, config: TrainConfig, folder: CellFolder, foun
             "training_seconds": steps[-1]["seconds"],
             "peak_bytes": _peak(folder.peak),
             "device": _device(config),
+            "device_type": resolve_device(config.device).type,
             "dtype": load_settings(RunDirectory(folder.run))["dtype"],
             "threads": config.threads,
             "graph": config.graph,
@@ -255,13 +256,17 @@ def settings_of(table: Table, corpus: Corpus) -> dict[str, Any]:
 
 
 def check_measurable(table: Table, corpus: Corpus) -> None:
-    """`UserError` for measurements that the corpus cannot serve, before anything is trained."""
+    """`UserError` for measurements that the corpus or a cell cannot serve, before anything is trained."""
     measure = table.measure
     pieces = measured_pieces(corpus, measure)
     if measure.krcu is not None:
         lengths = [int(n) - 1 for n in np.diff(np.asarray(corpus.offsets))[pieces]]
-        segment = table.config(table.cells[0], "", "").segment_length
-        check_reset(measure.krcu, segment, lengths, corpus.name, measure.split)
+        for cell in table.cells:  # a model may have a segment length of its own
+            segment = table.config(cell, "", "").segment_length
+            try:
+                check_reset(measure.krcu, segment, lengths, corpus.name, measure.split)
+            except UserError as error:
+                raise UserError(f"{cell.model.name} cannot be measured: {error}") from error
     if measure.returns is not None:
         planter = Planter(corpus.vocabulary, distance=(measure.returns.nearest, measure.returns.farthest))
         longest = int(np.diff(np.asarray(corpus.offsets))[pieces].max())

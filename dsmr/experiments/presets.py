@@ -225,10 +225,10 @@ PROPOSED: dict[str, Preset] = {
         ),
         Preset(
             "lowest_wide",
-            "the lowest layer, half of the KV heads",
+            "the lowest layer, half of all KV heads",
             lambda size: MemorySchedule.binary(size.layers, size.budget, [0], size.half_heads),
-            f"Ours, not in the paper's table: {_BUDGET} in the lowest layer alone, with half of its KV heads: as far "
-            "back as one long layer, in half of the bytes (docs/experiments.md).",
+            f"Ours, not in the paper's table: {_BUDGET} in the lowest layer alone, with half of the KV heads in every "
+            "layer: as far back as one long layer, in half of the bytes (docs/experiments.md).",
         ),
         Preset(
             "two_scale_half",

@@ -8,15 +8,15 @@ from typing import Any
 
 from dsmr.console.figures import available
 from dsmr.console.files import write_json, write_text
-from dsmr.experiments.pictures import draw
+from dsmr.experiments.pictures import NAMES, draw
 from dsmr.experiments.presets import PRESETS
-from dsmr.experiments.rows import Figure, Line, lines_of, rank_correlation
+from dsmr.experiments.rows import Figure, Line, bin_name, lines_of, mixed_devices, rank_correlation
 from dsmr_kernels.costing.cost import human_bytes
 
 
 def write_report(rows: Sequence[dict[str, Any]], out: str | Path, *, rows_path: str | Path | None = None) -> list[str]:
-    """Write report.md, report.json and, with Matplotlib, the pictures into `out`; returns the Markdown and what was
-    written, line by line."""
+    """Write report.md, report.json and, with Matplotlib, the pictures into `out`, and remove there what an earlier
+    report has drawn and this one does not; returns the Markdown and what was written, line by line."""
     folder = Path(out)
     lines = lines_of(rows)
     write_json(folder / "report.json", [asdict(line) for line in lines], sealed=True)
@@ -25,6 +25,8 @@ def write_report(rows: Sequence[dict[str, Any]], out: str | Path, *, rows_path: 
     pictures: list[Path] = []
     if available():
         pictures = draw(rows, lines, folder)
+    for stale in {folder / f"{name}.png" for name in NAMES}.difference(pictures):
+        stale.unlink(missing_ok=True)
     text = markdown(rows, lines, [picture.name for picture in pictures])
     write_text(folder / "report.md", text)
     written = [folder / "report.md", folder / "report.json", *pictures]
@@ -36,28 +38,42 @@ def markdown(rows: Sequence[dict[str, Any]], lines: Sequence[Line], pictures: Se
     first = rows[0]
     machines = dict.fromkeys(f"{row['measured']['device']}, {row['measured']['dtype']}" for row in rows)
     tokens = sorted({row["trained_tokens"] for row in rows})
+    millions = dict.fromkeys(f"{of([row['parameters'] for row in rows]) / 1e6:.1f}" for of in (min, max))
     said = [
         f"# {first['table']}",
         "",
-        f"{first['parameters'] / 1e6:.1f} M parameters, {' or '.join(f'{n:,}' for n in tokens)} tokens of training, "
+        f"{' to '.join(millions)} M parameters, {' or '.join(f'{n:,}' for n in tokens)} tokens of training, "
         f"{first['corpus']}, {first['split']} split ({first['pieces']} pieces, {first['tokens']:,} tokens); "
         f"{' or '.join(machines)}; tokeniser {first['tokenizer_hash'][:16]}.",
         "Losses in nats; KRCU and Retain-k in nats a token. ± is the standard deviation over seeds.",
         "",
     ]
     said += _table(lines)
-    for title, of in (
-        ("Saved at planted returns, in nats a token, by distance in tokens:", "returns"),
-        ("Loss in nats a token, by kind of passage:", "labels"),
+    said += _left_blank(lines)
+    for title, columns, found_of in (
+        (
+            "Saved at planted returns, in nats a token, by distance in tokens (and how many returns):",
+            _bins(rows),
+            [line.returns for line in lines],
+        ),
+        (
+            "Loss in nats a token, by kind of passage:",
+            {label: label for line in lines for label in line.labels},
+            [line.labels for line in lines],
+        ),
     ):
-        columns = list(getattr(lines[0], of))
         if columns:
             said += ["", title, ""]
             said += _rows(
-                ["model", *columns],
-                [[line.model, *(_text(getattr(line, of).get(name), 3) for name in columns)] for line in lines],
+                ["model", *columns.values()],
+                [
+                    [line.model, *(_text(found.get(name), 3) for name in columns)]
+                    for line, found in zip(lines, found_of, strict=True)
+                ],
             )
     for ours, theirs in (("nats a note", "perplexity"), ("KRCU-AUC", "krcu_auc"), ("peak memory", "peak_gb")):
+        if mixed_devices(lines, ours):
+            said += ["", f"No rank order of {ours}: some of the models were trained on a CPU, others on a GPU."]
         found = rank_correlation(lines, ours, theirs)
         if found is not None:
             name = "KRCU-AUC" if theirs == "krcu_auc" else theirs.replace("_gb", " memory")
@@ -67,6 +83,31 @@ def markdown(rows: Sequence[dict[str, Any]], lines: Sequence[Line], pictures: Se
     said += ["", "Our reading, where the paper leaves it open:", ""]
     said += [f"- {line.model}: `{line.schedule}`. {line.our_reading}".rstrip() for line in lines]
     return "\n".join(said) + "\n"
+
+
+def _bins(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The bins of planted returns that any row has returns in, from the nearest on, and the heading of each."""
+    counts: dict[tuple[int, str], list[int]] = {}
+    for row in rows:
+        for one in row["returns"]["by_distance"] if row["returns"] else ():
+            if one["returns"]:
+                counts.setdefault((one["start"], bin_name(one)), []).append(one["returns"])
+    return {
+        name: f"{name} ({' to '.join(dict.fromkeys(f'{n:,}' for n in (min(found), max(found))))})"
+        for (_, name), found in sorted(counts.items())
+    }
+
+
+def _left_blank(lines: Sequence[Line]) -> list[str]:
+    """Which figures the table leaves out, since seeds were trained on several kinds of device."""
+    said = []
+    for what, several, kinds in (
+        ("Peak memory", [line.model for line in lines if len(line.device_types) > 1], "on a CPU and on a GPU"),
+        ("Tokens/s", [line.model for line in lines if len(line.devices) > 1], "on several devices"),
+    ):
+        if several:
+            said += ["", f"{what} is left blank where seeds were trained {kinds}: {', '.join(several)}."]
+    return said
 
 
 def _table(lines: Sequence[Line]) -> list[str]:

@@ -1,24 +1,24 @@
 """Rows of finished cells, and what they say together: seeds put together as a mean and a spread."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import read_json
-from dsmr.console.schema import Maybe, Natural, Number, check
+from dsmr.console.schema import Maybe, Natural, Real, check
 from dsmr.experiments.presets import KNOWN, PRESETS
 from dsmr.runs.settings import TrainConfig
 
 FORMAT = 1
-MEAN = {"mean": Number}
-PERHAPS = {"mean": Maybe(Number)}  # of bins that no piece may reach
+MEAN = {"mean": Real}
+PERHAPS = {"mean": Maybe(Real)}  # of bins that no piece may reach
 SHAPE = {
     **dict.fromkeys(("table", "model", "title", "our_reading", "schedule", "corpus", "split", "tokenizer_hash"), str),
     **dict.fromkeys(("seed", "kv_bytes", "trained_tokens", "parameters", "pieces", "tokens"), Natural),
-    **dict.fromkeys(("nats_per_note", "perplexity"), Number),
+    **dict.fromkeys(("nats_per_note", "perplexity"), Real),
     "krcu": Maybe(
         {
             **dict.fromkeys(("auc", "reset_bin"), MEAN),
@@ -28,33 +28,42 @@ SHAPE = {
         }
     ),
     "retain": [{"k": Natural, "delta": MEAN}],
-    "returns": Maybe(
-        {"by_distance": [{**dict.fromkeys(("start", "end", "returns"), Natural), "saved": Maybe(Number)}]}
-    ),
-    "by_label?": Maybe([{"label": str, "nats_per_token": Number}]),
+    "returns": Maybe({"by_distance": [{**dict.fromkeys(("start", "end", "returns"), Natural), "saved": Maybe(Real)}]}),
+    "by_label?": Maybe([{"label": str, "nats_per_token": Real}]),
     "train?": dict,  # its table's settings of training, which rows of earlier versions do not tell
-    "learning": [[Number]],
-    "measured": {"tokens_per_second": Number, "peak_bytes": Natural, "device": str, "dtype": str},
+    "learning": [[Real]],
+    "measured": {
+        "tokens_per_second": Real,
+        "peak_bytes": Natural,
+        "device": str,
+        "device_type?": str,  # "cpu" or "cuda", which rows of earlier versions do not tell
+        "dtype": str,
+    },
 }
 """What a row holds (see `dsmr.console.schema`), besides what is there for a reader."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure over seeds: mean, standard deviation (0 for one seed), and how many."""
+    """A figure over seeds: mean, standard deviation (None for one seed), and how many."""
 
     mean: float
-    spread: float
+    spread: float | None
     seeds: int
 
     def text(self, digits: int) -> str:
         mean = round(self.mean, digits) + 0.0  # no minus before a zero
-        return f"{mean:.{digits}f}" + (f" ± {self.spread:.{digits}f}" if self.seeds > 1 else "")
+        return f"{mean:.{digits}f}" + ("" if self.spread is None else f" ± {self.spread:.{digits}f}")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One model of the report; a figure that was not measured is None."""
+    """One model of the report; a figure that was not measured, or not on one kind of device, is None.
+
+    Attributes:
+        devices: what its seeds were trained on, by name.
+        device_types: the same as "cpu" or "cuda".
+    """
 
     model: str
     title: str
@@ -62,13 +71,15 @@ class Line:
     seeds: tuple[int, ...]
     our_reading: str
     kv_bytes: int
+    devices: tuple[str, ...]
+    device_types: tuple[str, ...]
     figures: dict[str, Figure | None]
     retain: dict[int, Figure]
     returns: dict[str, Figure]
     labels: dict[str, Figure]
 
 
-FIGURES = {
+FIGURES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "nats a note": lambda row: row["nats_per_note"],
     "perplexity": lambda row: row["perplexity"],
     "KRCU-AUC": lambda row: row["krcu"]["auc"]["mean"],
@@ -78,6 +89,20 @@ FIGURES = {
     "tokens/s": lambda row: row["measured"]["tokens_per_second"],
 }
 """What is said of each row, by name."""
+
+
+def device_type(row: Mapping[str, Any]) -> str:
+    """Whether a row was trained on a "cpu" or on "cuda"."""
+    measured = row["measured"]
+    told = measured.get("device_type")
+    return told or ("cuda" if measured["device"].startswith("NVIDIA") else "cpu")  # earlier rows name the device alone
+
+
+ALIKE: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "peak memory": device_type,  # of a GPU PyTorch counts what it holds, of a CPU the system what the process holds
+    "tokens/s": lambda row: row["measured"]["device"],
+}
+"""What rows must share for a figure of them to have a mean."""
 COMMON = ("table", "corpus", "split", "pieces", "tokens", "tokenizer_hash")
 """What a report says once, of all its rows."""
 DEFAULTS = {entry.name: entry.default for entry in fields(TrainConfig) if entry.default is not MISSING}
@@ -108,6 +133,7 @@ def read_rows(*results: str | Path) -> list[dict[str, Any]]:
     for row, path in rows:
         cells.setdefault((row["model"], row["seed"]), (row, path))
     _check_alike(list(cells.values()))
+    _check_columns(list(cells.values()))
     order = {name: place for place, name in enumerate(KNOWN)}
     found = [row for row, _ in cells.values()]
     return sorted(found, key=lambda row: (order.get(row["model"], len(order)), row["model"], row["seed"]))
@@ -176,6 +202,38 @@ def _check_alike(rows: Sequence[tuple[dict[str, Any], Path]]) -> None:
             raise UserError(f"{files}: rows of {row['model']} that were not {how} alike")
 
 
+def _check_columns(rows: Sequence[tuple[dict[str, Any], Path]]) -> None:
+    """`UserError` where rows, also of two models, would have in one column what was measured in two ways."""
+    first: dict[str, tuple[str, str, Path]] = {}
+    for row, path in rows:
+        krcu, returns = row["krcu"], row["returns"]
+        for what, way in (
+            ("KRCU", krcu and f"{_which(krcu['bins'])} after a reset at {krcu['reset']:,}"),
+            ("planted returns", returns and _which(returns["by_distance"])),
+        ):
+            if not way:
+                continue
+            model, former, where = first.setdefault(what, (row["model"], way, path))
+            if former != way:
+                files = " and ".join(dict.fromkeys((str(where), str(path))))
+                raise UserError(
+                    f"{files}: one report cannot hold {what} of {model}, measured in {former}, "
+                    f"and of {row['model']}, measured in {way}"
+                )
+
+
+def _which(bins: Sequence[Mapping[str, Any]]) -> str:
+    """Which bins they are: where all begin and end, or of many alike the first and the last."""
+    if len(bins) > 2 and len({one["end"] - one["start"] for one in bins}) == 1:
+        return f"{len(bins)} bins from {bins[0]['start']:,} to {bins[-1]['end'] - 1:,}"
+    return "bins of " + ", ".join(map(bin_name, bins))
+
+
+def bin_name(one: Mapping[str, Any]) -> str:
+    """The tokens from the first to the last of a bin."""
+    return f"{one['start']:,} to {one['end'] - 1:,}"
+
+
 def lines_of(rows: Sequence[dict[str, Any]]) -> list[Line]:
     """A line a model, in the order of the rows."""
     found = []
@@ -192,12 +250,12 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[Line]:
                 tuple(row["seed"] for row in own),
                 first["our_reading"],
                 first["kv_bytes"],
-                {name: _over(own, ask) for name, ask in FIGURES.items()},
+                tuple(dict.fromkeys(row["measured"]["device"] for row in own)),
+                tuple(dict.fromkeys(map(device_type, own))),
+                {name: _over(own, name) for name in FIGURES},
                 {k: _figure([row["retain"][n]["delta"]["mean"] for row in own]) for n, k in enumerate(ks)},
                 {
-                    f"{bins[n]['start']:,} to {bins[n]['end'] - 1:,}": _figure(
-                        [row["returns"]["by_distance"][n]["saved"] for row in own]
-                    )
+                    bin_name(bins[n]): _figure([row["returns"]["by_distance"][n]["saved"] for row in own])
                     for n in range(len(bins))
                     if bins[n]["returns"]
                 },
@@ -210,23 +268,25 @@ def lines_of(rows: Sequence[dict[str, Any]]) -> list[Line]:
     return found
 
 
-def _over(rows: Sequence[dict[str, Any]], ask: Any) -> Figure | None:
+def _over(rows: Sequence[dict[str, Any]], name: str) -> Figure | None:
+    if name in ALIKE and len({ALIKE[name](row) for row in rows}) > 1:
+        return None
     try:
-        return _figure([ask(row) for row in rows])
+        return _figure([FIGURES[name](row) for row in rows])
     except TypeError:  # not measured: there is a null on the way
         return None
 
 
 def _figure(values: Sequence[float]) -> Figure:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    spread = statistics.stdev(values) if len(values) > 1 else None
     return Figure(statistics.fmean(values), spread, len(values))
 
 
 def rank_correlation(lines: Sequence[Line], ours: str, theirs: str) -> tuple[float, int] | None:
     """Spearman's rank correlation of our figure `ours` with the paper's `theirs` over the models that both have, and
-    how many those are; None for fewer than three, or where all are equal."""
+    how many those are; None for fewer than three, where all are equal, or for `mixed_devices`."""
     pairs = []
-    for line in lines:
+    for line in [] if mixed_devices(lines, ours) else lines:
         preset, figure = PRESETS.get(line.model), line.figures[ours]
         if preset is not None and preset.paper is not None and figure is not None:
             pairs.append((figure.mean, float(getattr(preset.paper, theirs))))
@@ -236,6 +296,12 @@ def rank_correlation(lines: Sequence[Line], ours: str, theirs: str) -> tuple[flo
     if any(len(set(side)) == 1 for side in ranks):
         return None
     return statistics.correlation(*ranks), len(pairs)
+
+
+def mixed_devices(lines: Sequence[Line], ours: str) -> bool:
+    """Whether the paper's models were measured on several kinds of device, and the figure `ours` tells these apart."""
+    papers = [line for line in lines if line.model in PRESETS]
+    return ours in ALIKE and len({kind for line in papers for kind in line.device_types}) > 1
 
 
 def _ranks(values: Sequence[float]) -> list[float]:

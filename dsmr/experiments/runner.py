@@ -260,7 +260,8 @@ class _Runner:
         if record is None or steps is None:
             return 0.0
         measured = sum(folder.measured(what).exists() for what in ("evaluation", "memory", "returns"))
-        return TRAINING_SHARE * min(1.0, record["step"] / steps) + (1 - TRAINING_SHARE) * measured / 3
+        trained = min(1.0, float(record["step"]) / steps)
+        return TRAINING_SHARE * trained + (1 - TRAINING_SHARE) * measured / 3
 
     def _status(self, unfinished: Sequence[Cell]) -> str:
         done = sum(self._done(cell) for cell in unfinished)

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsmr.console.devices import DTYPES
 from dsmr.console.errors import UserError
 from dsmr.console.files import describe
 from dsmr.console.words import nearest
@@ -38,6 +39,8 @@ KINDS: dict[Any, tuple[str, Any]] = {
     int: ("a whole number", int),
     int | None: ("a whole number", int),
     float: ("a number", (int, float)),
+    float | None: ("a number", (int, float)),
+    bool: ("true or false", bool),
     str: ("a text", str),
 }
 """What a field of each kind takes, in words."""
@@ -138,21 +141,25 @@ class Table:
     def parse(cls, values: Mapping[str, Any]) -> "Table":
         """A table of its parsed TOML."""
         _known(values, ("name", "about", "data", "size", "train", "measure", "models", "cells"), "the table")
-        name = values.get("name")
+        name, about = values.get("name"), values.get("about", "")
         if not isinstance(name, str) or not name or "/" in name:
             raise UserError(f"the table needs a name that can be a file's, but it is {name!r}")
+        _of_kind(about, str, "about")
         data = dict(_section(values, "data"))
         _known(data, ("path", "composed"), "[data]")
         if len(data) != 1:
             raise UserError("[data] needs either the path of a corpus or what shall be composed")
+        if "path" in data:
+            _of_kind(data["path"], str, "[data] path")
         size = _make(Size, _section(values, "size"), "[size]")
         train = dict(_section(values, "train"))
         _known(train, _trainable(), "[train]")
+        _check_kinds(train, TrainConfig, "[train]")
         models = _models(values, size)
         table = cls(
             name,
-            str(values.get("about", "")),
-            None if "path" not in data else str(data["path"]),
+            about,
+            data.get("path"),
             None if "composed" not in data else _make(Composed, data["composed"], "[data] composed"),
             size,
             train,
@@ -202,18 +209,15 @@ class Table:
         settings: dict[str, Any] = {"threads": 1, "save_minutes": 1.0, **self.train, **cell.model.settings}
         if "betas" in settings:
             settings["betas"] = tuple(settings["betas"])
-        try:
-            return TrainConfig(
-                data=data,
-                out=out,
-                schedule=str(cell.model.schedule),
-                d_model=self.size.n_heads * self.size.head_dim,
-                n_heads=self.size.n_heads,
-                seed=cell.seed,
-                **settings,
-            )
-        except TypeError as error:
-            raise UserError(f"a setting of the model {cell.model.name} is of the wrong kind: {error}") from error
+        return TrainConfig(
+            data=data,
+            out=out,
+            schedule=str(cell.model.schedule),
+            d_model=self.size.n_heads * self.size.head_dim,
+            n_heads=self.size.n_heads,
+            seed=cell.seed,
+            **settings,
+        )
 
     def settings(self) -> dict[str, Any]:
         """All but the cells, as JSON has it: what must stay the same while a folder of results grows."""
@@ -245,15 +249,31 @@ def _known(values: Iterable[str], known: Iterable[str], where: str) -> None:
             raise UserError(f"{where} has the unknown key '{key}'{nearest(key, known)}")
 
 
+def _of_kind(value: Any, kind: Any, where: str) -> None:
+    """`UserError` for a value that a field of this kind cannot take."""
+    if kind == tuple[float, float]:
+        pair = isinstance(value, list | tuple) and len(value) == 2
+        if not pair or not all(isinstance(one, int | float) and not isinstance(one, bool) for one in value):
+            raise UserError(f"{where} must be two numbers, but it is {value!r}")
+    elif kind in KINDS:
+        words, types = KINDS[kind]
+        if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"{where} must be {words}, but it is {value!r}")
+
+
+def _check_kinds(values: Mapping[str, Any], kind: Any, where: str) -> None:
+    """`UserError` for the first value that the field of its name, of a dataclass, cannot take."""
+    for entry in fields(kind):
+        if values.get(entry.name) is not None:
+            _of_kind(values[entry.name], entry.type, f"{where} {entry.name}")
+
+
 def _make(kind: type[T], values: Any, where: str) -> T:
     """A dataclass of a section's values, each of the kind that its field has."""
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must be a section, but it is {values!r}")
     _known(values, [entry.name for entry in fields(kind)], where)  # type: ignore[arg-type]
-    for entry in fields(kind):  # type: ignore[arg-type]
-        value, wanted = values.get(entry.name), KINDS.get(entry.type)
-        if value is not None and wanted is not None and (isinstance(value, bool) or not isinstance(value, wanted[1])):
-            raise UserError(f"{where} {entry.name} must be {wanted[0]}, but it is {value!r}")
+    _check_kinds(values, kind, where)
     try:
         return kind(**values)
     except UserError as error:
@@ -266,11 +286,13 @@ def _measure(values: Mapping[str, Any]) -> Measure:
         if name in given:
             given[name] = _make(kind, given[name], f"[measure] {name}")
     retain = given.get("retain", [])
-    if not isinstance(retain, list) or not all(isinstance(k, int) and k > 0 for k in retain):
+    if not isinstance(retain, list) or not all(type(k) is int and k > 0 for k in retain):
         raise UserError(f"[measure] retain must be a list of numbers of tokens, but it is {retain!r}")
     measure = _make(Measure, {**given, "retain": tuple(retain)}, "[measure]")
     if measure.split not in SPLITS:
         raise UserError(f"[measure] has the unknown split '{measure.split}'{nearest(measure.split, SPLITS)}")
+    if measure.dtype not in DTYPES:
+        raise UserError(f"[measure] has the unknown dtype '{measure.dtype}'{nearest(measure.dtype, DTYPES)}")
     if measure.batch_size < 1 or (
         measure.tokens is not None and not (isinstance(measure.tokens, int) and measure.tokens > 0)
     ):
@@ -289,6 +311,7 @@ def _models(values: Mapping[str, Any], size: Size) -> dict[str, Model]:
             raise UserError(f"{where} needs a name of its own, which can be a file's")
         own = dict(given)
         _known(own, ("preset", "schedule", *_trainable()), where)
+        _check_kinds(own, TrainConfig, where)  # which has a schedule too
         if ("preset" in own) == ("schedule" in own):
             raise UserError(f"{where} needs either a preset or a schedule")
         if "schedule" in own:
@@ -300,6 +323,7 @@ def _models(values: Mapping[str, Any], size: Size) -> dict[str, Model]:
                 raise UserError(f"{where} has {schedule.layers} layers, but the size of the table has {size.layers}")
             models[name] = Model(name, None, schedule, own)
         else:
+            _of_kind(own["preset"], str, f"{where} preset")
             found = preset(own.pop("preset"))
             models[name] = Model(name, found, found.schedule(size), {**found.settings, **own})
     return models

@@ -91,8 +91,8 @@ def open_session(path: Path, about: About, threads: int) -> Any:
             shape, graph_shape = shape[:2] + shape[3:], graph_shape[:2] + graph_shape[3:]
         if (of_graph, graph_shape) != (kind, shape):
             raise UserError(
-                f"{path} does not fit the {MANIFEST} beside it: its layer {layer} remembers {of_graph} {graph_shape}, by "
-                f"the latter {kind} {shape}"
+                f"{path} does not fit the {MANIFEST} beside it: its layer {layer} remembers {of_graph} {graph_shape}, "
+                f"by the latter {kind} {shape}"
             )
     return session
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from dsmr.cli.app import app
 from dsmr.corpus.returns import Planter
 from dsmr.corpus.store import Corpus, PieceRecord, write_corpus
-from dsmr.evaluation.returns import LEAD, octaves, return_losses
+from dsmr.evaluation.returns import LEAD, ReturnLoss, ReturnsReport, octaves, return_losses
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,24 @@ def test_octaves_cover_all_distances_once() -> None:
     assert octaves(10, 10) == [10, 11]
     assert octaves(10, 19) == [10, 20]
     assert LEAD > 0
+
+
+def test_the_table_names_the_distances_that_were_measured() -> None:
+    """A bin ends before the next begins; one return has no error; where there is none nothing was measured."""
+    bins = (
+        ReturnLoss("all", 4000, 8000, 0, 0, 0.0, 0.0, 0.0, 0.0),
+        ReturnLoss("all", 8000, 12000, 1, 30, 2.0, 2.5, 0.5, 0.0),
+        ReturnLoss("all", 12000, 16001, 2, 60, 2.0, 2.25, 0.25, 0.125),
+    )
+    kinds = (ReturnLoss("stretched", 4000, 16000, 0, 0, 0.0, 0.0, 0.0, 0.0),)
+    table = ReturnsReport("model", "corpus", "test", 0, "", 1, 3, bins, kinds).table()
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [
+        ("4,000 to 7,999 tokens back", "none there", "", "", ""),
+        ("8,000 to 11,999 tokens back", "1", "2.000", "2.500", "0.500"),
+        ("12,000 to 16,000 tokens back", "2", "2.000", "2.250", "0.250 ± 0.125"),
+        ("stretched", "none there", "", "", ""),
+    ]
 
 
 @pytest.mark.slow

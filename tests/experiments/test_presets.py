@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
 from dsmr.experiments.listing import listing
-from dsmr.experiments.presets import CONTROLS, PRESETS, PROPOSED, Size, check, preset
+from dsmr.experiments.presets import CONTROLS, KNOWN, PRESETS, PROPOSED, Size, check, preset
 from dsmr.model.schedule import MemorySchedule
 
 SIZES = (Size(), Size(6, 4, 64, 4096, 512, 1), Size(2, 2, 16, 64, 8, 1), Size(1, 2, 8, 32, 4, 1))
@@ -93,3 +93,25 @@ def test_list_prints_every_preset_with_its_budget(tmp_path: Path) -> None:
     rows = {row["name"]: row for row in json.loads(path.read_text())}
     assert rows["full"]["budget_bytes"] == 2 * 2 * 64 * 8 * 8192 * 12
     assert rows["full"]["of_full"] == 1
+
+
+@pytest.mark.parametrize(("heads", "few"), [(1, 1), (2, 2), (3, 1), (8, 2), (9, 1)])
+def test_list_takes_any_number_of_heads(heads: int, few: int, tmp_path: Path) -> None:
+    """FHCR has the paper's two KV heads where these divide the heads, and as many as are asked for."""
+    path, asked = tmp_path / "presets.json", ["experiments", "list", "--heads", str(heads)]
+    result = CliRunner().invoke(app, [*asked, "--json", str(path)])
+    assert result.exit_code == 0, result.stderr
+    rows = {row["name"]: row for row in json.loads(path.read_text())}
+    assert list(rows) == list(KNOWN)
+    assert rows["fhcr"]["budget_bytes"] * heads == rows["full"]["budget_bytes"] * few
+    result = CliRunner().invoke(app, [*asked, "--few-heads", str(heads), "--json", str(path)])
+    assert result.exit_code == 0, result.stderr
+    rows = {row["name"]: row for row in json.loads(path.read_text())}
+    assert rows["fhcr"]["budget_bytes"] == rows["full"]["budget_bytes"]
+    assert "few_heads" in CliRunner().invoke(app, [*asked, "--few-heads", str(heads + 1)]).stderr
+
+
+def test_what_list_says_of_itself_is_true() -> None:
+    for words in (["experiments", "--help"], ["experiments", "list", "--help"]):
+        said = CliRunner().invoke(app, words, terminal_width=200).stdout
+        assert "The paper's ten models and ours at one size" in " ".join(said.split())

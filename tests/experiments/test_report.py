@@ -1,8 +1,9 @@
 """The report: one table of all rows, seeds put together, and pictures of what was measured."""
 
 import copy
-import itertools
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from typer.testing import CliRunner
 
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
-from dsmr.experiments.presets import PRESETS
-from dsmr.experiments.report import write_report
+from dsmr.experiments.report import markdown, write_report
 from dsmr.experiments.rows import Figure, lines_of, rank_correlation, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,9 +37,10 @@ def test_seeds_become_a_mean_and_a_spread(tmp_path: Path) -> None:
     assert nats is not None
     assert (nats.mean, nats.seeds) == (10.5, 2)
     assert nats.spread == pytest.approx(0.5**0.5)
-    assert none.figures["perplexity"].text(1) == "24.0"  # type: ignore[union-attr]
+    assert none.figures["perplexity"] == Figure(24.0, None, 1)  # one seed has no spread
+    assert none.figures["perplexity"].text(1) == "24.0"
     assert nats.text(2) == "10.50 ± 0.71"
-    assert Figure(-0.00001, 0.0, 1).text(4) == "0.0000"
+    assert Figure(-0.00001, None, 1).text(4) == "0.0000"
     assert two_scale.retain[1024].mean == pytest.approx(0.105)
 
 
@@ -148,6 +149,132 @@ def test_seeds_of_a_model_that_are_not_alike_have_no_mean(more: dict[str, Any], 
     assert len(read_rows(tmp_path / "a", tmp_path / "b")) == len(ROWS)  # the first of a cell counts
 
 
+def test_rows_of_one_table_may_be_measured_differently(tmp_path: Path) -> None:
+    """A model is missing in the picture of what it was not measured by, and its cells are blank: also the first's."""
+    far = {"by_distance": [{"start": 10, "end": 20, "returns": 3, "saved": 4.0}]}
+    rows = [
+        made_up("full", 0, 10.0, krcu=None, returns=None, retain=[], by_label=None),
+        made_up("two_scale", 0, 11.0, returns=far),
+        made_up("none", 0, 12.0, krcu=None, returns=far),
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    text = "\n".join(write_report(read_rows(tmp_path / "rows.json"), tmp_path / "out"))
+    assert "| full | 1 | 10.000 | 20.000 |  |  |  |  |" in text
+    assert "| none | 1 | 12.000 | 24.000 |  |  |  | 0.1200 |" in text
+    assert "| model | 10 to 19 (3) |" in text
+    assert "| full |  |\n| two_scale | 4.000 |\n| none | 4.000 |" in text
+    assert "| full |  |\n| two_scale | 2.750 |\n| none | 3.000 |" in text  # loss elsewhere
+    assert (tmp_path / "out" / "krcu.png").exists()
+    assert (tmp_path / "out" / "returns.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            {"krcu": {**ROWS[0]["krcu"], "reset": 16}},
+            "hold KRCU of full, measured in 3 bins from 8 to 19 after a reset at 8, "
+            "and of fhcr, measured in 3 bins from 8 to 19 after a reset at 16",
+        ),
+        ({"krcu": {**ROWS[0]["krcu"], "bins": LATER}}, "and of fhcr, measured in 3 bins from 16 to 27 after"),
+        (
+            {"returns": {"by_distance": [{"start": 10, "end": 40, "returns": 3, "saved": 4.0}]}},
+            "hold planted returns of full, measured in bins of 10 to 19, and of fhcr, measured in bins of 10 to 39",
+        ),
+    ],
+)
+def test_what_two_models_were_measured_by_is_one_or_they_are_refused(
+    more: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a").write_text(json.dumps([made_up("full", 0, 10.0)]))
+    (tmp_path / "b").write_text(json.dumps([made_up("fhcr", 0, 10.0, **more)]))
+    with pytest.raises(UserError, match=rf"/a and .*/b: one report cannot .*{re.escape(words)}"):
+        read_rows(tmp_path / "a", tmp_path / "b")
+
+
+def on(device: str, **more: Any) -> dict[str, Any]:
+    return {
+        "measured": {"tokens_per_second": 900.0, "peak_bytes": 2**30, "device": device, "dtype": "bfloat16", **more}
+    }
+
+
+def test_memory_and_speed_of_several_devices_have_no_mean() -> None:
+    """Two GPUs have their memory counted alike; their speeds are two."""
+    rows = [
+        made_up("full", 0, 10.0, **on("NVIDIA H100")),
+        made_up("full", 1, 10.0, **on("NVIDIA H200", device_type="cuda")),
+        made_up("two_scale", 0, 11.0, **on("NVIDIA H200", peak_bytes=2**29)),
+        made_up("fhcr", 0, 12.0, **on("NVIDIA H200", peak_bytes=2**28)),
+        made_up("none", 0, 12.0, **on("AMD EPYC")),  # which is not of the paper
+        made_up("none", 1, 12.0, **on("NVIDIA H200")),
+    ]
+    lines = lines_of(rows)
+    text = markdown(rows, lines, [])
+    assert [line.figures["peak memory"] is None for line in lines] == [False, False, False, True]
+    assert [line.figures["tokens/s"] is None for line in lines] == [True, False, False, True]
+    assert "Peak memory is left blank where seeds were trained on a CPU and on a GPU: none." in text
+    assert "Tokens/s is left blank where seeds were trained on several devices: full, none." in text
+    assert "Rank order of peak memory against the paper's peak memory: +1.00 over 3 models." in text
+    rows[2] = made_up("two_scale", 0, 11.0, **on("a GPU", device_type="cpu"))  # what it says of itself counts
+    text = markdown(rows, lines_of(rows), [])
+    assert "No rank order of peak memory: some of the models were trained on a CPU, others on a GPU." in text
+    assert "Rank order of peak memory" not in text
+    assert "Rank order of nats a note" in text
+
+
+def test_what_differs_between_models_is_a_range() -> None:
+    def returns(count: int, beyond: int) -> dict[str, Any]:
+        bins = ((10, 20, count), (20, 1041, beyond), (2, 10, 1))
+        return {"by_distance": [{"start": a, "end": b, "returns": n, "saved": 1.0 if n else None} for a, b, n in bins]}
+
+    rows = [
+        made_up("full", 0, 10.0, parameters=3_716_352, returns=returns(3, 0)),
+        made_up("two_scale", 0, 11.0, parameters=3_322_880, returns=returns(5, 4)),
+        made_up("none", 0, 12.0, parameters=3_454_208, returns=None),
+    ]
+    text = markdown(rows, lines_of(rows), [])
+    assert "\n3.3 to 3.7 M parameters, 1,000 tokens of training" in text
+    assert "| model | 2 to 9 (1) | 10 to 19 (3 to 5) | 20 to 1,040 (4) |" in text
+    assert "| full | 1.000 | 1.000 |  |" in text
+    assert "\n1.5 M parameters" in markdown(ROWS, lines_of(ROWS), [])
+
+
+def test_reports_of_two_files_do_not_meet_and_keep_no_picture_of_a_former_one(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([made_up("full", 0, 10.0, table=name)]))
+        assert CliRunner().invoke(app, ["experiments", "report", str(tmp_path / f"{name}.json")]).exit_code == 0
+    for name in ("one", "two"):
+        assert f"# {name}\n" in (tmp_path / f"{name}-report" / "report.md").read_text()
+    (tmp_path / "one-report" / "mine.png").write_text("not of the report")
+    (tmp_path / "one.json").write_text(json.dumps([made_up("full", 0, 10.0, krcu=None, returns=None, learning=[])]))
+    assert CliRunner().invoke(app, ["experiments", "report", str(tmp_path / "one.json")]).exit_code == 0
+    assert {path.name for path in (tmp_path / "one-report").glob("*.png")} == {"bars.png", "fronts.png", "mine.png"}
+    cell = tmp_path / "run" / "cells" / "full-s0"
+    cell.mkdir(parents=True)
+    (cell / "row.json").write_text(json.dumps(made_up("full", 0, 10.0)))
+    assert CliRunner().invoke(app, ["experiments", "report", str(tmp_path / "run")]).exit_code == 0
+    assert (tmp_path / "run" / "report" / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"nats_per_note": math.nan}, "nats_per_note"),
+        ({"perplexity": math.inf}, "perplexity"),
+        (on("a CPU", tokens_per_second=math.inf), "measured.tokens_per_second"),
+        ({"retain": [{"k": 3, "delta": {"mean": math.nan}}]}, "retain[0].delta.mean"),
+        ({"returns": {"by_distance": [{"start": 1, "end": 2, "returns": 3, "saved": math.nan}]}}, "saved"),
+        ({"krcu": {**ROWS[0]["krcu"], "tail": {"mean": -math.inf}}}, "krcu.tail.mean"),
+        ({"by_label": [{"label": "elsewhere", "nats_per_token": math.nan}]}, "by_label[0].nats_per_token"),
+        ({"learning": [[500, math.nan]]}, "learning[0][1]"),
+    ],
+)
+def test_what_is_no_number_is_refused(more: dict[str, Any], field: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([made_up("full", 0, 10.0, **more)]))
+    with pytest.raises(UserError, match=rf"rows\.json, row 1, is damaged: its .*{re.escape(field)} is .*finite number"):
+        read_rows(tmp_path / "rows.json")
+
+
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     rows = copy.deepcopy(ROWS[:1])
     rows[0].update(krcu=None, retain=[], returns=None, learning=[])
@@ -189,36 +316,3 @@ def test_what_is_no_result_is_a_sentence(tmp_path: Path) -> None:
 def test_kept_results_can_be_reported(path: Path, tmp_path: Path) -> None:
     lines = write_report(read_rows(path), tmp_path)
     assert f"# {path.stem}" in lines[0]
-
-
-@pytest.mark.parametrize("path", [None, *KEPT], ids=lambda path: "made-up" if path is None else path.stem)
-def test_no_name_covers_another_nor_a_legend_what_is_drawn(
-    path: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Models of nearly equal bytes and losses, as a study has them."""
-    from dsmr.experiments import pictures
-
-    names = [name for name in PRESETS if name != "full"]
-    rows = [
-        made_up(name, seed, 11.6 + 0.001 * place + 0.0001 * seed, kv_bytes=2**20 + place)
-        for place, name in enumerate(names)
-        for seed in (0, 1)
-    ]
-    if path is not None:
-        rows = read_rows(path)
-    drawn: dict[str, Any] = {}
-
-    def keep(figure: Any, path: Path) -> None:
-        figure.canvas.draw()
-        drawn[Path(path).stem] = figure
-
-    monkeypatch.setattr(pictures, "save", keep)
-    monkeypatch.setattr("dsmr.console.figures.save", keep)
-    pictures.draw(rows, lines_of(rows), tmp_path)
-    for axis in drawn["fronts"].axes:
-        assert sorted(text.get_text() for text in axis.texts) == sorted({row["model"] for row in rows})
-        boxes = [text.get_window_extent() for text in axis.texts]
-        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    for name in {"krcu", "returns", "learning"}.intersection(drawn):
-        (axis,) = drawn[name].axes
-        assert not axis.get_legend().get_window_extent().overlaps(axis.get_window_extent().padded(-2))

@@ -68,6 +68,7 @@ def test_a_cell_becomes_a_row_of_all_that_was_measured(data: Path, tmp_path: Pat
     assert [kept["k"] for kept in row["retain"]] == [16, 32]
     assert [tokens for tokens, _ in row["learning"]] == [240, 480, 576]
     assert row["measured"]["tokens_per_second"] > 0
+    assert row["measured"]["device_type"] == "cpu"
     assert row["measured"]["peak_bytes"] >= 0
     again = row_of(table, tmp_path / "out")  # all is done: nothing but the row is made anew
     assert same(again) == same(row)
@@ -127,6 +128,10 @@ def test_what_the_corpus_cannot_serve_is_said_before_any_work(data: Path, tmp_pa
 
     refused("too short for a reset at token 8,192", measure={"krcu": {}})
     refused("middle of a segment of 8 tokens", measure={"krcu": {"reset": 12}})
+    long = {"long": {"preset": "none", "segment_length": 48}}
+    both = {"models": long, "cells": {"none": [0], "long": [0]}}
+    refused("long cannot be measured: the reset at token 64 lies in the middle of a segment of 48 tokens", **both)
+    refused("unknown dtype 'float23'", measure={"dtype": "float23"})
     refused("long enough for a return after 10,000", measure={"returns": {"nearest": 10000}})
     refused("there is no corpus at", data={"path": str(tmp_path / "nowhere")})
     assert not (tmp_path / "out" / "cells").exists()
