@@ -46,6 +46,7 @@ class MidiBytes:
     tempos: npt.NDArray[np.int64]  # (m, 2): tick, microseconds a quarter note
     last_tick: int  # of the last event of any kind, the ends of the tracks among them
     behind_the_end: int  # note-ons that stand behind the end of their track, where nobody plays them
+    pedal_stays_down: bool  # somewhere it is pushed and never let up
 
     @property
     def is_strike(self) -> npt.NDArray[np.bool_]:
@@ -84,12 +85,12 @@ def read_bytes(data: bytes, *, ends: bool = True) -> MidiBytes:
         raise MidiBytesError(f"not a readable MIDI file: it is of type {kind}, and there are types 0, 1 and 2")
     tracks: list[npt.NDArray[np.int64]] = []
     tempos: list[tuple[int, int]] = []
-    last, behind, whole = 0, 0, True
+    last, behind, whole, down = 0, 0, True, False
     chunks, left_over = _tracks(data, 8 + length)
     for number, track in enumerate(chunks):
-        events, tick, lost, whole = _read_track(track, number, tempos, ends)
+        events, tick, lost, whole, stays = _read_track(track, number, tempos, ends)
         tracks.append(events)
-        last, behind = max(last, tick), behind + lost
+        last, behind, down = max(last, tick), behind + lost, down or stays
     if left_over and not whole:
         raise MidiBytesError(_wrong_length(len(chunks)))
     per_second = _frames(division) if division & 0x8000 else None
@@ -104,7 +105,7 @@ def read_bytes(data: bytes, *, ends: bool = True) -> MidiBytes:
     if (found[:, 3:] > 127).any():
         raise MidiBytesError("damaged: a status byte stands where a pitch, velocity or value should")
     changes = np.array(tempos, dtype=np.int64).reshape(-1, 2)
-    return MidiBytes(kind, len(tracks), division, per_second, found, changes, last, behind)
+    return MidiBytes(kind, len(tracks), division, per_second, found, changes, last, behind, down)
 
 
 def _frames(division: int) -> Fraction:
@@ -145,11 +146,12 @@ def _tracks(data: bytes, at: int) -> tuple[list[bytes], bool]:
 
 def _read_track(
     data: bytes, number: int, tempos: list[tuple[int, int]], ends: bool
-) -> tuple[npt.NDArray[np.int64], int, int, bool]:
-    """A track's events, the tick at which it ends, how many note-ons stand behind its end, and whether its last event
-    is that end; tempos are appended."""
+) -> tuple[npt.NDArray[np.int64], int, int, bool, bool]:
+    """A track's events, the tick at which it ends, how many note-ons stand behind its end, whether its last event is
+    that end, and whether the pedal of a channel is down there; tempos are appended."""
     # Lean on purpose, also where that is not pretty: this is run for every event of a corpus.
     found: list[int] = []  # tick, status, and the place of the first data byte, packed into one integer
+    pedal: dict[int, int] = {}  # of each channel's status, where it was last
     ended: tuple[int, int] | None = None  # at which tick, and how many events were found until then
     whole = False
     append, size = found.append, len(data)
@@ -184,7 +186,9 @@ def _read_track(
                     raise MidiBytesError(f"damaged: its track {number + 1} holds data where an event should begin")
                 at += 2
             elif 0xB0 <= status < 0xC0:
-                if ends and ((byte := data[at]) == PEDAL or byte >= 120):
+                if (byte := data[at]) == PEDAL and ended is None:
+                    pedal[status] = data[at + 1]
+                if ends and (byte == PEDAL or byte >= 120):
                     append(tick << 32 | status << 24 | at)
                 at += 2
             else:
@@ -205,7 +209,8 @@ def _read_track(
     events[:, 0], events[:, 1], events[:, 2] = packed >> 32, number, packed >> 24 & 0xFF
     place = packed & 0xFFFFFF
     events[:, 3], events[:, 4] = values[place], values[place + 1]
-    return events, last, lost, whole
+    pedal.pop(0xB0 | DRUMS, None)
+    return events, last, lost, whole, any(value >= 64 for value in pedal.values())
 
 
 def _number(data: bytes, at: int) -> tuple[int, int]:
@@ -268,6 +273,8 @@ def pair(midi: MidiBytes) -> Sounding:
                 if depth[key] == 0:
                     _end_in_order(voices.pop(key), notes)
         elif one == PEDAL:
+            if channel == DRUMS:
+                continue  # it is the piano's that is asked for
             if two >= 64:
                 held.setdefault((track, channel), tick)
             elif (start := held.pop((track, channel), None)) is not None:

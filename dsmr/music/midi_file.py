@@ -1,8 +1,9 @@
 """A MIDI file as a score, read twice: by symusic, and from its bytes by our own reader (`dsmr.music.midi_bytes`).
 
-Where both find the same notes and tempos, symusic's score stands. Where they differ (symusic forgets notes that nothing
-ends, reads no more tracks than the header names, cannot read frames a second) the score is made of the bytes. So every
-note-on of a file is in the score, or counted as left out, or the file is refused with the reason.
+Where both find the same notes and tempos, symusic's score stands, with our pedals where one is never let up (symusic
+forgets it). Where they differ (symusic forgets notes that nothing ends, reads no more tracks than the header names,
+cannot read frames a second) the score is made of the bytes. So every note-on of a file is in the score, or counted as
+left out, or the file is refused with the reason.
 """
 
 import importlib
@@ -68,6 +69,8 @@ def read_data(data: bytes) -> MidiFile:
         except Exception:  # it reads less than we do; what neither can read has been refused
             score = None
         if score is not None and _agree(score, midi):
+            if midi.pedal_stays_down:  # symusic knows the pedals that are let up
+                _put_pedals(score, pair(read_bytes(data)).pedals)
             _check_pedals(sum(len(track.pedals) for track in score.tracks))
             return MidiFile(score, n_begun, dropped)
     midi = read_bytes(data)
@@ -120,6 +123,19 @@ def _agree(score: Any, midi: MidiBytes) -> bool:
     return np.array_equal(theirs, np.sort(_packed(*midi.strikes().T)))
 
 
+def _put_pedals(score: Any, pedals: npt.NDArray[np.int64]) -> None:
+    """Give the score's first track of the piano these pedals, and the others none."""
+    for track in score.tracks:
+        if not track.is_drum:
+            track.pedals = _as_pedals(pedals)
+            pedals = pedals[:0]
+
+
+def _as_pedals(pedals: npt.NDArray[np.int64]) -> Any:
+    time, duration = pedals.T.astype(np.int32)
+    return require("symusic").Pedal.from_numpy(time=time, duration=duration)
+
+
 def _sorted(ticks: npt.NDArray[Any], tempos: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Changes of tempo in the order of time, those of one tick in the order in which they came."""
     return np.stack([ticks, tempos]).astype(np.int64)[:, np.argsort(ticks, kind="stable")]
@@ -156,8 +172,6 @@ def _score_of(midi: MidiBytes, notes: npt.NDArray[np.int64], pedals: npt.NDArray
                 velocity=velocity.astype(np.int8),
             )
         if len(pedals) and not is_drum:
-            track.pedals = symusic.Pedal.from_numpy(
-                time=pedals[:, 0].astype(np.int32), duration=pedals[:, 1].astype(np.int32)
-            )
+            track.pedals = _as_pedals(pedals)
         score.tracks.append(track)
     return score

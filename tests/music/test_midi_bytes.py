@@ -334,6 +334,29 @@ def test_frames_keep_their_seconds_in_a_score_of_our_own() -> None:
     assert (note.time, note.duration) == pytest.approx((0.1, 0.05))
 
 
+def test_a_pedal_that_is_never_let_up_is_in_the_score_of_either_reader() -> None:
+    """To the end of the piece; whether a note happens to have no end decides who reads."""
+    down, up = control(64, 127), control(64, 0)
+    events = [(0, on(60)), (100, down), (800, up), (100, down), (10, off(60))]
+    for music in (events, events[:-1]):
+        data = midi(track(*music, (90, b"\xff\x01\0")))
+        last = sum(tick for tick, _ in music) + 90
+        found = [(one.time, one.duration) for one in read_data(data).score.tracks[0].pedals]
+        assert found == [(100, 800), (1000, last - 1000)]
+    (only,) = read_data(midi(track((0, down), (5, on(60)), (10, off(60))))).score.tracks[0].pedals
+    assert (only.time, only.duration) == (0, 15)
+    two = [(0, on(60)), (5, down), (5, off(60))], [(0, on(72, channel=1)), (20, off(72, channel=1))]
+    score = read_data(midi(*(track(*one) for one in two), kind=1)).score
+    assert [[(one.time, one.duration) for one in found.pedals] for found in score.tracks] == [[(5, 15)], []]
+
+
+def test_percussion_moves_no_pedal() -> None:
+    drums = [(0, control(64, 127, channel=9)), (0, on(36, channel=9)), (5, off(36, channel=9))]
+    assert pedals(*drums, (0, on(60)), (5, off(60))) == []
+    score = read_data(midi(track(*drums, (0, on(60)), (5, off(60))))).score
+    assert not any(len(one.pedals) for one in score.tracks if not one.is_drum)
+
+
 def test_a_score_of_our_own_has_the_piano_with_its_pedals_and_percussion_apart() -> None:
     drum = [(0, on(36, channel=9)), (5, off(36, channel=9))]
     pedal = [(0, control(64, 127)), (10, control(64, 0)), (5, b"\xff\x01\0")]
