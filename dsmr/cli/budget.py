@@ -22,9 +22,10 @@ def budget(
     ] = None,
 ) -> None:
     """What a schedule costs, layer by layer and against full memory: bytes of state, attention FLOPs a token."""
-    from dsmr.console.files import write_json
+    from dsmr.console.files import check_replaceable, write_json
     from dsmr.profiling.budget_table import budget_of
 
+    check_replaceable(json)
     found = budget_of(
         parse_schedule(schedule),
         n_heads=heads,

@@ -32,10 +32,11 @@ def list_presets(
     json: Annotated[Path | None, typer.Option("--json", help="Also write it as JSON.", show_default="no")] = None,
 ) -> None:
     """The paper's ten models and ours at one size: schedule, budget, and where each comes from."""
-    from dsmr.console.files import write_json
+    from dsmr.console.files import check_replaceable, write_json
     from dsmr.experiments.listing import listing, sentences, table
     from dsmr.experiments.presets import Size
 
+    check_replaceable(json)
     few = few_heads if few_heads is not None else (1 if heads % 2 else 2)
     size = Size(layers, heads, head_dim, length, short, n_long, few)
     rows = listing(size)
@@ -107,9 +108,11 @@ def report(
     rows: Annotated[Path | None, typer.Option(help="Also keep the rows in this JSON file.", show_default="no")] = None,
 ) -> None:
     """One table of all finished cells (report.md and .json), and the pictures."""
+    from dsmr.console.files import check_replaceable
     from dsmr.experiments.report import write_report
     from dsmr.experiments.rows import read_rows
 
+    check_replaceable(rows)
     found, first = read_rows(*results), results[0]
     beside = first / "report" if first.is_dir() else first.with_name(f"{first.stem}-report")
     for line in write_report(found, out or beside, rows_path=rows):

@@ -20,7 +20,7 @@ Tokenizer = Annotated[
     str, typer.Option(help="tsd (10 ms grid, the default), midilike, remi, or tsd_pedal (with the sustain pedal).")
 ]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one for each core")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a former corpus or export in --out.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda, or cuda:N.")]
 Schedule = Annotated[
     str,
@@ -41,7 +41,11 @@ Engine = Annotated[
 ]
 Prompt = Annotated[Path | None, typer.Option(help="The MIDI file to continue.", show_default=False)]
 PromptSeconds = Annotated[
-    float | None, typer.Option(help="Continue from here, in seconds.", show_default="the end of the file")
+    float | None,
+    typer.Option(
+        help="Continue from here, in seconds, also within a rest (remi: from a note or bar before it).",
+        show_default="the last note's beginning",
+    ),
 ]
 Notes = Annotated[int | None, typer.Option(help="Length in notes.", show_default="no limit")]
 Tokens = Annotated[int | None, typer.Option(help="Length in tokens.", show_default="no limit")]
@@ -74,7 +78,11 @@ MemoryDtype = Annotated[
     ),
 ]
 Threads = Annotated[
-    int, typer.Option(min=1, help="CPU threads. One is not disturbed by other programs; more may be faster.")
+    int,
+    typer.Option(
+        min=1,
+        help="CPU threads, at most 64 or four a core. One is not disturbed by other programs; more may be faster.",
+    ),
 ]
 SaveState = Annotated[Path | None, typer.Option(help="Keep the stream in this file when it ends.", show_default="no")]
 LoadState = Annotated[Path | None, typer.Option(help="Play on from this file instead of a prompt.", show_default=False)]

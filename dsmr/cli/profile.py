@@ -73,9 +73,9 @@ def profile(
     """Time and memory of schedules on this machine: by layer and in total, predicted and measured, with pictures.
 
     Predictions use the machine's ceilings, measured once (see python -m dsmr_kernels.costing.ceilings). With --budget
-    and no --schedule nothing is measured.
+    and no --schedule nothing but these is measured.
     """
-    from dsmr.console.files import check_apart, check_writable
+    from dsmr.console.files import check_apart, check_replaceable, check_writable
 
     schedules = [parse_schedule(text) for text in schedule or ()]
     kinds = [kind.strip() for kind in measure.split(",") if kind.strip()]
@@ -83,6 +83,7 @@ def profile(
         if path is not None:
             check_writable(path)
     check_apart([out / "profile.json", out / "profile.html", trace], {})
+    check_replaceable(trace, "a Chrome trace")
     sizes, defaults = _sizes(locals(), dtype, device, thorough)
     if not schedules and budget is None:
         schedules = [parse_schedule(text) for text in defaults["schedules"]]

@@ -134,6 +134,36 @@ def check_apart(
                 raise UserError(f"{path} is named for two results ({other} is the same file): choose another file")
 
 
+def check_replaceable(path: str | os.PathLike[str] | None, what: str = "JSON") -> None:
+    """`UserError` if something else than `what` lies at `path`, where the user has a result written: before any work.
+
+    A slip of the hand (`--json song.mid`) would otherwise cost what cannot be made again. How a file begins tells what
+    it is: a damaged result can be written anew. `what` is one of `BEGINNINGS`; an empty file is nobody's.
+    """
+    if path is None:
+        return
+    target = Path(path)
+    try:
+        if not target.exists() or target.is_dir():  # of a folder `check_writable` and the writing say more
+            return
+        if not target.is_file():
+            raise UserError(f"cannot write {target}: it is no ordinary file")
+        with open(target, "rb") as file:
+            head = file.read(256)
+    except OSError as error:
+        raise UserError(f"cannot read {target}, which would be replaced: {describe(error)}") from error
+    if head and not BEGINNINGS[what].match(head):
+        raise UserError(f"{target} is there already and is not {what}: choose another file, or delete it first")
+
+
+BEGINNINGS = {
+    "JSON": re.compile(rb"(\xef\xbb\xbf)?\s*([{\[]|$)"),
+    "a Chrome trace": re.compile(rb"\s*[{\[]|\x1f\x8b"),  # also packed by gzip, as `*.gz`
+    "a packed corpus": re.compile(rb"PK\x03\x04.{26}manifest\.json", re.DOTALL),  # its first member
+}
+"""What files of a kind begin with, for `check_replaceable`."""
+
+
 def _same(one: Path, other: Path) -> bool:
     try:
         return one.samefile(other)

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class ProgressLine:
-    """A context manager that shows the latest `update` in place on a terminal, or every `every` seconds in a log."""
+    """A context manager that shows the latest `update` in place on a terminal, or every `every` seconds in a log.
+
+    A narrow terminal shows it over several lines, no figure cut.
+    """
 
     def __init__(self, console: "Console | None" = None, *, every: float = 10.0) -> None:
         from dsmr.console.screen import Screen
@@ -46,7 +49,7 @@ class ProgressLine:
             from rich.text import Text
 
             with contextlib.suppress(OSError):
-                self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+                self._live.update(Text(line, overflow="fold"))
         elif time.monotonic() - self._said_at >= self.every:
             self.say(line)
 

@@ -9,6 +9,7 @@ from typing import IO, NoReturn
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import TextColumn
 from rich.segment import Segment
+from rich.table import Table
 
 from dsmr.console.shown import shown
 
@@ -25,7 +26,12 @@ class Screen(Console):
         raise  # the BrokenPipeError that rich is handling
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As rich does it; what rich itself writes to move the cursor stands in segments of their own."""
+        """As rich does it, but a table's cell that is too narrow goes on in the next line, where rich cuts off digits;
+        what rich itself writes to move the cursor stands in segments of their own."""
+        if isinstance(renderable, Table):
+            for column in renderable.columns:
+                if column.overflow == "ellipsis" and not column.no_wrap:  # rich's default
+                    column.overflow = "fold"
         for segment in super().render(renderable, options):
             text = segment.text if segment.control else shown(segment.text, keep="\n")
             yield segment if text == segment.text else Segment(text, segment.style)

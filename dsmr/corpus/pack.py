@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from dsmr.console.errors import UserError
-from dsmr.console.files import atomic_path, check_apart
+from dsmr.console.files import atomic_path, check_apart, check_replaceable
 from dsmr.console.seal import seal_zip
 from dsmr.corpus.layout import ARRAYS, FILES, MANIFEST
 from dsmr.corpus.pool import cores
@@ -29,7 +29,7 @@ def pack(corpus_dir: str | os.PathLike[str], out_file: str | os.PathLike[str]) -
     """Pack the corpus at `corpus_dir` into `out_file` (by custom `*.dsmr`); returns its path.
 
     The corpus is verified first; the file appears only when it is complete. Raises `UserError` if the corpus is
-    damaged or the file cannot be written.
+    damaged, or if the file cannot be written or is there already and is not a packed corpus.
     """
     source, out = Path(corpus_dir), Path(out_file)
     if not source.is_dir():
@@ -37,6 +37,7 @@ def pack(corpus_dir: str | os.PathLike[str], out_file: str | os.PathLike[str]) -
     if out.is_dir():
         raise UserError(f"cannot pack into {out}: it is a directory, name a file (such as {out}{SUFFIX})")
     check_apart([out], {f"the corpus's {name}": source / name for name in FILES})
+    check_replaceable(out, "a packed corpus")
     members = [MANIFEST, *Corpus.open(source).manifest["files"]]
     with atomic_path(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name in members:

@@ -26,7 +26,7 @@ from dsmr.console.locks import alone_in
 from dsmr.corpus import maestro
 from dsmr.corpus.copies import fingerprint, groups_of
 from dsmr.corpus.folder import SUFFIXES, find_midi, name_below
-from dsmr.corpus.layout import FILES, MANIFEST, SPLITS, WORK
+from dsmr.corpus.layout import FILES, MANIFEST, SPLITS, TOKENIZER, TOKENS, WORK
 from dsmr.corpus.pool import cores, progress_bar, run_all
 from dsmr.corpus.report import PrepareReport, SplitCounts
 from dsmr.corpus.splits import assign_splits
@@ -36,7 +36,7 @@ from dsmr.music.tokenizer import build_tokenizer, encode_score, reason_of, vocab
 from dsmr.music.vocabulary import Vocabulary
 
 MAESTRO = "MAESTRO"
-KEPT = 2  # the form in which results are kept: those of another version are made again
+KEPT = 3  # the form in which results are kept: those of another version are made again
 FRACTIONS = (0.9, 0.05, 0.05)
 COMPOSED_FRACTIONS = (0.8, 0.1, 0.1)
 
@@ -69,6 +69,7 @@ class Result:
     dropped: dict[str, int]
     changed: dict[str, int]
     reason: str | None = None
+    n_pedals: int = 0
 
 
 def prepare_midi(
@@ -86,7 +87,8 @@ def prepare_midi(
     A piece's split follows from a hash of its path below `folder`, so that it stays where it is when other files come
     or go; `fractions` are those of train, validation and test. At least one piece is for training, and where there
     are two or more at least one for validation. Copies of a piece (`dsmr.corpus.copies`) go where it goes. Raises
-    `UserError` if there is nothing to prepare, or if `out` holds anything else (unless `overwrite`).
+    `UserError` if there is nothing to prepare, or if `out` holds anything else: another corpus may be replaced
+    (`overwrite`), other files never.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -195,18 +197,24 @@ def midi_task(path: Path, source: str, split: str | None) -> Task:
 
 
 def check_output(out: Path, vocabulary: Vocabulary, name: str, overwrite: bool) -> None:
-    """`UserError` if `out` holds anything but the corpus `name` of this vocabulary (with `overwrite` it may).
+    """`UserError` if `out` holds anything but the corpus `name` of this vocabulary, or with `overwrite` any corpus.
 
-    Nothing is deleted here: a former corpus stays until `write_corpus` has the new pieces.
+    Files that are no corpus's, those of a run or an export above all, are refused either way: a corpus among them would
+    have replaced their tokenizer.json. Nothing is deleted here: a former corpus stays until `write_corpus` has the new
+    pieces.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"cannot write a corpus to {out}: it is a file")
-    if overwrite or not out.exists():
+    if not out.exists():
         return
     foreign = sorted(path.name for path in out.iterdir() if path.name not in FILES and not path.name.startswith("."))
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(f"{out} holds other files ({foreign[0]}{more}): choose an empty folder for the corpus")
+    if overwrite:
+        return
+    if (out / TOKENIZER).exists() and not any((out / name).exists() for name in (MANIFEST, TOKENS, WORK)):
+        raise UserError(f"{out} holds a {TOKENIZER}, but no corpus: choose an empty folder for the corpus")
     if (out / MANIFEST).exists():
         corpus = Corpus.open(out, verify=False)
         earlier = corpus.vocabulary
@@ -279,6 +287,7 @@ def run(
             report.n_begun += result.n_begun
             report.dropped.update(result.dropped)
             report.changed.update(result.changed)
+            report.n_pedals += result.n_pedals
         else:
             report.n_skipped += result.n_begun
             report.skipped.append((task.source, result.reason))
@@ -334,7 +343,15 @@ def encode_task(task: Task, *, tokenizer: str, folder: str) -> None:
         source = compose(task.seed, minutes=task.minutes) if task.seed is not None else None
         score = Path(str(task.path)) if source is None else source.to_score()
         tokens, found = encode_score(score, _tokenizer(tokenizer))
-        result = Result(found.n_begun, found.n_notes, found.seconds, len(tokens), found.dropped, found.changed)
+        result = Result(
+            found.n_begun,
+            found.n_notes,
+            found.seconds,
+            len(tokens),
+            found.dropped,
+            found.changed,
+            n_pedals=found.n_pedals,
+        )
         content = {"tokens": tokens}
         if source is not None:
             content["labels"] = np.asarray(source.labels_for(vocabulary.clock(tokens)), dtype=np.uint8)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dsmr.console.shown import shown
+from dsmr.music.tokenizer import pedals_left_out
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,6 +53,7 @@ class PrepareReport:
     n_skipped: int = 0  # those in skipped files, as far as their bytes can be read
     n_copies: int = 0  # pieces that play the notes of another one
     n_apart: int = 0  # pieces whose copies lie in other splits, where a given list puts them
+    n_pedals: int = 0  # times that the pedal is held in the files and the tokens say nothing of it
 
     @property
     def total(self) -> SplitCounts:
@@ -78,6 +80,7 @@ class PrepareReport:
             n_skipped=value.get("n_skipped", 0),
             n_copies=value.get("n_copies", 0),
             n_apart=value.get("n_apart", 0),
+            n_pedals=value.get("n_pedals", 0),
         )
 
     def count_copies(self, groups: Sequence[int], splits: Sequence[str]) -> None:
@@ -108,6 +111,8 @@ class PrepareReport:
             lines = [f"{self.n_begun:,} notes begin in these pieces, counted {self.counted}: {kept}"]
         lines += [f"{count:,} notes left out: {why}." for why, count in self.dropped.items()]
         lines += [f"{count:,} notes changed: {what}." for what, count in self.changed.items()]
+        if self.n_pedals:
+            lines.append(pedals_left_out(self.n_pedals))
         if self.n_skipped:
             lines.append(f"{self.n_skipped:,} notes begin in the skipped files, as far as these can be read.")
         if self.n_copies:

@@ -120,15 +120,17 @@ def open_run(
 ) -> tuple[DSMRModel, Corpus]:
     """The best weights of a run directory, and the corpus `data` (by default the one that it was trained on).
 
-    `UserError` if either is missing, if the corpus was prepared with a tokeniser other than the run's, or if the
-    `ranks` find different ones.
+    `UserError` if either is missing, if another corpus lies where the run's did and is not named by `data`, if it was
+    prepared with a tokeniser other than the run's, or if the `ranks` find different ones.
     """
     run = Path(run)
     for needed in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (run / needed).is_file():
             raise UserError(f"{run} is not a trained run: it has no {needed}")
+    trained_on = None
     if data is None:
-        data = corpus_of_run(run)
+        trained_on = load_settings(RunDirectory(run))
+        data = Path(trained_on["train"]["data"])
         if not data.exists():  # train.json keeps the path as it was given, so it may be seen from another folder
             raise UserError(f"{run} was trained on the corpus {data}, which is not there: name it with --data")
     corpus = Corpus.open(data)
@@ -138,15 +140,15 @@ def open_run(
             f"{run} was trained with tokeniser {own.hash[:16]}, but the corpus {data} was prepared with "
             f"{corpus.vocabulary.hash[:16]}"
         )
+    if trained_on is not None and (then := trained_on["corpus"])["digest"] != corpus.digest:
+        raise UserError(
+            f"{run} was trained on the corpus {then['name']} ({then['digest'][:16]}), but {data} now holds "
+            f"{corpus.name} ({corpus.digest[:16]}): to measure on another corpus on purpose, name it with --data"
+        )
     model = DSMRModel.from_pretrained(run)
     if ranks is not None and not ranks.alone:
         ranks.check_agreement({"the corpus": corpus.digest, "the sum of all weights": sum_of_bits(model.parameters())})
     return model.to(resolve_device(device)), corpus
-
-
-def corpus_of_run(run: str | Path) -> Path:
-    """The corpus that a run directory says it was trained on."""
-    return Path(load_settings(RunDirectory(run))["train"]["data"])
 
 
 def piece_losses(

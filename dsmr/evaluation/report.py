@@ -95,14 +95,22 @@ class EvaluationReport:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(f"{shown(self.model)} on {shown(self.corpus)}, {self.split} split"), show_header=False)
-        table.add_row("nats a note", f"{self.nats_per_note:.4f}", style="bold")
-        table.add_row("nats a second", f"{self.nats_per_second:.4f}")
-        table.add_row("nats a token", f"{self.nats_per_token:.4f}")
-        table.add_row(f"perplexity (tokeniser {self.tokenizer_hash[:16]})", f"{self.perplexity:.3f}")
+        rows = [
+            ("nats a note", f"{self.nats_per_note:.4f}"),
+            ("nats a second", f"{self.nats_per_second:.4f}"),
+            ("nats a token", f"{self.nats_per_token:.4f}"),
+            (f"perplexity (tokeniser {self.tokenizer_hash[:16]})", f"{self.perplexity:.3f}"),
+        ]
         for loss in self.by_label or ():
-            table.add_row(f"nats a token, {loss.label} ({loss.tokens:,} tokens)", f"{loss.nats_per_token:.4f}")
-        table.add_row("pieces, notes, tokens", f"{self.pieces:,}, {self.notes:,}, {self.tokens:,}")
+            rows.append((f"nats a token, {loss.label} ({loss.tokens:,} tokens)", f"{loss.nats_per_token:.4f}"))
+        for name, count in (("pieces", self.pieces), ("notes", self.notes), ("tokens", self.tokens)):
+            rows.append((name, f"{count:,}"))
+        title = Text(f"{shown(self.model)} on {shown(self.corpus)}, {self.split} split")
+        table = Table(title=title, show_header=False)
+        table.add_column(overflow="fold")  # on a narrow terminal the names give way, the figures never
+        table.add_column(no_wrap=True, overflow="fold", min_width=max(len(figure) for _, figure in rows))
+        for number, row in enumerate(rows):
+            table.add_row(*row, style=None if number else "bold")
         return table
 
 

@@ -76,9 +76,10 @@ def export_run(
     overwrite = overwrite or (folder / UNFINISHED).is_file()  # what is there, a killed export of ours began
     if is_export(folder) and not overwrite:
         raise UserError(f"{folder} already holds an exported model: give --overwrite to replace it")
-    for name in FILES:
-        if (folder / name).exists() and not overwrite:
-            raise UserError(f"{folder / name} is there already, of something else: give --overwrite to replace it")
+    if not (is_export(folder) or (folder / UNFINISHED).is_file()):
+        for name in FILES:
+            if (folder / name).exists():
+                raise UserError(f"{folder / name} is there already, of something else: choose another --out")
     for name in FILES:
         check_writable(folder / name)
     build = _builder()

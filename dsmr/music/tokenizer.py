@@ -43,6 +43,18 @@ class ScoreReport:
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> number of notes that are not in the tokens
     changed: dict[str, int] = field(default_factory=dict)  # what tokenisation altered -> number of notes
     n_begun: int = 0
+    n_pedals: int = 0  # times that the pedal is held and the tokens say nothing of it
+
+    def lines(self) -> list[str]:
+        """What is not in the tokens as it was, a sentence each."""
+        lines = [f"{count:,} notes left out: {why}." for why, count in self.dropped.items()]
+        lines += [f"{count:,} notes changed: {what}." for what, count in self.changed.items()]
+        return lines + ([pedals_left_out(self.n_pedals)] if self.n_pedals else [])
+
+
+def pedals_left_out(count: int) -> str:
+    """The sentence that says so."""
+    return f"{count:,} pedals left out: the tokeniser has none (tsd_pedal does)."
 
 
 class EmptyScoreError(ValueError):
@@ -221,7 +233,8 @@ def encode_score(source: Any, tokenizer: Any) -> tuple[npt.NDArray[np.uint16], S
     if written + sum(dropped.values()) != file.n_begun:
         raise ValueError(f"of its {file.n_begun:,} notes {written:,} are in the tokens and {dropped} were left out")
     changed = {**file.changed, **_changes(notes, ~outside, tokenizer)}
-    return tokens, ScoreReport(written, seconds, dropped, changed, file.n_begun)
+    pedals = 0 if tokenizer.config.use_sustain_pedals else len(score.tracks[0].pedals)
+    return tokens, ScoreReport(written, seconds, dropped, changed, file.n_begun, pedals)
 
 
 def _changes(notes: dict[str, npt.NDArray[Any]], kept: npt.NDArray[np.bool_], tokenizer: Any) -> dict[str, int]:

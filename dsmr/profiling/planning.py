@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmr.console.errors import UserError
+from dsmr.console.files import check_replaceable, write_json
 from dsmr.console.progress import duration
 from dsmr.console.terminal import command, console
 from dsmr.model.schedule import MemorySchedule
@@ -328,6 +329,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     """Print the plans for each number of nodes and each batch, and what they rest on."""
     asked = _arguments(given)
+    check_replaceable(asked.json)
     for name in ("hours", "tokens_a_second", "epochs"):
         if not 0 < getattr(asked, name) <= 1e12:
             raise UserError(f"{name.replace('_', '-')} must be above 0 and at most 1e12, got {getattr(asked, name)}")
@@ -350,8 +352,6 @@ def main(given: Sequence[str] | None = None) -> None:
         for way in asked.parallel
     ]
     if asked.json is not None:
-        from dsmr.console.files import write_json
-
         content = {"assumptions": assumptions(Links()), "plans": [asdict(row) for row in plans]}
         write_json(asked.json, content, sealed=True)
     screen = console()

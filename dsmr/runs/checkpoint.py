@@ -22,6 +22,8 @@ from dsmr.console.errors import UserError
 from dsmr.console.files import atomic_path, describe, read_json, write_text
 from dsmr.console.schema import Natural, Real, check
 from dsmr.console.seal import check_seal, seal_zip
+from dsmr.corpus.layout import FILES as CORPUS_FILES
+from dsmr.corpus.layout import WORK
 
 FORMAT = 1
 SETTINGS = ("train", "model", "dtype", "corpus", "tokenizer_hash")
@@ -54,21 +56,46 @@ class RunDirectory:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Everything that training writes; `last.pt` and `train.json`, which make it a run, come first."""
+        """Everything that training writes, in the order in which it is deleted: `last.pt` and `train.json`, which make
+        it a run, come first, and the metrics last, which until then say that one was here."""
         return (
             self.last,
             self.settings,
-            self.metrics,
             self.loss_png,
             self.model_config,
             self.weights,
             self.tokenizer,
+            self.metrics,
         )
 
     @property
     def holds_run(self) -> bool:
         """Whether a run was started here."""
         return self.settings.exists() or self.last.exists()
+
+    def check_free(self, *, resume: bool, overwrite: bool) -> None:
+        """`UserError` if training here would replace what is not its own, whatever the user allows: a corpus's files,
+        or a model of other origin. A former run is replaced with `overwrite` and goes on with `resume`."""
+        own = {file.name for file in self.files}
+        for name in (*CORPUS_FILES, WORK):
+            if name not in own and (self.path / name).exists():
+                raise UserError(
+                    f"{self.path} holds a prepared corpus ({name}), which training would damage: choose another --out"
+                )
+        if resume:
+            return
+        if self.holds_run and not overwrite:
+            raise UserError(
+                f"{self.path} already holds a training run: resume it, overwrite it, or choose another --out"
+            )
+        there = [file.name for file in self.files if file.exists()]
+        if there and not (overwrite and (self.holds_run or self.metrics.exists())):
+            more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+            left = "overwrite it, or " if self.metrics.exists() else ""
+            raise UserError(
+                f"{self.path} holds files that training would replace ({there[0]}{more}), but no training run: "
+                f"{left}choose another --out"
+            )
 
     def clear(self) -> None:
         """Delete a former run's files, and nothing else."""

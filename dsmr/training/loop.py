@@ -89,9 +89,11 @@ def train(
 ) -> TrainResult:
     """Train a model into the run directory `config.out`, or go on with the run there.
 
-    A directory that holds a run is refused unless `resume` or `overwrite` is given. SIGINT and SIGTERM finish the step,
-    save and return (a second one ends the process at once). Raises `UserError` for bad settings, for a run that
-    `config` does not continue, for a loss that is not finite, and for files that cannot be written.
+    A directory that holds a run is refused unless `resume` or `overwrite` is given, and one that holds a corpus or a
+    model of other origin always is. A run that is to be resumed and is at its end says so, and nothing is trained.
+    SIGINT and SIGTERM finish the step, save and return (a second one ends the process at once). Raises `UserError` for
+    bad settings, for a run that `config` does not continue, for a loss that is not finite, and for files that cannot be
+    written.
 
     With `parallel` "ddp" or "fsdp" the processes that torchrun started train together (`dsmr.training.ranks`), and only
     the first writes and prints.
@@ -120,10 +122,8 @@ def _train(
     if corpus is None:
         corpus = Corpus.open(config.data)
     with alone_in(run.path, "a training is running") if ranks.first else contextlib.nullcontext():
-        if ranks.first and run.holds_run and not (resume or overwrite):
-            raise UserError(
-                f"{run.path} already holds a training run: resume it, overwrite it, or choose another --out"
-            )
+        if ranks.first:
+            run.check_free(resume=resume, overwrite=overwrite)
         ranks.meet()  # the others begin when the directory is the first's
         training = _Training(config, run, corpus, resume, ranks)
         with ProgressLine(ranks.console(console)) as line, graceful_stop() as stop, without_denormals():
@@ -212,7 +212,8 @@ class _Training:
 
     def run(self, line: ProgressLine, stop: Stop) -> TrainResult:
         self.ranks.stop = stop
-        line.say(self._title())
+        done = self.pace.step > 0 and self.pace.share >= 1
+        line.say(self._already() if done else self._title())
         while True:
             if self.pace.validation_due:
                 try:
@@ -233,7 +234,9 @@ class _Training:
             self._draw(line)
         end = "finished" if finished else f"stopped by {stop.name}"
         best = "" if self.best is None else f", best validation {self.best:.4f} nats a note at step {self.best_step:,}"
-        line.say(f"{end} at step {self.pace.step:,} after {duration(self.pace.seconds)}{best}: {self.directory.path}")
+        if not (done and finished):
+            said = f"{end} at step {self.pace.step:,} after {duration(self.pace.seconds)}"
+            line.say(f"{said}{best}: {self.directory.path}")
         return TrainResult(
             out=self.directory.path,
             step=self.pace.step,
@@ -425,6 +428,15 @@ class _Training:
             f"on {self.ranks.where(self.device)} in {str(self.dtype).removeprefix('torch.')}"
             + (f"; resumed at step {self.pace.step:,}" if self.pace.step else "")
         )
+
+    def _already(self) -> str:
+        """Of a run that has nothing left to do."""
+        at = f"step {self.pace.step:,}"
+        if self.pace.total_steps is not None and self.pace.step >= self.pace.total_steps:
+            asked = f"{self.pace.total_steps:,}"
+        else:
+            at, asked = f"{at}, after {duration(self.pace.seconds)}", f"{self.config.minutes:g} minutes"
+        return f"already at {at} of {asked} asked for: nothing to train; {self.directory.path}"
 
     def _status(self) -> str:
         left = self.pace.seconds_left

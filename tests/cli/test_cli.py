@@ -82,6 +82,21 @@ def test_budget_prints_a_table_and_writes_json(tmp_path):
     assert json.loads((tmp_path / "budget.json").read_text())["bytes"] == 2 * 64 * 2 * 8 * (64 + 16)
 
 
+def test_a_result_replaces_no_file_of_another_kind(tmp_path):
+    song = tmp_path / "song.mid"
+    song.write_bytes(b"MThd")
+    for arguments in (
+        ("budget", "--schedule", TWO_SCALE, "--json", song),
+        ("profile", "--schedule", TWO_SCALE, "--device", "cpu", "--out", tmp_path / "profile", "--trace", song),
+        ("experiments", "list", "--json", song),
+        ("experiments", "report", tmp_path, "--rows", song),
+    ):
+        assert says(dsmr(*arguments), "song.mid is there already and is not"), arguments
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"MThd"]
+    for _ in range(2):  # its own result is
+        assert dsmr("budget", "--schedule", TWO_SCALE, "--json", tmp_path / "budget.json").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("schedule", "words"),
     [

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,29 @@ def test_progress_shows_user_text_as_it_is(capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().err
     assert said.count(SAFE) == 2
     assert "[/x] [red]" in said
+
+
+def test_nothing_is_cut_on_a_narrow_terminal() -> None:
+    file = io.StringIO()
+    table = Table("schedule", "loss", "bytes")
+    table.add_row("two_scale", "27.4123456", "1,234,567,890")
+    Screen(file=file, width=20).print(table)
+    assert "…" not in file.getvalue()
+    columns = zip(*(line.split("│")[1:4] for line in file.getvalue().splitlines() if line.startswith("│")), strict=True)
+    assert ["".join(map(str.strip, column)) for column in columns] == ["two_scale", "27.4123456", "1,234,567,890"]
+
+
+def test_a_progress_line_goes_on_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    file = io.StringIO()
+    with ProgressLine(Screen(file=file, width=20)) as line:
+        line.update("step 1,234/10,000 · 1:02:03 left · loss 27.412 nats a token")
+        assert line._live is not None
+        line._live.refresh()
+    said = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", " ", file.getvalue()).split())
+    assert "step 1,234/10,000 · 1:02:03 left · loss 27.412 nats a token" in said
+    assert "…" not in said
 
 
 @pytest.mark.soak

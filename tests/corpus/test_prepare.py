@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from small_scores import random_score, score_of, write_folder
+from symusic import ControlChange
 
 from dsmr.console.errors import UserError
 from dsmr.console.locks import alone_in
@@ -52,6 +53,22 @@ def test_a_folder_becomes_a_corpus_with_every_piece_and_note(tmp_path: Path) -> 
         "tokens.bin",
     ]
     assert PrepareReport.from_json(corpus.manifest["report"]) == report
+
+
+def test_pedals_that_the_tokeniser_does_not_write_are_told(tmp_path: Path) -> None:
+    """With the default none are, in files that are full of them."""
+    folder = tmp_path / "midi"
+    folder.mkdir()
+    for number in range(3):
+        score = random_score(seed=number, pedals=False)
+        score.tracks[0].controls.extend([ControlChange(10 + 40 * n, 64, 127 * (1 - n % 2)) for n in range(2 * number)])
+        score.dump_midi(folder / f"{number}.mid")
+    report = prepare_midi(folder, tmp_path / "c", **quietly)
+    said = "3 pedals left out: the tokeniser has none (tsd_pedal does)."
+    assert said in report.lines()
+    assert said in text_of(PrepareReport.from_json(Corpus.open(tmp_path / "c").manifest["report"]))
+    assert report.n_pedals == 3
+    assert prepare_midi(folder, tmp_path / "d", tokenizer="tsd_pedal", **quietly).n_pedals == 0
 
 
 @pytest.mark.slow
@@ -135,6 +152,34 @@ def test_what_is_in_the_output_is_not_spoiled(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it is a file"):
         prepare_midi(folder, tmp_path / "d" / "thesis.txt", **quietly)
     assert (tmp_path / "d" / "thesis.txt").read_text() == "do not lose me"
+
+
+@pytest.mark.parametrize(
+    "names", [("config.json", "last.pt", "tokenizer.json"), ("export.json", "tokenizer.json"), ("thesis.txt",)]
+)
+def test_files_of_no_corpus_are_not_overwritten_even_where_that_is_asked(tmp_path: Path, names: tuple[str]) -> None:
+    """A run's or an export's tokenizer.json became the corpus's, and the rest stayed."""
+    folder = write_folder(tmp_path / "midi", 1)
+    for out in (tmp_path / "fresh", tmp_path / "corpus"):
+        if out.name == "corpus":
+            prepare_midi(folder, out, **quietly)
+        out.mkdir(exist_ok=True)
+        for name in names:
+            (out / name).write_text("mine")
+        with pytest.raises(UserError, match=rf"holds other files \({names[0]}.*\): choose an empty folder"):
+            prepare_midi(folder, out, overwrite=True, **quietly)
+        assert {(out / name).read_text() for name in names} == {"mine"}
+
+
+def test_a_tokeniser_that_lies_alone_is_replaced_only_where_that_is_asked(tmp_path: Path) -> None:
+    folder, out = write_folder(tmp_path / "midi", 1), tmp_path / "c"
+    out.mkdir()
+    (out / "tokenizer.json").write_text("mine")
+    with pytest.raises(UserError, match=r"holds a tokenizer\.json, but no corpus"):
+        prepare_midi(folder, out, **quietly)
+    assert (out / "tokenizer.json").read_text() == "mine"
+    prepare_midi(folder, out, overwrite=True, **quietly)
+    assert Corpus.open(out).n_pieces == 1
 
 
 def test_two_prepares_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ import pytest
 from raw_midi import melody, midi, off, on, track
 from rich.console import Console
 from small_scores import random_score, score_of, write_folder
+from tiny_corpus import tiny_corpus
 
 from dsmr.console.errors import UserError
 from dsmr.corpus import prepare
 from dsmr.corpus.copies import fingerprint, groups_of
+from dsmr.corpus.pack import pack
 from dsmr.corpus.prepare import prepare_midi
 from dsmr.corpus.report import PrepareReport
 from dsmr.corpus.splits import assign_splits
@@ -273,3 +275,17 @@ def test_an_empty_folder_says_what_it_passed_over(tmp_path: Path) -> None:
     (tmp_path / "midi" / "gone.mid").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds no MIDI file .*gone\.mid: it is a link to nothing"):
         prepare_midi(tmp_path / "midi", tmp_path / "c", **quietly)
+
+
+def test_only_a_packed_corpus_is_replaced_by_one(tmp_path: Path) -> None:
+    """The order of the arguments, or a glob, once cost a MIDI file."""
+    corpus = tiny_corpus(tmp_path / "c")
+    song = write_folder(tmp_path / "midi", 1).joinpath("song.mid")
+    song.write_bytes(midi(track(*melody(60))))
+    with pytest.raises(UserError, match=r"song\.mid is there already and is not a packed corpus"):
+        pack(corpus.path, song)
+    assert song.read_bytes() == midi(track(*melody(60)))
+    packed = pack(corpus.path, tmp_path / "c.dsmr")
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[: len(whole) // 2])
+    assert pack(corpus.path, packed).read_bytes() == whole

@@ -1,8 +1,11 @@
 """A piece's loss is its own: whatever the batch, from the first token to EOS, and counted per note."""
 
+import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +20,15 @@ from warm_start import WarmStart
 
 from dsmr.cli.app import app
 from dsmr.console.errors import UserError
+from dsmr.console.files import write_json
 from dsmr.console.ranks import Ranks
+from dsmr.console.screen import Screen
 from dsmr.corpus.store import Corpus, PieceRecord, write_corpus
-from dsmr.evaluation.losses import evaluate, evaluate_run, piece_losses
+from dsmr.evaluation.losses import evaluate, evaluate_run, open_run, piece_losses
 from dsmr.evaluation.report import report_losses
 from dsmr.model.config import DSMRConfig
 from dsmr.model.transformer import DSMRModel
+from dsmr.runs.settings import TrainConfig, run_settings
 
 
 class BigramModel(torch.nn.Module):
@@ -207,6 +213,42 @@ def test_a_run_and_a_corpus_of_another_tokeniser_do_not_meet(tmp_path: Path) -> 
         evaluate_run(tmp_path / "corpus", tmp_path / "corpus")
     with pytest.raises(UserError, match="holds no training run"):  # nor does it say which corpus it was trained on
         evaluate_run(run)
+
+
+def test_another_corpus_in_the_place_of_the_runs_is_measured_only_where_it_is_named(tmp_path: Path) -> None:
+    data = tmp_path / "corpus"
+    corpus = tiny_corpus(data)
+    run = saved_run(tmp_path / "run", corpus)
+    config = TrainConfig(data=str(data), out=str(run), schedule="none(layers=2)")
+    settings = run_settings(config, corpus, config.model_config(len(TOKENS)), torch.float32)
+    write_json(run / "train.json", settings, sealed=True)
+    own = evaluate_run(run, device="cpu")
+    shutil.rmtree(data)
+    other = tiny_corpus(data, seed=5)
+    for measure in (evaluate_run, open_run):
+        with pytest.raises(
+            UserError, match=rf"on the corpus tiny .*holds tiny \({other.digest[:16]}\): .* with --data"
+        ):
+            measure(run, device="cpu")
+    assert evaluate_run(run, data, device="cpu").nats != own.nats
+
+
+def test_no_figure_is_cut_on_a_narrow_terminal(tmp_path: Path) -> None:
+    """A loss that ends in dots says another number."""
+    report = evaluate(BigramModel(), tiny_corpus(tmp_path, labels=True), name="a-run-of-a-long-name")
+    report = dataclasses.replace(report, nats_per_note=27.4123, tokens=12_345_678)
+    file = StringIO()
+    Screen(file=file, width=20).print(report.table())
+    said = file.getvalue()
+    for figure in (
+        "27.4123",
+        f"{report.perplexity:.3f}",
+        "12,345,678",
+        *(f"{x.nats_per_token:.4f}" for x in report.by_label),
+    ):
+        assert f" {figure} " in said
+    assert "…" not in said
+    assert max(map(len, said.splitlines())) <= 20
 
 
 @pytest.mark.parametrize("world", [2, 3, 12])

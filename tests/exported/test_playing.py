@@ -131,6 +131,7 @@ def test_an_export_is_not_made_of_one_nor_over_one_nor_over_a_run(tmp_path):
     small_run(tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "export")
     before = (tmp_path / "export" / "export.json").read_bytes()
+    small_run(tmp_path / "another")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "model.onnx").write_bytes(b"of somebody else")
     for run, out, options, said in (
@@ -143,6 +144,8 @@ def test_an_export_is_not_made_of_one_nor_over_one_nor_over_a_run(tmp_path):
         ("run", "other", {"calibrate": ["a.mid"]}, "--calibrate measures for an int8 memory"),
         ("nowhere", "other", {}, "nowhere is not a run directory"),
         ("run", "taken", {}, r"taken/model\.onnx is there already"),
+        ("run", "taken", {"overwrite": True}, r"taken/model\.onnx is there already, of something else"),
+        ("run", "another", {"overwrite": True}, r"another/tokenizer\.json is there already, of something else"),
     ):
         with pytest.raises(UserError, match=said):
             export_run(tmp_path / run, tmp_path / out, **options)

@@ -150,6 +150,18 @@ def test_pedals_of_all_tracks_are_kept_and_written_as_controllers() -> None:
     assert [move[0] for move in moves] == sorted(move[0] for move in moves)
 
 
+def test_pedals_that_the_tokeniser_has_no_tokens_for_are_told() -> None:
+    score = symusic.Score(480)
+    track = symusic.Track(program=0, is_drum=False)
+    track.notes.append(symusic.Note(0, 480, 60, 64))
+    track.pedals.extend([symusic.Pedal(0, 240), symusic.Pedal(300, 100)])
+    score.tracks.append(track)
+    _, report = encode_score(score, build_tokenizer("tsd"))
+    assert report.lines() == ["2 pedals left out: the tokeniser has none (tsd_pedal does)."]
+    _, report = encode_score(score, build_tokenizer("tsd_pedal"))
+    assert report.lines() == []
+
+
 def test_a_piece_lasts_a_day_at_most() -> None:
     day = 24 * 3600.0
     assert module.rewrite(score_of([(day - 1, 1.0, 60)]))[1] == {}

@@ -384,6 +384,22 @@ def test_a_budget_alone_measures_nothing(quick: None, tmp_path: Path, monkeypatc
     assert (tmp_path / "budget.png").exists()
 
 
+def test_a_budget_alone_measures_the_ceilings_and_the_help_says_so(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fits is ranked by predicted cost, which nobody knows of a machine without its ceilings."""
+    from dsmr_kernels.costing import ceilings
+
+    asked: list[bool] = []
+    monkeypatch.setattr(ceilings, "ceilings_of", lambda _, rough=False, **options: (asked.append(rough), KNOWN)[1])
+    monkeypatch.setattr(profile_module, "measured_row", lambda job: pytest.fail("measured"))
+    assert run("--budget", "1MiB", "--layers", "2", *SMALL, "--out", tmp_path).exit_code == 0
+    assert asked == [True, False]
+    said = " ".join(run("--help").stdout.replace("│", " ").split())
+    assert "Predictions use the machine's ceilings, measured once" in said
+    assert "With --budget and no --schedule nothing but these is measured." in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

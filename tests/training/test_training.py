@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 from io import StringIO
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dsmr.console.files import read_json
 from dsmr.console.locks import alone_in
 from dsmr.evaluation.losses import evaluate, evaluate_run
 from dsmr.model.transformer import DSMRModel
-from dsmr.runs.checkpoint import load_checkpoint
+from dsmr.runs.checkpoint import RunDirectory, load_checkpoint
 from dsmr.training.loop import train
 
 
@@ -65,6 +66,63 @@ def test_a_run_directory_is_not_overwritten_unasked(data: Path, tmp_path: Path) 
     assert len(losses(tmp_path / "run")) == 2
     with pytest.raises(UserError, match="holds no training run"):
         quiet(tiny_config(data, tmp_path / "nothing"), resume=True)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_corpus_is_never_trained_into(data: Path, tmp_path: Path, finished: bool) -> None:
+    """Its tokenizer.json was replaced by the run's, and the corpus was damaged; nor may a run that is there go on."""
+    corpus = tiny_corpus(tmp_path / "out", beat_res=12)
+    if not finished:
+        corpus.path.joinpath("manifest.json").unlink()
+    before = {file.name: file.read_bytes() for file in corpus.path.iterdir()}
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(UserError, match=r"out holds a prepared corpus \(.*\), which training would damage"):
+            quiet(tiny_config(data, tmp_path / "out"), **options)
+    assert {file.name: file.read_bytes() for file in corpus.path.iterdir()} == before
+    quiet(tiny_config(data, tmp_path / "run", steps=2))
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds a prepared corpus \(manifest\.json\)"):
+        quiet(tiny_config(data, tmp_path / "run", steps=4), resume=True)
+
+
+@pytest.mark.parametrize(
+    "names", [("config.json", "model.safetensors", "tokenizer.json"), ("export.json", "model.onnx", "tokenizer.json")]
+)
+def test_a_model_of_other_origin_is_not_replaced(data: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
+    (tmp_path / "model").mkdir()
+    for name in names:
+        (tmp_path / "model" / name).write_text("mine")
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(UserError, match=r"holds files that training would replace .*, but no training run: choose"):
+            quiet(tiny_config(data, tmp_path / "model"), **options)
+    assert sorted(file.name for file in (tmp_path / "model").iterdir()) == sorted(names)
+    assert {file.read_text() for file in (tmp_path / "model").iterdir()} == {"mine"}
+
+
+def test_an_overwriting_that_was_killed_can_be_begun_again(data: Path, tmp_path: Path) -> None:
+    """Killed while it deleted the former run, whose metrics go last."""
+    config = tiny_config(data, tmp_path / "run", steps=2)
+    quiet(config)
+    for file in RunDirectory(config.out).files[:-1]:
+        file.unlink()
+        if not RunDirectory(config.out).holds_run:
+            with pytest.raises(UserError, match="but no training run: overwrite it, or choose another --out"):
+                quiet(config)
+    assert quiet(config, overwrite=True).step == 2
+
+
+def test_a_run_that_is_past_its_steps_says_so(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path / "run", steps=6)
+    quiet(config)
+    for steps in (6, 4):
+        log = StringIO()
+        result = train(dataclasses.replace(config, steps=steps), resume=True, console=Console(file=log, width=400))
+        assert (result.finished, result.exit_code, result.step) == (True, 0, 6)
+        assert log.getvalue() == f"already at step 6 of {steps} asked for: nothing to train; {tmp_path / 'run'}\n"
+    assert quiet(dataclasses.replace(config, steps=8), resume=True).step == 8
+    log = StringIO()
+    train(dataclasses.replace(config, steps=None, minutes=1e-6), resume=True, console=Console(file=log, width=400))
+    assert re.match(r"already at step 8, after 0:\d\d of 1e-06 minutes asked for: nothing to train", log.getvalue())
 
 
 def test_a_run_is_not_resumed_with_what_it_does_not_fit(data: Path, tmp_path: Path) -> None:
