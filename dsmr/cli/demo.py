@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dsmr.cli.options import Seed, SoundFont, Wav, check_sound
+from dsmr.console.shown import shown
 from dsmr.console.terminal import command, console
 
 
@@ -28,4 +29,4 @@ def demo(
         from dsmr.music.tokenizer import load_midi
 
         made = render(load_midi(done.files["whole"]), sound, font)
-        console().print(made.sentence, soft_wrap=True, markup=False)
+        console().print(shown(made.sentence), soft_wrap=True, markup=False)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dsmr.cli.options import Out, Overwrite
+from dsmr.console.shown import shown
 from dsmr.console.terminal import command, console
 
 
@@ -48,6 +49,7 @@ def export(
     if done.error is not None:
         found = f"logits within {done.error:.1e} of PyTorch's in float32, of the largest"
     console().print(
-        f"{done.folder}: {kind}weights in {done.weights}, memory in {done.memory}, {human_bytes(done.nbytes)}; {found}",
+        f"{shown(done.folder)}: {kind}weights in {done.weights}, memory in {done.memory}, {human_bytes(done.nbytes)}; "
+        f"{found}",
         soft_wrap=True,
     )

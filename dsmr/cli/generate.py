@@ -29,6 +29,7 @@ from dsmr.cli.options import (
     check_sound,
     sampling_of,
 )
+from dsmr.console.shown import shown
 from dsmr.console.terminal import command, console, interrupted
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def generate(
     notes: Notes = None,
     tokens: Tokens = None,
     variations: Annotated[
-        int, typer.Option(min=1, help="Continuations at once, X-1.mid, X-2.mid …; the i-th as of seed + i - 1.")
+        int,
+        typer.Option(min=1, max=1024, help="Continuations at once, X-1.mid, X-2.mid …; the i-th as of seed + i - 1."),
     ] = 1,
     stream: Annotated[
         bool, typer.Option("--stream", help="Print notes as they come, and write --out while it grows.")
@@ -87,7 +89,7 @@ def generate(
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
     sampling = sampling_of(given, load_state is not None)
     from dsmr.console.progress import ProgressLine, duration
-    from dsmr.generation.continuation import Played, continue_variations
+    from dsmr.generation.continuation import Played, Unwritten, continue_variations
     from dsmr.music.sounding import ON
 
     wholes = [out] if variations == 1 else [out.with_name(f"{out.stem}-{i + 1}{out.suffix}") for i in range(variations)]
@@ -111,42 +113,51 @@ def generate(
                 except OSError as error:
                     unread.append(error)
 
-        done = continue_variations(
-            run,
-            prompt,
-            out,
-            prompt_seconds=prompt_seconds,
-            seconds=seconds,
-            notes=notes,
-            tokens=tokens,
-            sampling=sampling,
-            stop_at_end=stop_at_end,
-            device=device,
-            engine=engine,
-            threads=threads,
-            variations=variations,
-            dtype=dtype or ("auto" if load_state is None else None),
-            memory_dtype=memory_dtype,
-            growing=stream,
-            save_state=save_state,
-            load_state=load_state,
-            on_progress=show,
-            on_event=say if stream else None,
-        )
+        unwritten: Unwritten | None = None
+        try:
+            done = continue_variations(
+                run,
+                prompt,
+                out,
+                prompt_seconds=prompt_seconds,
+                seconds=seconds,
+                notes=notes,
+                tokens=tokens,
+                sampling=sampling,
+                stop_at_end=stop_at_end,
+                device=device,
+                engine=engine,
+                threads=threads,
+                variations=variations,
+                dtype=dtype or ("auto" if load_state is None else None),
+                memory_dtype=memory_dtype,
+                growing=stream,
+                save_state=save_state,
+                load_state=load_state,
+                on_progress=show,
+                on_event=say if stream else None,
+            )
+        except Unwritten as error:  # what is there is told of first
+            done, unwritten = error.done, error
     if unread:
         raise unread[0]
     print_to = console()
-    for reason, count in done[0].left_out.items():
-        print_to.print(f"{prompt}: {count:,} notes left out: {reason}", soft_wrap=True)
+    missing = set() if unwritten is None else unwritten.missing
+    if done[0].prompt is not None and prompt is not None:
+        for notice in done[0].prompt.notices(prompt):
+            print_to.print(notice, soft_wrap=True)
     for one in done:
-        print_to.print(_report(one), soft_wrap=True)
+        print_to.print(_report(one, missing), soft_wrap=True)
     if font is not None:
         for one in done:
-            print_to.print(_sound(one.whole, font), soft_wrap=True, markup=False)
+            if one.whole not in missing:
+                print_to.print(_sound(one.whole, font), soft_wrap=True, markup=False)
     if realtime:
         print_to.print(_realtime(done[0]), soft_wrap=True)
-    if save_state is not None:
-        print_to.print(f"{save_state}: the stream, to be played on with --load-state", soft_wrap=True)
+    if save_state is not None and save_state not in missing:
+        print_to.print(f"{shown(save_state)}: the stream, to be played on with --load-state", soft_wrap=True)
+    if unwritten is not None:
+        raise unwritten
     if done[0].signal is not None:
         interrupted(done[0].signal, "what was played until then is written")
 
@@ -155,20 +166,27 @@ def _sound(midi: Path, font: Path) -> str:
     from dsmr.music.sound import render
     from dsmr.music.tokenizer import load_midi
 
-    return render(load_midi(midi), midi.with_suffix(".wav"), font).sentence
+    return shown(render(load_midi(midi), midi.with_suffix(".wav"), font).sentence)
 
 
-def _report(done: "Continuation") -> str:
+def _report(done: "Continuation", missing: set[Path]) -> str:
+    """How it went, and the files that are there."""
     from dsmr.console.words import human_bytes
 
     played = done.played
-    return (
-        f"{done.whole}: {done.prompt_seconds:.1f} s of prompt ({done.prompt_notes:,} notes), "
-        f"then {played.seconds:.1f} s ({played.notes:,} notes, {played.tokens:,} tokens)\n"
-        f"{done.continuation}: the continuation alone\n{done.picture}: piano roll\n"
+    not_there = " (not written)" if done.whole in missing else ""
+    lines = [
+        f"{shown(done.whole)}{not_there}: {done.prompt_seconds:.1f} s of prompt ({done.prompt_notes:,} notes), "
+        f"then {played.seconds:.1f} s ({played.notes:,} notes, {played.tokens:,} tokens)"
+    ]
+    for path, what in ((done.continuation, "the continuation alone"), (done.picture, "piano roll")):
+        if path not in missing:
+            lines.append(f"{shown(path)}: {what}")
+    lines.append(
         f"{played.tokens_a_second:,.0f} tokens/s, {played.times_real_time:.1f} × real time, "
         f"weights in {done.precision}, memory {human_bytes(done.state_bytes)}"
     )
+    return "\n".join(lines)
 
 
 def _realtime(done: "Continuation") -> str:

@@ -26,6 +26,7 @@ from dsmr.cli.options import (
     sampling_of,
 )
 from dsmr.console.errors import UserError
+from dsmr.console.shown import shown
 from dsmr.console.terminal import command, console, interrupted
 
 
@@ -77,7 +78,7 @@ def play(
         from dsmr.live.ports import port_names
 
         for kind, names in zip(("output", "input"), port_names(), strict=True):
-            console().print("\n".join(f"{kind}: {name}" for name in names) or f"no {kind} port")
+            console().print("\n".join(f"{kind}: {shown(name)}" for name in names) or f"no {kind} port")
         return
     if run is None:
         raise UserError("name the run directory that holds the model")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from dsmr.console.shown import shown
 from dsmr.console.terminal import command, console
 
 
@@ -40,4 +41,4 @@ def render(
             line.update(f"{duration(done)} of {duration(total)} written")
 
         done = play(score, path, font, rate=rate, program=program, progress=show)
-    console().print(done.sentence, soft_wrap=True, markup=False)
+    console().print(shown(done.sentence), soft_wrap=True, markup=False)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from dsmr.console.errors import UserError
 from dsmr.console.files import describe
+from dsmr.console.words import one_line
 
 T = TypeVar("T")
 
@@ -17,6 +18,7 @@ class Results:
     def __init__(self) -> None:
         self.written: list[Path] = []
         self.missing: list[tuple[Path, str]] = []
+        self.cause: Exception | None = None  # the first of what nobody foresaw, for whoever wants the traceback
 
     def write(self, path: str | os.PathLike[str], work: Callable[[], T]) -> T | None:
         """What `work`, which writes `path`, returns; None if it could not, which is noted."""
@@ -28,6 +30,9 @@ class Results:
             self.fail(path, f"cannot write {os.fspath(path)}: {describe(error)}")
         except MemoryError:
             self.fail(path, f"cannot write {os.fspath(path)}: not enough memory")
+        except Exception as error:  # a drawing library raises what it likes, and must not take the music with it
+            self.cause = self.cause or error
+            self.fail(path, f"cannot write {os.fspath(path)}: {type(error).__name__}: {one_line(error)}")
         else:
             self.written.append(Path(path))
             return done
@@ -50,4 +55,4 @@ class Results:
     def check(self) -> None:
         """`UserError` with the sentence, if anything is missing."""
         if self.missing:
-            raise UserError(self.sentence)
+            raise UserError(self.sentence) from self.cause

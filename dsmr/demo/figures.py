@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dsmr.console.files import atomic_path
+from dsmr.console.figures import entitle, save
 from dsmr.evaluation.report import EvaluationReport
 from dsmr.music.pianoroll import FAINT, INK
 
@@ -67,9 +67,9 @@ def comparison_figure(
     colours = dict(zip(reports, (WITH_MEMORY, WITHOUT_MEMORY), strict=False))
     _bars(left, reports, colours)
     _curves(right, clock, along, stretches, colours)
-    right.set_title(f"along one validation piece ({piece}), mean over {WINDOW:g} s", loc="left", color=INK, fontsize=11)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    title = f"along one validation piece ({piece}), mean over {WINDOW:g} s"
+    entitle(right, title, loc="left", color=INK, fontsize=11)
+    save(figure, path, dpi=110)
 
 
 def _bars(ax: Any, reports: Mapping[str, EvaluationReport], colours: Mapping[str, str]) -> None:

@@ -14,8 +14,8 @@ import torch
 
 from dsmr.export.attention import Scales
 from dsmr.export.weights import MOST
-from dsmr.generation.continuation import read_prompt
 from dsmr.generation.player import Player
+from dsmr.generation.prompts import read_prompt
 from dsmr.generation.sampling import Sampling
 from dsmr.model.transformer import DSMRModel
 from dsmr.music.vocabulary import Vocabulary
@@ -55,7 +55,7 @@ def _music(
     for heard in player.tokens:
         yield torch.from_numpy(np.array(heard, dtype=np.int64))
     for piece in pieces:
-        yield torch.from_numpy(read_prompt(piece, vocabulary, None)[0])
+        yield torch.from_numpy(read_prompt(piece, vocabulary, None).tokens)
 
 
 @torch.no_grad()

@@ -24,16 +24,15 @@ from dsmr.console.stopping import Interruption, graceful_stop, signal_of
 from dsmr.exported.about import FILES
 from dsmr.generation.engines import RUN_FILES, check_memory_dtype, load_run, resolve_precision
 from dsmr.generation.heard import Heard
-from dsmr.generation.player import Limits, Player, Sampling, may_stop
+from dsmr.generation.pieces import Pieces, output_paths
+from dsmr.generation.player import Limits, Player, Sampling
+from dsmr.generation.prompts import FilePrompt, read_prompt, whole_notes
 from dsmr.generation.recorder import Recorder
-from dsmr.generation.saved_stream import load_player, save_player
-from dsmr.music.pianoroll import draw_pianoroll, score_notes
-from dsmr.music.sounding import Event, Sounding
-from dsmr.music.tokenizer import decode, encode_midi, write_midi
+from dsmr.generation.saved_stream import check_stream_place, load_player, save_player
+from dsmr.music.sounding import ON, Event, Sounding
 from dsmr.music.vocabulary import Vocabulary
 
 DEFAULT_SECONDS = 60.0
-RING_ON = 2.0  # seconds for which notes that are still held when the playing breaks off ring on
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Played:
     """How far the playing has come: music made, and the seconds that it took."""
 
     tokens: int = 0
-    notes: int = 0
+    notes: int = 0  # that are complete
     seconds: float = 0.0
     elapsed: float = 0.0
     behind: float = 0.0  # the most that computing has lain behind the music, had both begun with the first token
@@ -65,7 +64,7 @@ class Continuation:
     picture: Path
     prompt_seconds: float
     prompt_notes: int
-    left_out: dict[str, int]  # reason -> notes of the prompt's file that the model cannot be told
+    prompt: FilePrompt | None  # None = played on from a saved stream
     played: Played
     state_bytes: int
     precision: str  # of the weights
@@ -75,6 +74,14 @@ class Continuation:
     def interrupted(self) -> bool:
         """Whether a signal ended it before the asked length."""
         return self.signal is not None
+
+
+class Unwritten(UserError):
+    """Some of the results are not there; `done` tells of the others, and `missing` are those."""
+
+    def __init__(self, results: Results, done: list[Continuation]) -> None:
+        super().__init__(results.sentence)
+        self.done, self.missing = done, {path for path, _ in results.missing}
 
 
 class Take:
@@ -100,7 +107,7 @@ class Take:
         if not self.played.tokens:  # reading the prompt is no part of keeping up
             self._latency = elapsed
         behind = max(self.played.behind, elapsed - self._latency - seconds)
-        notes = self.played.notes + bool(self.vocabulary.is_note[token])
+        notes = self.played.notes + sum(event.kind == ON for event in events)
         self.played = Played(self.played.tokens + 1, notes, seconds, elapsed, behind)
         if self.recorder is not None and self.played.notes:
             with contextlib.suppress(UserError):  # a disk that is full now; it tries again, and the whole comes last
@@ -165,7 +172,7 @@ def continue_variations(
 
     Raises `UserError` if the run, the prompt or the state cannot be used, or if the prompt is shorter than asked for.
     What has been played until then is written, whatever ends the playing; where one of the files cannot be, the others
-    are, and the `UserError` says which.
+    are, and the `UserError` says which (an `Unwritten`, if nothing else went wrong).
     """
     out = Path(out)
     if seconds is None and notes is None and tokens is None:
@@ -184,19 +191,20 @@ def continue_variations(
     for one in outs:
         _check_output(one)
     if save_state is not None:
+        check_stream_place(save_state)
         check_writable(save_state)
     model, vocabulary = load_run(run_dir, device, engine=engine, threads=threads)
     check_memory_dtype(memory_dtype or "auto", model)
-    left_out: dict[str, int] = {}
+    prompt: FilePrompt | None = None
     if load_state is not None:
         player = load_player(load_state, model, vocabulary, sampling=sampling, dtype=dtype, streams=variations)
     else:
         assert prompt_midi is not None
-        prompt, left_out = read_prompt(prompt_midi, vocabulary, prompt_seconds)
+        prompt = read_prompt(prompt_midi, vocabulary, prompt_seconds)
         dtype = resolve_precision(dtype, model)
         player = Player.begin(
             model,
-            prompt,
+            prompt.tokens,
             sampling,
             vocabulary,
             variations=variations,
@@ -220,13 +228,12 @@ def continue_variations(
         results.write(output_paths(one)[2], partial(score.draw, one))
     if trouble is not None and not isinstance(trouble, KeyboardInterrupt):
         _fail(trouble, f"the {takes[0].played.seconds:.1f} s played until then are in {outs[0]}", results)
-    results.check()
-    return [
+    done = [
         Continuation(
             *output_paths(one),
             prompt_seconds=score.join,
             prompt_notes=score.prompt_notes,
-            left_out=left_out,
+            prompt=prompt,
             played=take.played,
             state_bytes=player.state.nbytes,
             precision=player.dtype,
@@ -234,6 +241,9 @@ def continue_variations(
         )
         for one, take, score in zip(outs, takes, scores, strict=True)
     ]
+    if results.missing:
+        raise Unwritten(results, done) from results.cause
+    return done
 
 
 def _save_stream(path: str | os.PathLike[str], player: Player, trouble: BaseException | None, results: Results) -> None:
@@ -257,15 +267,6 @@ def check_resumed(memory_dtype: str | None, load_state: str | os.PathLike[str] |
     """`UserError` for a memory dtype that is asked of a stream which has one already."""
     if memory_dtype is not None and load_state is not None:
         raise UserError("--memory-dtype cannot be given with --load-state: the saved stream keeps its own")
-
-
-def read_prompt(
-    prompt_midi: str | os.PathLike[str], vocabulary: Vocabulary, prompt_seconds: float | None
-) -> tuple[np.ndarray, dict[str, int]]:
-    """The tokens of the first `prompt_seconds` of a MIDI file, BOS first, and the notes left out, by reason."""
-    encoded, report = encode_midi(prompt_midi, vocabulary)
-    piece = np.concatenate([[vocabulary.bos_id], np.asarray(encoded, dtype=np.int64)])
-    return cut_prompt(piece, vocabulary, prompt_seconds, report.seconds, prompt_midi), report.dropped
 
 
 def play(
@@ -293,106 +294,6 @@ def play(
     except (Exception, KeyboardInterrupt) as error:
         return error
     return None
-
-
-def cut_prompt(
-    piece: np.ndarray,
-    vocabulary: Vocabulary,
-    prompt_seconds: float | None,
-    piece_seconds: float,
-    name: str | os.PathLike[str],
-) -> np.ndarray:
-    """The tokens of the first `prompt_seconds` of `piece` (which begins with BOS), whole notes only.
-
-    Raises `UserError` for a piece that is shorter than asked for, and for a prompt without a note.
-    """
-    prompt = piece
-    if prompt_seconds is not None:
-        if piece_seconds < prompt_seconds:
-            raise UserError(
-                f"{name} is {piece_seconds:.1f} s long, shorter than the prompt of {prompt_seconds:g} s asked for"
-            )
-        onsets = np.asarray(vocabulary.clock(piece))
-        late = np.flatnonzero(onsets >= prompt_seconds)
-        prompt = piece if not len(late) else piece[: late[0]]
-    prompt = np.concatenate([prompt[:1], whole_notes(prompt[1:], vocabulary)])
-    if vocabulary.count_notes(prompt) == 0:
-        first = "it" if prompt_seconds is None else f"its first {prompt_seconds:g} s"
-        raise UserError(f"{name} cannot be a prompt: {first} has no note")
-    return prompt
-
-
-def whole_notes(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """`tokens` without a note that is unfinished at their end."""
-    length = len(tokens)
-    while length and not may_stop(vocabulary, int(tokens[length - 1])):
-        length -= 1
-    return tokens[:length]
-
-
-class Pieces:
-    """The whole, the continuation alone, and the picture, before they are written."""
-
-    def __init__(self, prompt: np.ndarray, made: np.ndarray, vocabulary: Vocabulary) -> None:
-        self.beginning = decode(prompt, vocabulary)
-        self.whole = decode(np.concatenate([prompt, made]), vocabulary)
-        self.join = float(vocabulary.clock(prompt)[-1])
-        self.prompt_notes = int(vocabulary.count_notes(prompt))
-        if "NoteOff" in vocabulary.type_names:
-            let_go(self.whole, float(vocabulary.clock(np.concatenate([prompt, made]))[-1]) + RING_ON)
-
-    def write_music(self, out: Path, results: Results) -> None:
-        """The whole and the continuation alone, as MIDI."""
-        whole, alone, _ = output_paths(out)
-        cut = without(self.whole, self.beginning, round(self.join * self.whole.ticks_per_quarter * 2))
-        results.write(whole, partial(write_midi, whole, self.whole))
-        results.write(alone, partial(write_midi, alone, cut))
-
-    def draw(self, out: Path) -> None:
-        """The piano roll."""
-        # Durations come from the whole: with MIDILike a note of the prompt may end in the continuation.
-        everything, given = score_notes(self.whole), score_notes(self.beginning)
-        starts = {(note["onset"], note["pitch"]) for note in given}
-        is_prompt = np.array([(note["onset"], note["pitch"]) in starts for note in everything], dtype=bool)
-        draw_pianoroll(
-            output_paths(out)[2],
-            everything[is_prompt],
-            continuation=everything[~is_prompt],
-            continuation_from=self.join,
-            title=f"{out.stem}: the prompt, continued",
-        )
-
-
-def let_go(score: Any, seconds: float) -> None:
-    """End every note at `seconds` at the latest: where notes end by tokens, breaking off leaves some of them open."""
-    end = round(seconds * score.ticks_per_quarter * 2)
-    for track in score.tracks:
-        for note in track.notes:
-            note.duration = max(1, min(note.duration, end - note.time))
-
-
-def output_paths(out: Path) -> tuple[Path, Path, Path]:
-    """Where the whole, the continuation and the picture of `out` go."""
-    return out, out.with_name(f"{out.stem}-continuation.mid"), out.with_suffix(".png")
-
-
-def without(whole: Any, beginning: Any, join: int) -> Any:
-    """The notes of `whole` that `beginning` does not have, and its pedal from tick `join` on, which becomes 0.
-
-    A pedal that is down there is down from the first moment, for as long as it is still held.
-    """
-    alone = whole.copy()
-    had = {(note.time, note.pitch) for track in beginning.tracks for note in track.notes}
-    for track in alone.tracks:
-        notes = [note for note in track.notes if (note.time, note.pitch) not in had]
-        pedals = [pedal for pedal in track.pedals if pedal.time + pedal.duration > join]
-        for pedal in pedals:
-            pedal.duration -= max(0, join - pedal.time)
-        for event in (*notes, *pedals):
-            event.time = max(0, event.time - join)
-        track.notes = type(track.notes)(notes)
-        track.pedals = type(track.pedals)(pedals)
-    return alone
 
 
 def inputs_of(

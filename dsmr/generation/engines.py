@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     State = DSMRState | ExportedState
 
 ENGINES = ("auto", "torch", "onnx")
+MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))  # more serve no model, and some thousands end the process
 RUN_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
@@ -152,13 +153,15 @@ def load_run(
 
     Args:
         engine: what plays it: "torch" a run, "onnx" an export; "auto" whichever the folder holds.
-        threads: of the CPU; None = those that PyTorch is set to, one for an export.
+        threads: of the CPU, at most `MOST_THREADS`; None = those that PyTorch is set to, one for an export.
 
     Raises `UserError` for a folder that is neither, or whose files do not fit, and where the engine is not installed.
     """
     folder = Path(run_dir)
     if engine not in ENGINES:
         raise UserError(f"unknown engine '{engine}': use one of {', '.join(ENGINES)}")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UserError(f"threads must be 1 to {MOST_THREADS} on this machine, got {threads:,}")
     if not folder.is_dir():
         raise UserError(f"{folder} is not a run directory: there is no such folder")
     if is_export(folder):

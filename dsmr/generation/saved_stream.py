@@ -49,6 +49,24 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
+def check_stream_place(path: str | os.PathLike[str]) -> None:
+    """`UserError` if a stream saved at `path` would take the place of a file that is none: to be asked before the work.
+
+    A stream's name says nothing of what it is, so that a slip of the pen would cost a piece of music.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.isfile(path) or os.path.getsize(path) == 0:
+        return
+    try:
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            about = file.metadata() or {}
+    except (OSError, SafetensorError):
+        about = {}
+    if not about.get("format", "").startswith("dsmr stream"):
+        raise UserError(f"{path} is there already and is not a saved stream: choose another file for --save-state")
+
+
 def save_player(path: str | os.PathLike[str], player: Player) -> None:
     """Write `player` as it stands between two tokens, whole or not at all.
 

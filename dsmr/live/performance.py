@@ -13,12 +13,14 @@ import numpy as np
 from dsmr.console.errors import UserError
 from dsmr.console.files import check_apart, check_writable
 from dsmr.console.results import Results
-from dsmr.generation.continuation import check_resumed, inputs_of, read_prompt
+from dsmr.console.shown import shown
+from dsmr.generation.continuation import check_resumed, inputs_of
 from dsmr.generation.drawing import Sampling
 from dsmr.generation.engines import check_memory_dtype, load_run, resolve_precision
 from dsmr.generation.player import Limits, Player
+from dsmr.generation.prompts import read_prompt
 from dsmr.generation.recorder import Recorder
-from dsmr.generation.saved_stream import load_player, save_player
+from dsmr.generation.saved_stream import check_stream_place, load_player, save_player
 from dsmr.live.play import Performance, perform
 from dsmr.live.ports import OutputPort, listen, prompt_of
 
@@ -63,6 +65,8 @@ def play_live(
     for path in (out, save_state):
         if path is not None:
             check_writable(path)
+    if save_state is not None:
+        check_stream_place(save_state)
     if out is not None and Path(out).suffix.lower() not in (".mid", ".midi"):
         raise UserError(f"{out} must end in .mid, as the music is written as MIDI")
     check_resumed(memory_dtype, load_state)
@@ -77,15 +81,16 @@ def play_live(
                 say(f"listening for {listen_seconds:g} s, or until 2 s of silence: play something")
                 heard = prompt_of(listen(input_port, listen_seconds), vocabulary)
             elif prompt is not None:
-                heard, left_out = read_prompt(prompt, vocabulary, prompt_seconds)
-                for reason, count in left_out.items():
-                    say(f"{prompt}: {count:,} notes left out: {reason}")
+                given = read_prompt(prompt, vocabulary, prompt_seconds)
+                for line in given.notices(prompt):
+                    say(line)
+                heard = given.tokens
             else:
                 heard = np.array([vocabulary.bos_id])
             precision = resolve_precision(dtype, model, "auto")
             remembering = memory_dtype or "auto"
             player = Player.begin(model, heard, sampling, vocabulary, dtype=precision, memory_dtype=remembering)
-        say(f"playing to {outlet.name}, weights in {player.dtype}")
+        say(f"playing to {shown(outlet.name)}, weights in {player.dtype}")
         done = perform(
             player,
             outlet,

@@ -24,8 +24,12 @@ def _mido() -> Any:
     try:
         import mido
     except ImportError as error:
-        raise UserError(f"playing needs mido and python-rtmidi, pip install 'dsmr[play]': {error}") from error
+        raise _not_installed(error) from error
     return mido
+
+
+def _not_installed(error: ImportError) -> UserError:
+    return UserError(f"playing needs mido and python-rtmidi, pip install 'dsmr[play]': {error}")
 
 
 def port_names() -> tuple[list[str], list[str]]:
@@ -33,6 +37,8 @@ def port_names() -> tuple[list[str], list[str]]:
     mido = _mido()
     try:
         return list(mido.get_output_names()), list(mido.get_input_names())
+    except ImportError as error:  # mido takes in its driver when it is asked for a port
+        raise _not_installed(error) from error
     except Exception as error:  # drivers raise what they like
         raise UserError(f"there are no MIDI ports to be had here: {_reason(error)}") from error
 
@@ -59,6 +65,8 @@ class OutputPort:
         self.name = (name or VIRTUAL) if virtual else _choose("output", port_names()[0], name)
         try:
             self._port = self._mido.open_output(self.name, **({"virtual": True} if virtual else {}))
+        except ImportError as error:  # --virtual, which asks for no port's name before
+            raise _not_installed(error) from error
         except Exception as error:
             raise UserError(f"the MIDI port '{self.name}' cannot be opened: {_reason(error)}") from error
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dsmr.console.errors import UserError
-from dsmr.console.files import atomic_path
+from dsmr.console.figures import entitle, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,11 +109,10 @@ def draw_pianoroll(
             ax.axvline(continuation_from, color=INK, linewidth=1.1, linestyle=(0, (4, 2)), zorder=4)
     axes[-1].set_xlabel("time (s)", color=INK)
     if title:
-        axes[0].set_title(title, loc="left", color=INK, fontsize=13, pad=18 if sections else 8)
+        entitle(axes[0], title, loc="left", color=INK, fontsize=13, pad=18 if sections else 8)
     if len(continuation) and len(prompt):
         _draw_legend(axes[0], bool(sections))
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save(figure, path, dpi=110)
 
 
 def _rows(end: float, seconds_a_row: float | None) -> tuple[float, int]:

@@ -22,6 +22,7 @@ from dsmr.console.stopping import Interruption
 from dsmr.demo.run import DemoSize
 
 VALUES = ["-1", "0", "-0.0", "1e-320", "2147483648", "9223372036854775808", "1e29", "nan", "inf", "9" * 5000]
+THREADS = ["20000", "100000"]  # few enough for an int: they ended the process, not the verb
 ENOUGH = 3.0 if FULL else 1.0  # seconds: what still computes then was no error, and is ended as SIGTERM ends it
 ROOM = 3 << 30  # bytes beyond what the process has: what takes more must have been refused before
 SCHEDULE = "uniform(layers=1, horizon=16)"
@@ -122,7 +123,7 @@ def test_no_number_ends_in_a_traceback(verb, option, place, monkeypatch):
         at = base.index(option)
         del base[at : at + 2]
     threads = torch.get_num_threads()
-    for value in VALUES:
+    for value in VALUES + THREADS * (option == "--threads"):
         try:
             with bounded(ROOM, ENOUGH, Interruption(signal.SIGTERM)):
                 result = CliRunner().invoke(app, [*verb.split(), *base, option, value])

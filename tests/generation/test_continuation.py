@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 
-import numpy as np
 import pytest
 import torch
 
@@ -115,7 +114,7 @@ def test_a_piece_is_continued_into_three_files(run_directory, piece, tmp_path):
     assert done.picture.stat().st_size > 1000
     whole, alone = notes_of(done.whole), notes_of(done.continuation)
     given = [note for note in notes_of(piece) if note[0] < 7.9]
-    assert 7 < done.prompt_seconds < 8
+    assert done.prompt_seconds == 8  # its last note before that begins earlier: a rest is written up to there
     assert set(given) <= set(whole)
     assert len(alone) == done.played.notes == 20
     assert len(whole) == done.prompt_notes + 20
@@ -177,7 +176,7 @@ def test_notes_that_the_model_cannot_be_told_are_counted_and_a_silent_prompt_is_
 
     write_midi(tmp_path / "deep.mid", score_of([(0.0, 1.0, 60), (1.0, 1.0, 5), (2.0, 1.0, 64)]))
     done = continue_piece(run_directory, tmp_path / "deep.mid", tmp_path / "on.mid", tokens=5)
-    assert done.left_out == {"pitch outside 21 to 108": 1}
+    assert done.prompt.report.dropped == {"pitch outside 21 to 108": 1}
     write_midi(tmp_path / "silent.mid", score_of([]))
     with pytest.raises(UserError, match=r"silent\.mid has no notes"):
         continue_piece(run_directory, tmp_path / "silent.mid", tmp_path / "new" / "on.mid", tokens=5)
@@ -420,29 +419,52 @@ def test_a_growing_file_outlives_a_disk_that_is_full_for_a_while(run_directory, 
     assert len(notes_of(tmp_path / "on.mid")) > 5
 
 
-def test_the_pedal_of_the_prompt_is_held_over_the_seam_and_let_up_where_it_is() -> None:
-    """Down at 0 s, the seam at 1 s, up at 1.5 s, down again at 2 s to the end: in the whole and in the continuation."""
-    pytest.importorskip("miditok")
-    from dsmr.generation.continuation import Pieces, without
-    from dsmr.music.tokenizer import decode, vocabulary_of
+def test_a_picture_that_fails_in_a_way_nobody_foresaw_takes_nothing_with_it(
+    run_directory, piece, tmp_path, monkeypatch
+):
+    """Matplotlib raises what it likes; the music and the stream are there, and so is the report."""
+    from dsmr.generation.continuation import Unwritten
+    from dsmr.generation.pieces import Pieces
 
-    vocabulary = vocabulary_of("tsd_pedal")
-    ids = vocabulary.ids
-    half = ids["TimeShift_1.0.50"]
+    def fail(self, out):
+        raise UnicodeEncodeError("utf-8", "bad", 0, 1, "surrogates not allowed")
 
-    def note(pitch: int) -> list[int]:
-        return [ids[f"Pitch_{pitch}"], vocabulary.ids["Velocity_63"], ids["Duration_1.0.50"]]
+    monkeypatch.setattr(Pieces, "draw", fail)
+    options = {"prompt_seconds": 3.0, "tokens": 40, "sampling": Sampling(seed=4), "save_state": tmp_path / "kept"}
+    with pytest.raises(Unwritten, match=r"on\.png: UnicodeEncodeError: .*; not written: .*on\.png; written: ") as said:
+        continue_piece(run_directory, piece, tmp_path / "on.mid", **options)
+    assert isinstance(said.value.__cause__, UnicodeEncodeError)
+    assert said.value.missing == {tmp_path / "on.png"}
+    (done,) = said.value.done
+    assert len(notes_of(done.continuation)) == done.played.notes > 3
+    assert (tmp_path / "kept").is_file()
 
-    prompt = [ids["BOS_None"], ids["Pedal_0"], *note(60), half, *note(64), half]
-    made = [*note(67), half, ids["PedalOff_0"], half, ids["Pedal_0"], *note(60), half]
-    pieces = Pieces(np.array(prompt), np.array(made), vocabulary)
-    tick = 1 / (2 * pieces.whole.ticks_per_quarter)
 
-    def seconds(score) -> list[tuple[float, float]]:
-        return [(pedal.time * tick, pedal.duration * tick) for pedal in score.tracks[0].pedals]
+def test_more_threads_than_a_machine_serves_are_refused(run_directory, piece, tmp_path):
+    """20,000 ended the process in libgomp, 100,000 by a signal."""
+    for threads in (0, 20_000, 100_000):
+        with pytest.raises(UserError, match=r"threads must be 1 to \d+ on this machine, got "):
+            continue_piece(run_directory, piece, tmp_path / "on.mid", tokens=5, threads=threads)
+    assert list(tmp_path.iterdir()) == []
 
-    assert seconds(decode(prompt, vocabulary)) == [(0, 1)]  # nothing lets it up, so it is held as long as the notes
-    assert seconds(pieces.whole) == [(0, 1.5), (2, 0.5)]
-    alone = without(pieces.whole, pieces.beginning, round(1 / tick))
-    assert seconds(alone) == [(0, 0.5), (1, 0.5)]
-    assert [(n.time * tick, n.duration * tick, n.pitch) for n in alone.tracks[0].notes] == [(0, 0.5, 67), (1, 0.5, 60)]
+
+def test_a_stream_is_kept_over_a_stream_and_over_nothing_else(run_directory, piece, tmp_path):
+    """`--save-state song.mid` replaced a song."""
+    from dsmr.live.performance import play_live
+
+    song, kept, empty = tmp_path / "song.mid", tmp_path / "kept", tmp_path / "empty"
+    shutil.copy(piece, song)
+    options = {"prompt_seconds": 3.0, "tokens": 10, "sampling": Sampling(seed=4)}
+    with pytest.raises(UserError, match=r"song\.mid is there already and is not a saved stream"):
+        continue_piece(run_directory, piece, tmp_path / "on.mid", save_state=song, **options)
+    with pytest.raises(UserError, match=r"song\.mid is there already and is not a saved stream"):
+        play_live(run_directory, prompt=piece, tokens=5, save_state=song)
+    shutil.copy(run_directory / "model.safetensors", tmp_path / "weights")
+    with pytest.raises(UserError, match=r"weights is there already and is not a saved stream"):
+        continue_piece(run_directory, piece, tmp_path / "on.mid", save_state=tmp_path / "weights", **options)
+    assert song.read_bytes() == piece.read_bytes()
+    assert not (tmp_path / "on.mid").exists()
+    empty.touch()
+    for path in (empty, kept, kept):
+        continue_piece(run_directory, piece, tmp_path / "on.mid", save_state=path, **options)
+        assert path.stat().st_size > 1000

@@ -245,6 +245,24 @@ def test_a_recording_that_cannot_be_written_ends_no_playing_and_loses_no_stream(
     assert (tmp_path / "again.mid").is_file()
 
 
+def test_what_the_tokens_do_not_tell_of_the_prompt_is_said(player, model, tsd, tmp_path, monkeypatch):
+    from small_scores import score_of
+
+    from dsmr.live import performance
+    from dsmr.music.tokenizer import write_midi
+
+    monkeypatch.setattr(performance, "load_run", lambda *given, **options: (model, tsd))
+    monkeypatch.setattr(performance, "OutputPort", lambda *given: MemoryPort())
+    write_midi(tmp_path / "a\nb.mid", score_of([(0.0, 30.0, 60), (1.0, 1.0, 5), (2.0, 1.0, 64)]))
+    said = []
+    options = {"tokens": 4, "look_ahead": 0.1, "sampling": Sampling(seed=1), "dtype": "float32"}
+    performance.play_live(tmp_path / "run", prompt=tmp_path / "a\nb.mid", say=said.append, **options)
+    assert said[:2] == [
+        rf"{tmp_path}/a\nb.mid: 1 notes left out: pitch outside 21 to 108.",
+        rf"{tmp_path}/a\nb.mid: 1 notes changed: longer than 10 s (cut to it).",
+    ]
+
+
 def test_a_port_that_goes_away_is_a_sentence_and_nothing_played_is_lost(player, tmp_path):
     port = MemoryPort(breaks_at=12)
     with pytest.raises(UserError, match="took no more notes: unplugged"):
@@ -340,6 +358,20 @@ def test_a_driver_that_fails_is_a_sentence(driver, monkeypatch):
     monkeypatch.setattr("mido.open_output", fail)
     with pytest.raises(UserError, match="'dsmr' cannot be opened: ALSA"):
         OutputPort(virtual=True)
+
+
+def test_a_driver_that_is_not_installed_is_named_with_what_installs_it(driver, monkeypatch):
+    """mido without python-rtmidi takes in its driver only when it is asked for a port."""
+    from dsmr.live.ports import OutputPort, port_names
+
+    def fail(*_, **__):
+        raise ModuleNotFoundError("No module named 'rtmidi'")
+
+    for name in ("get_output_names", "open_output"):
+        monkeypatch.setattr(f"mido.{name}", fail)
+    for ask in (port_names, OutputPort, lambda: OutputPort(virtual=True)):
+        with pytest.raises(UserError, match=r"pip install 'dsmr\[play\]': No module named 'rtmidi'"):
+            ask()
 
 
 def test_what_is_played_live_becomes_a_prompt(driver, tsd):

@@ -55,6 +55,14 @@ def test_sections_are_shaded(tmp_path):
     assert pixels(tmp_path / "shaded.png").mean() < pixels(tmp_path / "plain.png").mean()
 
 
+def test_a_title_may_be_any_name_of_a_file(tmp_path, recwarn):
+    """A byte that is no text ended in a traceback, a formula in another, and a letter without a glyph in a warning."""
+    for title in ("bad\udcff", "日本 \x01\n", r"$\frac$ a$b$"):
+        draw_pianoroll(tmp_path / "named.png", some_notes(1), title=title)
+        assert (tmp_path / "named.png").stat().st_size > 1000
+    assert [str(one.message) for one in recwarn] == []
+
+
 def test_one_note_is_enough_and_none_is_an_error(tmp_path):
     draw_pianoroll(tmp_path / "one.png", some_notes(0.1))
     assert (tmp_path / "one.png").stat().st_size > 1000
