@@ -126,31 +126,18 @@ def decode_attention(
     work: torch.dtype | None = None,
 ) -> Tensor:
     """See `dsmr_kernels.decode_attention`; arguments are taken as checked, `work` is as in `memory_attention`."""
+    work = work or _work_dtype(q)
     with without_autocast(q.device.type):
-        return _decode(q, memory, visible, alibi_slopes, sinks, bias, buckets, scale, work or _work_dtype(q))
-
-
-def _decode(
-    q: Tensor,
-    memory: Ring,
-    visible: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    buckets: Tensor | None,
-    scale: float,
-    work: torch.dtype,
-) -> Tensor:
-    new, group = q.shape[2], q.shape[1] // memory.kv_heads
-    keys, values, held = memory.ordered()
-    kw, vw = (x.to(work).repeat_interleave(group, 1) for x in (keys, values))
-    j = torch.arange(-memory.capacity, 0, device=q.device)
-    p = torch.arange(-new, 0, device=q.device)
-    oldest = -(memory.length if visible is None else visible).to(torch.int64)[:, None, None]
-    seen = (j >= oldest) & (j <= p[:, None]) & held[:, None, :]  # [B, n, C]
-    scores = _moved((q.to(work) @ kw.mT) * scale, p[:, None] - j, alibi_slopes, bias, buckets)
-    scores, vw = _marked(scores.masked_fill(~seen[:, None], -torch.inf), vw, seen[:, None])
-    if sinks is not None:  # one more key, without a value
-        logits = sinks.to(work).view(-1, 1, 1).expand(*scores.shape[:3], 1)
-        return (torch.cat([scores, logits], -1).softmax(-1)[..., :-1] @ vw).to(q.dtype)
-    return (scores.softmax(-1) @ vw).to(q.dtype)
+        new, group = q.shape[2], q.shape[1] // memory.kv_heads
+        keys, values, held = memory.ordered()
+        kw, vw = (x.to(work).repeat_interleave(group, 1) for x in (keys, values))
+        j = torch.arange(-memory.capacity, 0, device=q.device)
+        p = torch.arange(-new, 0, device=q.device)
+        oldest = -(memory.length if visible is None else visible).to(torch.int64)[:, None, None]
+        seen = (j >= oldest) & (j <= p[:, None]) & held[:, None, :]  # [B, n, C]
+        scores = _moved((q.to(work) @ kw.mT) * scale, p[:, None] - j, alibi_slopes, bias, buckets)
+        scores, vw = _marked(scores.masked_fill(~seen[:, None], -torch.inf), vw, seen[:, None])
+        if sinks is not None:  # one more key, without a value
+            logits = sinks.to(work).view(-1, 1, 1).expand(*scores.shape[:3], 1)
+            return (torch.cat([scores, logits], -1).softmax(-1)[..., :-1] @ vw).to(q.dtype)
+        return (scores.softmax(-1) @ vw).to(q.dtype)
