@@ -19,13 +19,14 @@ def write_report(rows: Sequence[dict[str, Any]], out: str | Path, *, rows_path: 
     report has drawn and this one does not; returns the Markdown and what was written, line by line."""
     folder = Path(out)
     lines = lines_of(rows)
+    earlier = NAMES if (folder / "report.json").exists() else ()  # else pictures of these names are not a report's
     write_json(folder / "report.json", [asdict(line) for line in lines], sealed=True)
     if rows_path is not None:
         write_json(rows_path, list(rows), sealed=True)
     pictures: list[Path] = []
     if available():
         pictures = draw(rows, lines, folder)
-    for stale in {folder / f"{name}.png" for name in NAMES}.difference(pictures):
+    for stale in {folder / f"{name}.png" for name in earlier}.difference(pictures):
         stale.unlink(missing_ok=True)
     text = markdown(rows, lines, [picture.name for picture in pictures])
     write_text(folder / "report.md", text)

@@ -256,6 +256,14 @@ def test_reports_of_two_files_do_not_meet_and_keep_no_picture_of_a_former_one(tm
     assert (tmp_path / "run" / "report" / "report.md").exists()
 
 
+def test_pictures_where_no_report_was_are_somebody_elses(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text(json.dumps([made_up("full", 0, 10.0, krcu=None, returns=None, learning=[])]))
+    (tmp_path / "returns.png").write_text("mine")
+    given = ["experiments", "report", str(tmp_path / "one.json"), "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, given).exit_code == 0
+    assert (tmp_path / "returns.png").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("more", "field"),
     [
